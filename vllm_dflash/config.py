@@ -1,0 +1,570 @@
+"""The drafter's configuration, in both public checkpoint formats.
+
+This is the one home of every id and size conversion of the field (see docs/glossary.md):
+
+* ``target_layer_ids`` (z-lab) are 0-based decoder layers whose *output* is read;
+  ``aux_hidden_state_layer_ids`` (speculators, vLLM) index Hugging Face's ``hidden_states``, where 0 is
+  the embedding, so they are one larger: :func:`hidden_state_index`.
+* ``draft_block_size`` counts the anchor, ``num_speculative_tokens`` does not (unless the drafter
+  samples from its anchor).
+
+Neither torch nor vllm is imported here: the plugin reads configurations in every vLLM process.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+CheckpointFormat = Literal["zlab", "speculators"]
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+#: Keys of ``dflash_config`` that DFlash checkpoints use and vLLM reads.
+DFLASH_CONFIG_KEYS = frozenset(
+    {
+        "target_layer_ids",
+        "mask_token_id",
+        "causal",
+        "sample_from_anchor",
+        "use_swa",
+        "swa_window_size",
+        "use_aux_hidden_state",
+        "attention_sink_bias",
+        "attention_value_scale",
+    }
+)
+#: Of those, what changes the drafter's arithmetic in a way that modeling/ does not train.
+SERVE_ONLY_KEYS = ("attention_sink_bias", "attention_value_scale")
+
+
+def hidden_state_index(target_layer_id: int) -> int:
+    """Index into Hugging Face's ``hidden_states`` (and vLLM's aux layer id) of a layer's output."""
+    return target_layer_id + 1
+
+
+def target_layer_id(hidden_state_idx: int) -> int:
+    """Inverse of :func:`hidden_state_index`."""
+    return hidden_state_idx - 1
+
+
+def default_target_layer_ids(num_verifier_layers: int, num_features: int = 5) -> tuple[int, ...]:
+    """Layers spread evenly from the 2nd to the third-to-last (arXiv 2602.06036, section 3).
+
+    A verifier with fewer eligible layers than ``num_features`` gives one feature per eligible layer.
+    """
+    if num_verifier_layers < 1:
+        raise ValueError(f"the verifier has {num_verifier_layers} layers; at least 1 is needed")
+    start, end = min(1, num_verifier_layers - 1), max(num_verifier_layers - 3, 0)
+    if end <= start:
+        start, end = 0, num_verifier_layers - 1
+    count = min(num_features, end - start + 1)
+    if count == 1:
+        return (end,)
+    step = (end - start) / (count - 1)
+    return tuple(sorted({round(start + i * step) for i in range(count)}))
+
+
+@dataclass(frozen=True)
+class VerifierInfo:
+    """What a drafter must agree with, read from the verifier's ``config.json``.
+
+    Attributes:
+        hidden_size: width of the verifier's residual stream.
+        num_hidden_layers: number of decoder layers.
+        vocab_size: rows of the verifier's embedding.
+        pad_token_id: the padding token, which must not be the mask token; None when unset.
+        name: path or hub name, for messages.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    pad_token_id: int | None = None
+    name: str = "verifier"
+
+    @classmethod
+    def from_hf_config(cls, config: Any, name: str = "verifier") -> VerifierInfo:
+        """From a transformers config; multimodal configs are read through their text config."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        pad = getattr(text, "pad_token_id", None)
+        if pad is None:
+            pad = getattr(config, "pad_token_id", None)
+        return cls(
+            hidden_size=int(text.hidden_size),
+            num_hidden_layers=int(text.num_hidden_layers),
+            vocab_size=int(text.vocab_size),
+            pad_token_id=pad if isinstance(pad, int) and pad >= 0 else None,
+            name=name,
+        )
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """One DFlash drafter.
+
+    Sizes are in elements, ids are token or layer ids. ``layer_types`` is None for all-full
+    attention; ``causal`` is None when each layer type decides (sliding layers causal, full layers
+    bidirectional inside the block: ``_dflash_layer_causal`` in vLLM's ``qwen3_dflash.py``).
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    draft_block_size: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    num_target_layers: int | None = None
+    target_hidden_size: int | None = None
+    draft_vocab_size: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
+    max_position_embeddings: int = 32768
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    is_neox_style: bool = True
+    layer_types: tuple[str, ...] | None = None
+    sliding_window: int | None = None
+    causal: bool | None = None
+    sample_from_anchor: bool = False
+    verifier: str | None = None
+    dtype: str = "bfloat16"
+    serve_only: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        positive = (
+            "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "intermediate_size vocab_size max_position_embeddings"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"drafter config: {name} is {value!r}; a positive integer is needed")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"drafter config: num_attention_heads ({self.num_attention_heads}) is not a multiple "
+                f"of num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"drafter config: head_dim is {self.head_dim}; rotary needs it even")
+        if self.draft_block_size < 2 and not self.sample_from_anchor:
+            raise ValueError(
+                f"drafter config: block_size is {self.draft_block_size}; it counts the anchor, so a "
+                "block that drafts anything has at least 2"
+            )
+        ids = self.target_layer_ids
+        if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
+            raise ValueError(
+                f"drafter config: target_layer_ids is {list(ids)}; 0-based layer ids needed"
+            )
+        if list(ids) != sorted(set(ids)):
+            # vLLM sorts and de-duplicates aux layers (interfaces.py), which would permute fc's input.
+            raise ValueError(
+                f"drafter config: target_layer_ids {list(ids)} must be ascending and distinct, since "
+                "vLLM concatenates the features in ascending order"
+            )
+        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"drafter config: mask_token_id is {self.mask_token_id!r}; it must be a token id below "
+                f"vocab_size ({self.vocab_size})"
+            )
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"drafter config: draft_vocab_size is {self.draft_vocab_size}, outside "
+                f"1..vocab_size ({self.vocab_size})"
+            )
+        if self.layer_types is not None:
+            unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
+            if unknown:
+                raise ValueError(
+                    f"drafter config: layer_types has {unknown}; only {SLIDING!r} and {FULL!r} exist"
+                )
+            if len(self.layer_types) != self.num_hidden_layers:
+                raise ValueError(
+                    f"drafter config: layer_types names {len(self.layer_types)} layers, "
+                    f"num_hidden_layers is {self.num_hidden_layers}"
+                )
+            if SLIDING in self.layer_types and not self.sliding_window:
+                raise ValueError(
+                    "drafter config: layer_types has sliding layers but sliding_window is not set"
+                )
+
+    # -- derived ---------------------------------------------------------------------------------
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Draft tokens a block yields: the anchor predicts nothing unless it is sampled from."""
+        return self.draft_block_size if self.sample_from_anchor else self.draft_block_size - 1
+
+    @property
+    def aux_hidden_state_layer_ids(self) -> tuple[int, ...]:
+        """Target layers as vLLM and speculators number them."""
+        return tuple(hidden_state_index(i) for i in self.target_layer_ids)
+
+    @property
+    def num_features(self) -> int:
+        """Width of a context token's features, L*H: the input size of ``fc``."""
+        return len(self.target_layer_ids) * (self.target_hidden_size or self.hidden_size)
+
+    @property
+    def logits_vocab_size(self) -> int:
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def has_draft_vocab(self) -> bool:
+        return self.draft_vocab_size is not None and self.draft_vocab_size != self.vocab_size
+
+    @property
+    def rope_theta(self) -> float:
+        # 1e6 is vLLM's default for DFlash (set_default_rope_theta in qwen3_dflash.py).
+        return float(self.rope_parameters.get("rope_theta", 1_000_000.0))
+
+    def layer_window(self, layer_idx: int) -> int | None:
+        """Sliding window of a draft layer in tokens, None for full attention."""
+        if self.layer_types is None or self.layer_types[layer_idx] == FULL:
+            return None
+        return self.sliding_window
+
+    def layer_causal(self, layer_idx: int) -> bool:
+        """Whether a block token sees only earlier block tokens (vLLM ``_dflash_layer_causal``)."""
+        if self.causal is not None:
+            return self.causal
+        return self.layer_types is not None and self.layer_types[layer_idx] == SLIDING
+
+    # -- agreement with a verifier ---------------------------------------------------------------
+
+    def check_verifier(self, verifier: VerifierInfo) -> None:
+        """Raises ValueError, naming both sides, where drafter and verifier cannot work together."""
+        problems = []
+        too_deep = [i for i in self.target_layer_ids if i >= verifier.num_hidden_layers]
+        if too_deep:
+            problems.append(
+                f"target_layer_ids {too_deep} do not exist (the verifier has layers "
+                f"0..{verifier.num_hidden_layers - 1})"
+            )
+        if self.num_target_layers not in (None, verifier.num_hidden_layers):
+            problems.append(
+                f"it was trained for {self.num_target_layers} verifier layers, this one has "
+                f"{verifier.num_hidden_layers}"
+            )
+        width = self.target_hidden_size or self.hidden_size
+        if width != verifier.hidden_size:
+            problems.append(
+                f"it reads features of width {width}, the verifier's hidden size is "
+                f"{verifier.hidden_size}"
+            )
+        if self.vocab_size != verifier.vocab_size:
+            problems.append(
+                f"its vocabulary has {self.vocab_size} tokens, the verifier's {verifier.vocab_size}"
+            )
+        if self.mask_token_id == verifier.pad_token_id:
+            problems.append(
+                f"mask_token_id {self.mask_token_id} is the verifier's pad token, which ruins "
+                "acceptance; retrain with a reserved token (--mask-token-id)"
+            )
+        if problems:
+            raise ValueError(
+                f"this drafter does not fit the verifier {verifier.name}: " + "; ".join(problems)
+            )
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> DrafterConfig:
+        """Reads either public format from a parsed ``config.json``.
+
+        Raises:
+            ValueError: not a DFlash configuration, a key that is missing, unknown or out of range.
+        """
+        if "speculators_model_type" in raw or "speculators_config" in raw:
+            return cls._from_speculators(raw)
+        if "dflash_config" in raw:
+            return cls._from_zlab(raw)
+        raise ValueError(
+            "config.json is not a DFlash drafter: it has neither dflash_config (z-lab format) nor "
+            f"speculators_model_type; architectures: {raw.get('architectures')}"
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DrafterConfig:
+        """Reads ``config.json`` of a checkpoint folder; ValueError when it is missing or broken."""
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{path} is not a drafter checkpoint: there is no {file}")
+        try:
+            raw = json.loads(file.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{file} holds a {type(raw).__name__}, not an object")
+        return cls.from_dict(raw)
+
+    @classmethod
+    def _layer_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Fields shared by both formats: the Qwen3-style transformer layer configuration."""
+        required = (
+            "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size"
+        ).split()
+        missing = [k for k in required if raw.get(k) is None]
+        if missing:
+            raise ValueError(f"drafter config: {', '.join(missing)} missing from config.json")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        if raw.get("rope_theta") is not None:
+            rope.setdefault("rope_theta", raw["rope_theta"])
+        layer_types = raw.get("layer_types")
+        return {
+            **{k: raw[k] for k in required},
+            "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+            "rope_parameters": rope,
+            "max_position_embeddings": raw.get("max_position_embeddings", 32768),
+            "hidden_act": raw.get("hidden_act", "silu"),
+            "attention_bias": bool(raw.get("attention_bias", False)),
+            "is_neox_style": bool(raw.get("is_neox_style", True)),
+            "layer_types": tuple(layer_types) if layer_types else None,
+            "sliding_window": raw.get("sliding_window"),
+            "dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+        }
+
+    @classmethod
+    def _from_zlab(cls, raw: dict[str, Any]) -> DrafterConfig:
+        dflash = dict(raw["dflash_config"] or {})
+        unknown = sorted(set(dflash) - DFLASH_CONFIG_KEYS)
+        if unknown:
+            raise ValueError(
+                f"drafter config: dflash_config has unknown keys {unknown}; known: "
+                f"{sorted(DFLASH_CONFIG_KEYS)}"
+            )
+        for key in ("target_layer_ids", "mask_token_id"):
+            if dflash.get(key) is None:
+                raise ValueError(f"drafter config: dflash_config.{key} is missing")
+        if dflash.get("use_aux_hidden_state") is False:
+            raise ValueError(
+                "drafter config: dflash_config.use_aux_hidden_state is false; a drafter without "
+                "verifier features is not supported"
+            )
+        fields = cls._layer_fields(raw)
+        if dflash.get("use_swa") and SLIDING not in (fields["layer_types"] or ()):
+            fields["layer_types"] = (SLIDING,) * fields["num_hidden_layers"]
+            # vLLM: use_swa without layer_types is non-causal (table in _resolve_layer_attention).
+            if raw.get("layer_types") is None and dflash.get("causal") is None:
+                dflash["causal"] = False
+        if SLIDING in (fields["layer_types"] or ()):
+            fields["sliding_window"] = dflash.get("swa_window_size", fields["sliding_window"])
+        causal = raw.get("is_causal")
+        if causal is None:
+            causal = dflash.get("causal")
+        if raw.get("block_size") is None:
+            raise ValueError("drafter config: block_size is missing from config.json")
+        return cls(
+            **fields,
+            draft_block_size=raw["block_size"],
+            target_layer_ids=tuple(dflash["target_layer_ids"]),
+            mask_token_id=dflash["mask_token_id"],
+            num_target_layers=raw.get("num_target_layers"),
+            target_hidden_size=raw.get("target_hidden_size"),
+            draft_vocab_size=raw.get("draft_vocab_size"),
+            causal=causal,
+            sample_from_anchor=bool(dflash.get("sample_from_anchor", False)),
+            verifier=raw.get("verifier"),
+            serve_only={k: dflash[k] for k in SERVE_ONLY_KEYS if dflash.get(k) is not None},
+        )
+
+    @classmethod
+    def _from_speculators(cls, raw: dict[str, Any]) -> DrafterConfig:
+        kind = raw.get("speculators_model_type")
+        if kind != "dflash":
+            raise ValueError(
+                f"drafter config: speculators_model_type is {kind!r}; only 'dflash' drafters are "
+                "trained and checked here (vLLM serves its own kinds without this plugin)"
+            )
+        layer = raw.get("transformer_layer_config")
+        if not isinstance(layer, dict):
+            raise ValueError("drafter config: transformer_layer_config is missing or not an object")
+        for key in ("aux_hidden_state_layer_ids", "mask_token_id"):
+            if raw.get(key) is None:
+                raise ValueError(f"drafter config: {key} is missing")
+        verifier = ((raw.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
+        # vLLM (speculators/algos.py) sets causal for *all* layers from this one flag, and treats
+        # its absence as non-causal.
+        causal = not raw.get("sliding_window_non_causal", True)
+        fields = cls._layer_fields(layer)
+        return cls(
+            **fields,
+            draft_block_size=raw.get("block_size", 8),
+            target_layer_ids=tuple(target_layer_id(i) for i in raw["aux_hidden_state_layer_ids"]),
+            mask_token_id=raw["mask_token_id"],
+            num_target_layers=raw.get("num_target_layers"),
+            target_hidden_size=raw.get("target_hidden_size"),
+            draft_vocab_size=raw.get("draft_vocab_size"),
+            causal=causal,
+            sample_from_anchor=bool(raw.get("sample_from_anchor", False)),
+            verifier=verifier,
+        )
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def _layer_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "model_type": "qwen3",
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": {**self.rope_parameters, "rope_theta": self.rope_theta},
+            "max_position_embeddings": self.max_position_embeddings,
+            "hidden_act": self.hidden_act,
+            "attention_bias": self.attention_bias,
+            "tie_word_embeddings": False,
+            "dtype": self.dtype,
+        }
+        if not self.is_neox_style:
+            out["is_neox_style"] = False
+        if self.layer_types is not None:
+            out["layer_types"] = list(self.layer_types)
+            out["sliding_window"] = self.sliding_window
+        return out
+
+    def to_dict(self, fmt: CheckpointFormat = "zlab") -> dict[str, Any]:
+        """``config.json`` in the given format, loadable by stock vLLM."""
+        if fmt == "zlab":
+            return self._to_zlab()
+        if fmt == "speculators":
+            return self._to_speculators()
+        raise ValueError(f"unknown checkpoint format {fmt!r}; use 'zlab' or 'speculators'")
+
+    def _to_zlab(self) -> dict[str, Any]:
+        dflash: dict[str, Any] = {
+            "target_layer_ids": list(self.target_layer_ids),
+            "mask_token_id": self.mask_token_id,
+            **self.serve_only,
+        }
+        if self.causal is not None:
+            dflash["causal"] = self.causal
+        if self.sample_from_anchor:
+            dflash["sample_from_anchor"] = True
+        out = {
+            "architectures": ["DFlashDraftModel"],
+            **self._layer_dict(),
+            "block_size": self.draft_block_size,
+            "dflash_config": dflash,
+        }
+        optional = {
+            "num_target_layers": self.num_target_layers,
+            "target_hidden_size": self.target_hidden_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "verifier": self.verifier,
+        }
+        return out | {k: v for k, v in optional.items() if v is not None}
+
+    def _to_speculators(self) -> dict[str, Any]:
+        if self.serve_only:
+            raise ValueError(
+                f"the speculators format cannot express {sorted(self.serve_only)}; keep z-lab's"
+            )
+        causal = {self.layer_causal(i) for i in range(self.num_hidden_layers)}
+        if len(causal) > 1:
+            raise ValueError(
+                "the speculators format has one causality for all layers, this drafter mixes causal "
+                "sliding and bidirectional full layers; keep the z-lab format"
+            )
+        return {
+            "architectures": ["DFlashSpeculator"],
+            "speculators_model_type": "dflash",
+            "speculators_version": "0.9.0",
+            "speculators_config": {
+                "algorithm": "dflash",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [
+                    {
+                        "proposal_type": "greedy",
+                        "speculative_tokens": self.num_speculative_tokens,
+                        "verifier_accept_k": 1,
+                        "accept_tolerance": 0.0,
+                    }
+                ],
+                "verifier": {"name_or_path": self.verifier, "architectures": []},
+            },
+            "transformer_layer_config": self._layer_dict(),
+            "block_size": self.draft_block_size,
+            "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
+            "mask_token_id": self.mask_token_id,
+            "draft_vocab_size": self.logits_vocab_size,
+            "num_target_layers": self.num_target_layers,
+            "target_hidden_size": self.target_hidden_size,
+            "sample_from_anchor": self.sample_from_anchor,
+            "sliding_window_non_causal": not causal.pop(),
+            "tie_word_embeddings": False,
+            "dtype": self.dtype,
+        }
+
+    # -- making ----------------------------------------------------------------------------------
+
+    @classmethod
+    def for_verifier(
+        cls,
+        hf_config: Any,
+        *,
+        mask_token_id: int,
+        name: str | None = None,
+        num_hidden_layers: int = 5,
+        draft_block_size: int = 16,
+        target_layer_ids: tuple[int, ...] | None = None,
+        num_features: int = 5,
+        draft_vocab_size: int | None = None,
+        intermediate_size: int | None = None,
+        dtype: str = "bfloat16",
+    ) -> DrafterConfig:
+        """A drafter of the verifier's own width and head shape, with the paper's defaults."""
+        info = VerifierInfo.from_hf_config(hf_config, name or "verifier")
+        text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+        heads = int(text.num_attention_heads)
+        head_dim = int(getattr(text, "head_dim", None) or info.hidden_size // heads)
+        rope = dict(getattr(text, "rope_parameters", None) or {})
+        theta = rope.get("rope_theta")
+        if theta is None:
+            # Models with one rope per layer type (Gemma 3) nest the parameters by type.
+            nested = [v["rope_theta"] for v in rope.values() if isinstance(v, dict)]
+            theta = max(nested) if nested else 1_000_000.0
+        config = cls(
+            hidden_size=info.hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head_dim=head_dim,
+            intermediate_size=intermediate_size
+            or int(getattr(text, "intermediate_size", None) or 4 * info.hidden_size),
+            vocab_size=info.vocab_size,
+            draft_block_size=draft_block_size,
+            target_layer_ids=target_layer_ids
+            or default_target_layer_ids(info.num_hidden_layers, num_features),
+            mask_token_id=mask_token_id,
+            num_target_layers=info.num_hidden_layers,
+            target_hidden_size=info.hidden_size,
+            draft_vocab_size=draft_vocab_size if draft_vocab_size != info.vocab_size else None,
+            rms_norm_eps=float(getattr(text, "rms_norm_eps", 1e-6)),
+            # The drafter has its own plain rotary embedding over the full head, whatever scaling
+            # or partial rotation the verifier uses (arXiv 2602.06036, appendix).
+            rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
+            max_position_embeddings=int(getattr(text, "max_position_embeddings", 32768)),
+            verifier=name,
+            dtype=dtype,
+        )
+        config.check_verifier(info)
+        return config
+
+    def with_(self, **changes: Any) -> DrafterConfig:
+        """A copy with some fields replaced, validated again."""
+        return replace(self, **changes)

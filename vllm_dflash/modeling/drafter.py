@@ -1,0 +1,229 @@
+"""The DFlash drafter in plain PyTorch, to be read beside arXiv 2602.06036, section 3.
+
+Parameter names are those of the public checkpoints, so a state dict *is* a checkpoint. The
+verifier's token embedding and lm_head are shared and frozen: callers pass embedded block tokens in
+and apply lm_head to what comes out.
+
+Shape suffixes: T context tokens (packed over sequences), A anchors (packed), B draft block size,
+H drafter hidden size, F features (L target layers x verifier hidden), N query heads, G KV heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.modeling.blocks import BlockLayout
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding over the first ``rotary_dim`` elements of each head.
+
+    Scaled variants (yarn, llama3, linear, ...) take their frequencies from transformers'
+    ``ROPE_INIT_FUNCTIONS``, which vLLM's ``get_rope`` agrees with.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        rope = config.rope_parameters
+        self.is_neox_style = config.is_neox_style
+        self.rotary_dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        self.scaling = 1.0
+        kind = rope.get("rope_type", "default")
+        if kind == "default":
+            exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32) / self.rotary_dim
+            inv_freq = 1.0 / config.rope_theta**exponent
+        else:
+            from transformers import Qwen3Config
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            if kind not in ROPE_INIT_FUNCTIONS:
+                raise ValueError(
+                    f"drafter config: rope_type {kind!r} is unknown; known: "
+                    f"{sorted(['default', *ROPE_INIT_FUNCTIONS])}"
+                )
+            hf_config = Qwen3Config(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters={**rope, "rope_theta": config.rope_theta},
+            )
+            inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 cosines and sines ``[*positions, rotary_dim / 2]`` of integer positions."""
+        angles = positions.unsqueeze(-1).float() * self.inv_freq
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates ``x[..., heads, D]`` by angles ``[..., rotary_dim / 2]``."""
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        rotated, rest = x[..., : self.rotary_dim].float(), x[..., self.rotary_dim :]
+        if self.is_neox_style:
+            first, second = rotated.chunk(2, dim=-1)
+            out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        else:
+            first, second = rotated[..., ::2], rotated[..., 1::2]
+            out = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            out = out.flatten(-2)
+        return torch.cat((out.to(x.dtype), rest), dim=-1) if rest.shape[-1] else out.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Draft attention with KV injection: queries come from the block only, keys and values from
+    the context features and from the block (paper, eq. 3)."""
+
+    def __init__(self, config: DrafterConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.window, self.causal = config.layer_window(layer_idx), config.layer_causal(layer_idx)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def keys_values(
+        self, x: Tensor, rope: RotaryEmbedding, cos_sin: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``x[..., H]`` to keys and values ``[..., G, D]``; used for context and block alike."""
+        shape = (*x.shape[:-1], self.num_kv_heads, self.head_dim)
+        k = self.k_norm(self.k_proj(x).view(shape))
+        return rope(k, *cos_sin), self.v_proj(x).view(shape)
+
+    def forward(
+        self,
+        x_ABH: Tensor,
+        context: Tensor,
+        rope: RotaryEmbedding,
+        block_cos_sin: tuple[Tensor, Tensor],
+        context_cos_sin: tuple[Tensor, Tensor],
+        layout: BlockLayout,
+    ) -> Tensor:
+        k_ctx_TGD, v_ctx_TGD = self.keys_values(context, rope, context_cos_sin)
+        k_blk, v_blk = self.keys_values(x_ABH, rope, block_cos_sin)
+        q_shape = (*x_ABH.shape[:-1], self.num_heads, self.head_dim)
+        q = rope(self.q_norm(self.q_proj(x_ABH).view(q_shape)), *block_cos_sin)
+        outputs = []
+        for chunk in layout.chunks:
+            mask = layout.mask(chunk, self.window, self.causal)
+            keys = torch.cat((k_ctx_TGD[chunk.context], k_blk[chunk.anchors].flatten(0, 1)))
+            values = torch.cat((v_ctx_TGD[chunk.context], v_blk[chunk.anchors].flatten(0, 1)))
+            out = F.scaled_dot_product_attention(
+                q[chunk.anchors].flatten(0, 1).transpose(0, 1).unsqueeze(0),
+                keys.transpose(0, 1).unsqueeze(0),
+                values.transpose(0, 1).unsqueeze(0),
+                attn_mask=mask,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+            outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
+        return self.o_proj(torch.cat(outputs).view(*x_ABH.shape[:-1], -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise ValueError(
+                f"drafter config: hidden_act {config.hidden_act!r} cannot be trained; only 'silu'"
+            )
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer; the context passes only through its K/V projections."""
+
+    def __init__(self, config: DrafterConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_ABH: Tensor, *attention_args) -> Tensor:
+        x_ABH = x_ABH + self.self_attn(self.input_layernorm(x_ABH), *attention_args)
+        return x_ABH + self.mlp(self.post_attention_layernorm(x_ABH))
+
+
+class Drafter(nn.Module):
+    """DFlash drafter without embedding and lm_head.
+
+    Raises:
+        ValueError: the configuration asks for arithmetic that is served but not trained here
+            (attention sinks, value scales, an activation other than SiLU).
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        if config.serve_only:
+            raise ValueError(
+                f"drafters with {sorted(config.serve_only)} are served but cannot be trained here"
+            )
+        self.config = config
+        self.fc = nn.Linear(config.num_features, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = RotaryEmbedding(config)
+
+    def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """Normal weights, unit norms, zero biases."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        block_embeds_ABH: Tensor,
+        features_TF: Tensor,
+        context_positions_T: Tensor,
+        layout: BlockLayout,
+    ) -> Tensor:
+        """Final hidden states ``[A, B, H]`` of every block slot, ready for lm_head.
+
+        Args:
+            block_embeds_ABH: embedded blocks, the anchor token first, mask tokens after it.
+            features_TF: verifier features of the context tokens, packed over sequences.
+            context_positions_T: int64 position of each context token in its sequence.
+            layout: which anchors see which context tokens.
+        """
+        context = self.hidden_norm(self.fc(features_TF))
+        block_cos_sin = self.rope.cos_sin(layout.block_positions_AB)
+        context_cos_sin = self.rope.cos_sin(context_positions_T)
+        x_ABH = block_embeds_ABH
+        for layer in self.layers:
+            x_ABH = layer(x_ABH, context, self.rope, block_cos_sin, context_cos_sin, layout)
+        return self.norm(x_ABH)

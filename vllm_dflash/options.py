@@ -1,0 +1,76 @@
+"""Every option of the plugin: ``dflash_*`` keys of ``--speculative-config`` and environment variables.
+
+vLLM's ``SpeculativeConfig`` refuses unknown keys, so the plugin takes the ``dflash_*`` keys out before
+vLLM sees them and carries them in ``additional_config["vllm_dflash"]``, which reaches every worker
+process and is part of vLLM's compile-cache key.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+PREFIX = "dflash_"
+#: Key of ``VllmConfig.additional_config`` under which the options travel.
+ADDITIONAL_CONFIG_KEY = "vllm_dflash"
+#: Set to 1 to leave stock dflash in place although the plugin is installed.
+ENV_DISABLE = "VLLM_DFLASH_DISABLE"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The plugin's serving options; field names are the keys without ``dflash_``.
+
+    Attributes:
+        check: compare the drafter's configuration and weight shapes with the verifier before
+            anything is allocated, and its values for NaN and infinity while they load.
+        greedy_draft_vocab: take the greedy draft token inside the drafter's own vocabulary instead
+            of scattering its logits over the verifier's first. The tokens are the same.
+    """
+
+    check: bool = True
+    greedy_draft_vocab: bool = True
+
+    @classmethod
+    def from_speculative_config(cls, config: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+        """Splits ``--speculative-config`` into our options and what is vLLM's.
+
+        Raises:
+            ValueError: an unknown ``dflash_*`` key or a value of the wrong type.
+        """
+        allowed = {PREFIX + f.name: f for f in fields(cls)}
+        values, rest = {}, {}
+        for key, value in config.items():
+            name = key.replace("-", "_")
+            if not name.startswith(PREFIX):
+                rest[key] = value
+                continue
+            if name not in allowed:
+                raise ValueError(
+                    f"speculative-config key {key!r} (value {value!r}) is not an option of vllm-dflash; "
+                    f"its options are {', '.join(sorted(allowed))}"
+                )
+            if not isinstance(value, bool):
+                raise ValueError(
+                    f"speculative-config key {key!r} is {value!r}; allowed are true and false"
+                )
+            values[allowed[name].name] = value
+        return cls(**values), rest
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> Options:
+        """The options a worker process finds in its ``VllmConfig``; defaults where there are none."""
+        carried = {}
+        if isinstance(additional_config, dict):
+            carried = additional_config.get(ADDITIONAL_CONFIG_KEY) or {}
+        names = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in carried.items() if k in names})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plugin_disabled() -> bool:
+    """Whether ``VLLM_DFLASH_DISABLE`` switches the plugin off in this process."""
+    return os.environ.get(ENV_DISABLE, "0").lower() not in ("", "0", "false")

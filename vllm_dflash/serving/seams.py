@@ -1,0 +1,209 @@
+"""Where vllm-dflash enters vLLM: the list of seams, how each is checked and patched.
+
+Each seam is one attribute of one vLLM module. It is patched right after vLLM imports that module (or at
+once where it already has), and only if it looks as expected; otherwise one warning names it and stock vLLM
+stays. docs/architecture.md has the list with the vLLM versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("vllm.vllm_dflash")
+#: The drafter architecture that both public formats resolve to in vLLM.
+DRAFTER_ARCH = "DFlashDraftModel"
+_PATCHED = "_vllm_dflash_patched"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One patched attribute.
+
+    Attributes:
+        name: what messages call it, ``module.attribute``.
+        module: the vLLM module whose import triggers the patch.
+        attribute: dotted attribute inside it.
+        parameters: names that its signature must have, else the seam counts as changed.
+        patch: gets the module, replaces the attribute.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...]
+    patch: Callable[[ModuleType], None]
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+    def problem(self, module: ModuleType) -> str | None:
+        """What is wrong with the seam in this vLLM, None if it is as expected."""
+        target: Any = module
+        for part in self.attribute.split("."):
+            target = getattr(target, part, None)
+            if target is None:
+                return f"{self.name} is missing"
+        try:
+            have = inspect.signature(target).parameters
+        except (TypeError, ValueError):
+            return None
+        lost = [p for p in self.parameters if p not in have]
+        return f"{self.name} has no parameter {', '.join(lost)}" if lost else None
+
+
+def _patch_v1_proposer(module: ModuleType) -> None:
+    from vllm_dflash.serving.proposer_v1 import Proposer
+
+    module.DFlashProposer = Proposer  # type: ignore[attr-defined]
+
+
+def _patch_v2_speculator(module: ModuleType) -> None:
+    original = module.init_speculator
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config, *args, **kwargs):
+        speculator = original(vllm_config, *args, **kwargs)
+        spec_config = vllm_config.speculative_config
+        if spec_config is not None and spec_config.method == "dflash":
+            from vllm_dflash.serving.speculator_v2 import adopt
+
+            adopt(speculator)
+        return speculator
+
+    module.init_speculator = init_speculator  # type: ignore[attr-defined]
+
+
+def _patch_engine_args(module: ModuleType) -> None:
+    from vllm_dflash.serving.speculative_config import wrap_create_speculative_config
+
+    cls = module.EngineArgs
+    cls.create_speculative_config = wrap_create_speculative_config(cls.create_speculative_config)
+
+
+def _patch_metrics(module: ModuleType) -> None:
+    from vllm_dflash.serving.metrics import drafter_metrics_class
+
+    logger_cls = module.PrometheusStatLogger
+    logger_cls._spec_decoding_cls = drafter_metrics_class(logger_cls._spec_decoding_cls)
+
+
+SEAMS = (
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("target_model_config",),
+        _patch_engine_args,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "DFlashProposer.propose",
+        ("target_positions", "target_hidden_states", "common_attn_metadata"),
+        _patch_v1_proposer,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "init_speculator",
+        ("vllm_config", "device"),
+        _patch_v2_speculator,
+    ),
+    Seam(
+        "vllm.v1.metrics.loggers",
+        "PrometheusStatLogger._spec_decoding_cls",
+        ("speculative_config", "labelnames", "per_engine_labelvalues"),
+        _patch_metrics,
+    ),
+)
+
+
+def _apply(seam: Seam, module: ModuleType) -> None:
+    done: set[str] = module.__dict__.setdefault(_PATCHED, set())
+    if seam.name in done:
+        return
+    done.add(seam.name)
+    problem = seam.problem(module)
+    if problem:
+        logger.warning("vllm-dflash: %s in this vLLM; stock behaviour stays there", problem)
+        return
+    seam.patch(module)
+
+
+class _PostImport(importlib.abc.MetaPathFinder):
+    """Patches a module right after vLLM imports it.
+
+    Finds nothing itself: it asks the other finders and wraps the loader they return.
+    """
+
+    def __init__(self, seams: dict[str, Seam]) -> None:
+        self.seams = seams
+
+    def find_spec(self, fullname, path=None, target=None):
+        seam = self.seams.get(fullname)
+        if seam is None:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        if spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _apply(seam, module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> list[str]:
+    """Registers the drafter class and hooks every seam; returns the modules this vLLM lacks.
+
+    Where a module is absent nothing is patched at all, since half a plugin is worse than none.
+    """
+    missing = [seam.module for seam in SEAMS if importlib.util.find_spec(seam.module) is None]
+    if missing:
+        return missing
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(DRAFTER_ARCH, "vllm_dflash.serving.drafter_model:DrafterModel")
+    pending = {}
+    for seam in SEAMS:
+        module = sys.modules.get(seam.module)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _apply(seam, module)
+        else:
+            pending[seam.module] = seam
+    if pending:
+        sys.meta_path.insert(0, _PostImport(pending))
+    return []
+
+
+def probe() -> dict[str, str]:
+    """State of every seam in the installed vLLM, for ``vllm-dflash env``: name to ``ok`` or why not.
+
+    Imports the runners, so it is not for serving processes.
+    """
+    out = {}
+    for seam in SEAMS:
+        try:
+            module = importlib.import_module(seam.module)
+        except Exception as error:  # an import can fail in any way; the point is to report it
+            out[seam.name] = f"import failed: {type(error).__name__}: {error}"
+            continue
+        out[seam.name] = seam.problem(module) or "ok"
+    return out

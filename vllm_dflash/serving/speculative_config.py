@@ -1,0 +1,82 @@
+"""From ``--speculative-config`` to vLLM's ``SpeculativeConfig``: options, defaults, early checks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_dflash import __version__
+from vllm_dflash.checkpoint import check_weights, read_config
+from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
+from vllm_dflash.serving.seams import DRAFTER_ARCH
+
+#: Architectures in a drafter's config.json that end up in our drafter class.
+_OWN_ARCHS = {DRAFTER_ARCH, "DFlashSpeculator"}
+
+
+def _is_dflash(config: dict[str, Any]) -> bool:
+    method = config.get("method")
+    if method is not None:
+        return method == "dflash"
+    # vLLM detects the method from the drafter's name; our own keys say it as well.
+    return "dflash" in str(config.get("model", "")).lower() or any(
+        k.replace("-", "_").startswith(PREFIX) for k in config
+    )
+
+
+def _drafter_config(model: str, revision: str | None) -> DrafterConfig | None:
+    """The drafter's configuration, None for the relatives (DFlash 2, LiLiCorr, ...) that vLLM serves
+    with classes of its own."""
+    raw = read_config(model, revision)
+    architectures = set(raw.get("architectures") or [])
+    if architectures and not architectures & _OWN_ARCHS:
+        return None
+    if raw.get("speculators_model_type") not in (None, "dflash"):
+        return None
+    return DrafterConfig.from_dict(raw)
+
+
+def wrap_create_speculative_config(original):
+    """Wraps ``EngineArgs.create_speculative_config``; other methods pass through untouched.
+
+    For method dflash it takes the ``dflash_*`` keys out, fills ``num_speculative_tokens`` from the
+    checkpoint, and compares drafter and verifier before anything is allocated.
+    """
+
+    @functools.wraps(original)
+    def create_speculative_config(self, target_model_config, *args, **kwargs):
+        given = dict(self.speculative_config or {})
+        if self.spec_method is not None:
+            given.setdefault("method", self.spec_method)
+        if self.spec_model is not None:
+            given.setdefault("model", self.spec_model)
+        if not given or not _is_dflash(given):
+            return original(self, target_model_config, *args, **kwargs)
+
+        options, rest = Options.from_speculative_config(self.speculative_config or {})
+        model = given.get("model")
+        drafter = _drafter_config(model, given.get("revision")) if model else None
+        if drafter is not None:
+            if rest.get("num_speculative_tokens") is None and self.spec_tokens is None:
+                rest["num_speculative_tokens"] = drafter.num_speculative_tokens
+            tokens = rest.get("num_speculative_tokens", self.spec_tokens)
+            if isinstance(tokens, int) and tokens > drafter.num_speculative_tokens:
+                raise ValueError(
+                    f"num_speculative_tokens is {tokens}, but the drafter {model} was trained for "
+                    f"blocks of {drafter.draft_block_size}: at most {drafter.num_speculative_tokens}"
+                )
+            if options.check:
+                name = str(target_model_config.model)
+                drafter.check_verifier(
+                    VerifierInfo.from_hf_config(target_model_config.hf_config, name)
+                )
+                check_weights(model, drafter)
+        self.speculative_config = rest
+        self.additional_config = {
+            **(self.additional_config or {}),
+            ADDITIONAL_CONFIG_KEY: {"version": __version__, **options.as_dict()},
+        }
+        return original(self, target_model_config, *args, **kwargs)
+
+    return create_speculative_config

@@ -1,0 +1,43 @@
+"""The V2 speculator (vLLM's default runner on GPUs): vLLM's own, observed.
+
+The V2 runner needs Triton and does not start on vLLM's CPU backend: this file has been read against
+vLLM's source and unit-tested with a stand-in speculator, but not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ObservedSpeculator:
+    """Mixin in front of vLLM's ``DFlashSpeculator``: hands what it sees to a recorder.
+
+    ``propose`` is passed through whole, because its parameters change from release to release.
+    """
+
+    recorder: Any = None
+
+    def propose(self, input_batch: Any, *args, **kwargs) -> Tensor:
+        if self.recorder is not None and not kwargs.get("dummy_run", False):
+            aux_hidden_states = kwargs["aux_hidden_states"]
+            num_tokens = input_batch.num_tokens
+            self.recorder.observe(
+                request_ids=input_batch.req_ids,
+                query_start_loc=input_batch.query_start_loc_np[: input_batch.num_reqs + 1],
+                positions=input_batch.positions[:num_tokens],
+                features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
+                num_rejected=kwargs["num_rejected"][: input_batch.num_reqs],
+            )
+        return super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+
+
+def adopt(speculator: Any) -> None:
+    """Puts :class:`ObservedSpeculator` in front of a speculator's own class.
+
+    The instance is changed, not vLLM's class: DFlash 2, LiLiCorr and DSpark inherit from that.
+    """
+    cls = type(speculator)
+    speculator.__class__ = type(cls.__name__, (ObservedSpeculator, cls), {})

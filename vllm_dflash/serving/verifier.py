@@ -1,0 +1,81 @@
+"""Reading the running verifier inside vLLM's worker: its embedding, its lm_head, its final states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Where vLLM's models keep the token embedding, below the language model.
+_EMBEDDINGS = ("model.embed_tokens", "model.embedding", "model.wte", "transformer.wte", "embed_tokens")
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The text model of a multimodal verifier, else the model itself."""
+    return model.get_language_model() if hasattr(model, "get_language_model") else model
+
+
+def _find(model: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
+    for path in paths:
+        module: Any = model
+        for part in path.split("."):
+            module = getattr(module, part, None)
+            if module is None:
+                break
+        if module is not None:
+            return module
+    return None
+
+
+def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Embedding and lm_head ``[V, H]`` of the verifier, without vLLM's padding rows.
+
+    Raises:
+        ValueError: the layout is unknown, the weights are sharded over ranks, or quantised.
+    """
+    text = language_model(model)
+    embedding = _find(text, _EMBEDDINGS)
+    if embedding is None:
+        raise ValueError(
+            f"cannot find the token embedding of {type(model).__name__}; looked for "
+            f"{', '.join(_EMBEDDINGS)}. Try --engine-args '{{\"model_impl\": \"transformers\"}}'"
+        )
+    head = getattr(text, "lm_head", None)
+    if head is None or not hasattr(head, "weight"):
+        head = embedding
+    out = []
+    for name, module in (("embedding", embedding), ("lm_head", head)):
+        weight = module.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+            raise ValueError(f"the verifier's {name} is quantised; training needs it in full precision")
+        if weight.shape[0] < vocab_size:
+            raise ValueError(
+                f"the verifier's {name} holds {weight.shape[0]} of {vocab_size} rows on this rank: "
+                "training under tensor parallelism is not supported yet, use one device"
+            )
+        out.append(weight.detach()[:vocab_size])
+    return out[0], out[1]
+
+
+class FinalStates:
+    """Records what the verifier's model returns, the states its lm_head reads.
+
+    Needed by the kl loss only. A forward hook on the outermost module sees every step, also where the
+    decoder inside it is compiled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.last: Tensor | None = None
+        self._handle = model.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.last = output[0] if isinstance(output, tuple) else output
+
+    def remove(self) -> None:
+        self._handle.remove()
+        self.last = None
+
+
+def verifier_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

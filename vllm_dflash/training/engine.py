@@ -1,0 +1,154 @@
+"""The verifier's engine for training and evaluation: generation and feature extraction.
+
+The engine core runs in this process (workers too, unless vLLM's own executor spreads them): requests then
+reach the scheduler in one go, so the composition of every batch, and with it every bit of the features, is
+the same on each run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.training.config import EngineOptions, SamplingOptions
+from vllm_dflash.training.responses import GenerationRequest, GenerationResult
+
+#: The engine's drafter only holds a place in the seam, so the smallest draft length will do.
+_SEAT_TOKENS = 1
+
+
+class VerifierEngine:
+    """vLLM with the verifier and a drafter in the dflash seat."""
+
+    def __init__(
+        self,
+        verifier: str,
+        drafter: str | Path,
+        options: EngineOptions,
+        num_speculative_tokens: int = _SEAT_TOKENS,
+    ) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Features are recorded by the V1 proposer; see docs/architecture.md.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if current_platform.is_cpu():
+            # vLLM would keep a core for its front end, which idles while we train.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        self.max_len = options.max_len
+        args = {
+            "model": verifier,
+            "dtype": options.dtype,
+            # The proposer is not called for batches that end closer than this to the limit.
+            "max_model_len": options.max_len + num_speculative_tokens + 2,
+            "max_num_seqs": options.max_num_seqs,
+            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "enforce_eager": options.enforce_eager,
+            "tensor_parallel_size": options.tensor_parallel_size,
+            # A cached prefix has no hidden states.
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "worker_extension_cls": "vllm_dflash.serving.worker.WorkerExtension",
+            "speculative_config": {
+                "method": "dflash",
+                "model": str(drafter),
+                "num_speculative_tokens": num_speculative_tokens,
+            },
+            **options.extra,
+        }
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        self.call("drafting", False)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.engine.get_tokenizer()
+
+    def call(self, command: str, *args: Any) -> Any:
+        """A command of the worker's ``TrainingSession``; the first rank's answer."""
+        return self.engine.collective_rpc("vllm_dflash", args=(command, *args))[0]
+
+    def _run(self, requests: Sequence[tuple[str, list[int]]], params: Any) -> Iterator[Any]:
+        pending = set()
+        for key, token_ids in requests:
+            pending.add(self._add(key, token_ids, params))
+        try:
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    if output.finished:
+                        pending.discard(output.request_id)
+                        yield output
+        finally:
+            if pending:
+                self.engine.abort_request(list(pending))
+
+    def _add(self, key: str, token_ids: list[int], params: Any) -> str:
+        self.engine.add_request(key, {"prompt_token_ids": list(token_ids)}, params)
+        return key
+
+    def generator(
+        self, sampling: SamplingOptions
+    ) -> Callable[[list[GenerationRequest]], Iterator[GenerationResult]]:
+        """A generate function for ``training.responses.regenerate``."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            detokenize=False,
+        )
+
+        def generate(requests: list[GenerationRequest]) -> Iterator[GenerationResult]:
+            for output in self._run([(r.key, r.prompt_token_ids) for r in requests], params):
+                done = output.outputs[0]
+                yield GenerationResult(
+                    output.request_id, list(done.token_ids), str(done.finish_reason)
+                )
+
+        return generate
+
+    def extract(self, examples: dict[str, Sequence[int]]) -> Iterator[tuple[str, str | None]]:
+        """Runs whole conversations through the verifier once; their features go to the worker's store.
+
+        The last token's features are not needed, no block can be anchored behind it.
+
+        Yields:
+            Each key as it finishes, with None or the reason why its features cannot be used.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        lengths = {key: len(ids) - 1 for key, ids in examples.items()}
+        self.call("watch", lengths)
+        requests = [(key, list(ids[:-1])) for key, ids in examples.items()]
+        for output in self._run(requests, params):
+            key = output.request_id
+            failed = self.call("collect", {key: lengths[key]})
+            yield key, failed.get(key)
+
+    def close(self) -> None:
+        """Stops the engine and frees the device."""
+        self.engine.engine_core.shutdown()
+
+
+def seat_drafter(config: DrafterConfig) -> DrafterConfig:
+    """The one-layer drafter that sits in the engine while another is trained: same taps, no size."""
+    return config.with_(
+        num_hidden_layers=1,
+        layer_types=None,
+        sliding_window=None,
+        draft_vocab_size=None,
+        draft_block_size=_SEAT_TOKENS + 1,
+        sample_from_anchor=False,
+        causal=None,
+        intermediate_size=64,
+    )

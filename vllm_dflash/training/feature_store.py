@@ -1,0 +1,101 @@
+"""Features between the verifier's pass and the learner's steps: bounded memory, optional shards."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_dflash.checkpoint import atomic_write
+
+#: A cache shard is closed when it reaches this size.
+SHARD_BYTES = 512 * 2**20
+_Entry = tuple[Tensor, Tensor | None]
+
+
+class FeatureStore:
+    """Features by key, least recently used dropped beyond a memory budget.
+
+    Args:
+        budget: bytes kept in memory; at least one entry always is.
+        cache_dir: folder of safetensors shards that keeps every entry for later epochs and runs;
+            None keeps nothing on disk.
+    """
+
+    def __init__(self, budget: int, cache_dir: Path | None = None) -> None:
+        self.budget, self.cache_dir = budget, cache_dir
+        self._memory: OrderedDict[str, _Entry] = OrderedDict()
+        self._bytes = 0
+        self._pending: dict[str, _Entry] = {}
+        self._pending_bytes = 0
+        self._index: dict[str, str] = {}
+        if cache_dir is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            index = cache_dir / "index.json"
+            if index.is_file():
+                self._index = json.loads(index.read_text())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._memory or key in self._index
+
+    def put(self, key: str, features_TF: Tensor, final_TH: Tensor | None = None) -> None:
+        entry = (features_TF, final_TH)
+        self._remember(key, entry)
+        if self.cache_dir is not None and key not in self._index:
+            self._pending[key] = entry
+            self._pending_bytes += _size(entry)
+            if self._pending_bytes >= SHARD_BYTES:
+                self.flush()
+
+    def get(self, key: str) -> _Entry:
+        """The entry; KeyError when it is neither in memory nor cached."""
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
+        if key not in self._index or self.cache_dir is None:
+            raise KeyError(key)
+        from safetensors import safe_open
+
+        with safe_open(self.cache_dir / self._index[key], framework="pt") as shard:
+            features = shard.get_tensor(f"{key}/features")
+            names = set(shard.keys())
+            final = shard.get_tensor(f"{key}/final") if f"{key}/final" in names else None
+        entry = (features, final)
+        self._remember(key, entry)
+        return entry
+
+    def flush(self) -> None:
+        """Writes what is pending as one shard; the index is replaced last, so a crash loses only it."""
+        if not self._pending or self.cache_dir is None:
+            return
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for key, (features, final) in self._pending.items():
+            tensors[f"{key}/features"] = features.cpu().contiguous()
+            if final is not None:
+                tensors[f"{key}/final"] = final.cpu().contiguous()
+        name = f"features-{len(set(self._index.values())):05d}.safetensors"
+        part = self.cache_dir / f".{name}.part"
+        save_file(tensors, part)
+        part.replace(self.cache_dir / name)
+        self._index |= dict.fromkeys(self._pending, name)
+        atomic_write(self.cache_dir / "index.json", json.dumps(self._index))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _remember(self, key: str, entry: _Entry) -> None:
+        old = self._memory.pop(key, None)
+        if old is not None:
+            self._bytes -= _size(old)
+        self._memory[key] = entry
+        self._bytes += _size(entry)
+        while self._bytes > self.budget and len(self._memory) > 1:
+            _, dropped = self._memory.popitem(last=False)
+            self._bytes -= _size(dropped)
+
+
+def _size(entry: _Entry) -> int:
+    return sum(t.numel() * t.element_size() for t in entry if isinstance(t, torch.Tensor))

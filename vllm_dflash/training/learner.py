@@ -1,0 +1,421 @@
+"""The training step and teacher-forced evaluation. Plain PyTorch: no vllm, no I/O but safetensors.
+
+Everything random is derived from (seed, step), and the learning rate from the step, so that a resumed run
+needs only weights and optimizer state to go on bit for bit.
+
+Shape suffixes as in modeling/drafter.py; K = drafted positions of a block.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.modeling.acceptance import Acceptance, walk
+from vllm_dflash.modeling.blocks import BlockLayout
+from vllm_dflash.modeling.drafter import Drafter
+from vllm_dflash.modeling.losses import block_loss, default_gamma
+from vllm_dflash.training.config import Hyperparameters
+
+#: Anchors whose blocks are drafted in one evaluation pass.
+_EVAL_ANCHORS = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as the learner sees it.
+
+    Attributes:
+        key: name in messages.
+        token_ids: all tokens.
+        loss_mask: True where the verifier generated the token.
+        features_TF: verifier features of positions 0..T-1; rows of the last token may be absent.
+        final_TH: the verifier's final hidden states, for the kl loss only.
+    """
+
+    key: str
+    token_ids: Sequence[int]
+    loss_mask: Sequence[bool]
+    features_TF: Tensor
+    final_TH: Tensor | None = None
+
+    def anchor_candidates(self) -> list[int]:
+        """Positions a served block can be anchored at: generated tokens with a generated successor."""
+        mask = self.loss_mask
+        last = min(len(mask) - 1, self.features_TF.shape[0] + 1)
+        return [p for p in range(last) if mask[p] and mask[p + 1]]
+
+    def response_spans(self) -> list[tuple[int, int]]:
+        """Generated stretches as half-open ranges."""
+        spans, start = [], None
+        for p, generated in enumerate([*self.loss_mask, False]):
+            if generated and start is None:
+                start = p
+            elif not generated and start is not None:
+                spans.append((start, p))
+                start = None
+        return spans
+
+
+class SharedHead:
+    """The verifier's frozen embedding and lm_head, the latter cut to the draft vocabulary.
+
+    Args:
+        embedding_VH: the verifier's token embedding.
+        lm_head_VH: its output projection.
+        draft_token_ids: verifier ids of the draft vocabulary, ascending; None for all.
+    """
+
+    def __init__(
+        self, embedding_VH: Tensor, lm_head_VH: Tensor, draft_token_ids: Tensor | None
+    ) -> None:
+        self.embedding = embedding_VH.detach()
+        self.draft_token_ids = draft_token_ids
+        head = lm_head_VH.detach()
+        self.draft_index: Tensor | None = None
+        if draft_token_ids is not None:
+            draft_token_ids = draft_token_ids.to(head.device)
+            self.draft_token_ids = draft_token_ids
+            head = head[draft_token_ids].clone()
+            self.draft_index = torch.full(
+                (lm_head_VH.shape[0],), -1, dtype=torch.int64, device=head.device
+            )
+            self.draft_index[draft_token_ids] = torch.arange(
+                len(draft_token_ids), device=head.device
+            )
+        self.lm_head = head
+
+    def labels(self, token_ids: Tensor) -> Tensor:
+        """Draft-vocabulary ids of verifier tokens, -1 where the draft vocabulary lacks them."""
+        return token_ids if self.draft_index is None else self.draft_index[token_ids]
+
+    def tokens(self, draft_ids: Tensor) -> Tensor:
+        """Verifier tokens of draft-vocabulary ids."""
+        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """``lm_head.weight`` and ``d2t`` (offsets, as speculators and vLLM store them)."""
+        if self.draft_token_ids is None:
+            return {}
+        ids = self.draft_token_ids.cpu()
+        return {"lm_head.weight": self.lm_head, "d2t": ids - torch.arange(len(ids))}
+
+
+class Learner:
+    """A drafter, its optimizer and the step."""
+
+    def __init__(
+        self,
+        config: DrafterConfig,
+        hparams: Hyperparameters,
+        head: SharedHead,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.hparams, self.head = config, hparams, head
+        self.total_steps = total_steps
+        self.device = torch.device(device)
+        self.gamma = hparams.gamma or default_gamma(config.draft_block_size)
+        self.drafter = Drafter(config)
+        generator = torch.Generator().manual_seed(hparams.seed)
+        self.drafter.init_weights(generator=generator)
+        self.drafter.to(self.device, torch.float32)
+        self.optimizers = self._make_optimizers()
+        self.ema: dict[str, Tensor] | None = None
+        if hparams.ema:
+            self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
+
+    def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        hp = self.hparams
+        params = dict(self.drafter.named_parameters())
+        muon = {n: p for n, p in params.items() if hp.optimizer == "muon" and p.dim() == 2}
+        rest = {n: p for n, p in params.items() if n not in muon}
+        out: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(
+                list(rest.values()),
+                lr=hp.lr,
+                betas=(0.9, 0.95),
+                weight_decay=hp.weight_decay,
+                fused=True,
+            )
+        }
+        if muon:
+            out["muon"] = torch.optim.Muon(
+                list(muon.values()),
+                lr=hp.lr,
+                weight_decay=hp.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        self._optimizer_names = {"adamw": list(rest), "muon": list(muon)}
+        return out
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then cosine to ``min_lr``; a function of the step alone."""
+        hp = self.hparams
+        warm = max(1, round(hp.warmup * self.total_steps))
+        if step < warm:
+            return hp.lr * (step + 1) / warm
+        done = (step - warm) / max(1, self.total_steps - warm)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return hp.lr * (hp.min_lr + (1 - hp.min_lr) * cosine)
+
+    def pick_anchors(self, step: int, sample: Sample) -> list[int]:
+        """Random anchors of one sequence, ascending; a function of (seed, step, sequence)."""
+        candidates = sample.anchor_candidates()
+        rng = random.Random(f"{self.hparams.seed}/{step}/{sample.key}")
+        count = min(self.hparams.anchors, len(candidates))
+        return sorted(rng.sample(candidates, count))
+
+    def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One optimizer step.
+
+        Returns:
+            Metrics; ``bad`` names the sequences that made loss or gradients non-finite, in which case
+            the weights are as before.
+        """
+        samples = [s for s in samples if s.anchor_candidates()]
+        if not samples:
+            return {"step": step, "anchors": 0, "bad": []}
+        anchors = [self.pick_anchors(step, s) for s in samples]
+        lr = self.lr_at(step)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.hparams.autocast == "bfloat16"
+        ):
+            logits_AKV, labels_AK, valid_AK = self._forward(samples, anchors)
+            loss, ce_AK = block_loss(
+                logits_AKV,
+                labels_AK,
+                valid_AK,
+                loss=self.hparams.loss,
+                gamma=self.gamma,
+                alpha=self.hparams.alpha,
+                verifier_logits_AKV=self._verifier_logits(samples, anchors),
+            )
+        right_AK = (logits_AKV.detach().argmax(-1) == labels_AK) & valid_AK
+        owners = [i for i, group in enumerate(anchors) for _ in group]
+        bad = sorted({samples[owners[a]].key for a in _non_finite_rows(ce_AK)})
+        grad_norm = float("nan")
+        if not bad and torch.isfinite(loss):
+            loss.backward()
+            grad_norm = float(
+                torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.hparams.clip)
+            )
+        if math.isfinite(grad_norm):
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            self._update_ema()
+        else:
+            bad = bad or [s.key for s in samples]
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step,
+            "loss": float(loss),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "anchors": len(owners),
+            "tokens": sum(s.features_TF.shape[0] for s in samples),
+            "right": right_AK.sum(0).tolist(),
+            "valid": valid_AK.sum(0).tolist(),
+            "accepted": int((right_AK & valid_AK).long().cumprod(-1).sum()),
+            "bad": bad,
+        }
+
+    def _forward(
+        self, samples: Sequence[Sample], anchors: list[list[int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``[A, K, V]``, draft-vocabulary labels and validity ``[A, K]``."""
+        config = self.config
+        # Features behind a sequence's last anchor are seen by nobody.
+        lengths = [max(group) for group in anchors]
+        features = torch.cat(
+            [s.features_TF[:n].to(self.device) for s, n in zip(samples, lengths, strict=True)]
+        )
+        layout = BlockLayout.build(anchors, lengths, config.draft_block_size, self.device)
+        first = 0 if config.sample_from_anchor else 1
+        tokens_AK, valid_AK = block_targets(samples, anchors, config.num_speculative_tokens)
+        tokens_AK, valid_AK = tokens_AK.to(self.device), valid_AK.to(self.device)
+        labels_AK = self.head.labels(tokens_AK)
+        # A token outside the draft vocabulary ends the block: nothing behind it can be accepted.
+        valid_AK = valid_AK & (labels_AK >= 0).long().cumprod(-1).bool()
+        embeds = self._block_embeds(samples, anchors, config.draft_block_size)
+        if self.hparams.autocast == "float32":
+            features, embeds = features.float(), embeds.float()
+        hidden_ABH = self.drafter(embeds, features, layout.context_positions_T, layout)
+        weight = self.head.lm_head
+        if self.hparams.autocast == "float32":
+            weight = weight.float()
+        return F.linear(hidden_ABH[:, first:], weight), labels_AK, valid_AK
+
+    def _block_embeds(
+        self, samples: Sequence[Sample], anchors: list[list[int]], draft_block_size: int
+    ) -> Tensor:
+        ids = torch.tensor(
+            [
+                [s.token_ids[p], *[self.config.mask_token_id] * (draft_block_size - 1)]
+                for s, group in zip(samples, anchors, strict=True)
+                for p in group
+            ],
+            device=self.head.embedding.device,
+        )
+        return F.embedding(ids, self.head.embedding)
+
+    def _verifier_logits(
+        self, samples: Sequence[Sample], anchors: list[list[int]]
+    ) -> Tensor | None:
+        """The verifier's draft-vocabulary logits at the drafted positions, for kl."""
+        if self.hparams.loss != "kl":
+            return None
+        num_draft = self.config.num_speculative_tokens
+        rows = []
+        for sample, group in zip(samples, anchors, strict=True):
+            if sample.final_TH is None:
+                raise ValueError(f"the kl loss needs the verifier's final states of {sample.key}")
+            # Token p + 1 + k is predicted by the final state of position p + k.
+            at = torch.tensor(group).unsqueeze(1) + torch.arange(num_draft)
+            rows.append(sample.final_TH[at.clamp_max(sample.final_TH.shape[0] - 1)])
+        final = torch.cat(rows).to(self.head.lm_head.device, self.head.lm_head.dtype)
+        with torch.no_grad():
+            return F.linear(final, self.head.lm_head)
+
+    def _update_ema(self) -> None:
+        if self.ema is None:
+            return
+        params = [p.detach() for _, p in self.drafter.named_parameters()]
+        torch._foreach_lerp_(list(self.ema.values()), params, 1 - self.hparams.ema)
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def serving_drafter(self, dtype: torch.dtype) -> Drafter:
+        """A copy as it would be served: exported weights in the serving dtype."""
+        drafter = copy.deepcopy(self.drafter)
+        drafter.load_state_dict(self.weights())
+        return drafter.to(dtype).eval()
+
+    @torch.no_grad()
+    def accept(
+        self, drafter: Drafter, sample: Sample, num_draft_tokens: int, dtype: torch.dtype
+    ) -> Acceptance:
+        """Teacher-forced greedy acceptance over one conversation (see ``modeling.acceptance``).
+
+        The block is as wide as served, 1 + ``num_draft_tokens``.
+        """
+        config = self.config
+        from_anchor = config.sample_from_anchor
+        width = num_draft_tokens if from_anchor else num_draft_tokens + 1
+        total = Acceptance()
+        features = sample.features_TF.to(self.device, dtype)
+        for start, end in sample.response_spans():
+            positions = [p for p in range(start, end - 1) if p <= features.shape[0]]
+            matches: list[list[bool]] = []
+            for i in range(0, len(positions), _EVAL_ANCHORS):
+                group = positions[i : i + _EVAL_ANCHORS]
+                length = max(group)
+                layout = BlockLayout.build([group], [length], width, self.device)
+                embeds = self._block_embeds([sample], [group], width).to(dtype)
+                hidden = drafter(embeds, features[:length], layout.context_positions_T, layout)
+                logits = F.linear(
+                    hidden[:, 0 if from_anchor else 1 :], self.head.lm_head.to(dtype)
+                )
+                drafted = self.head.tokens(logits.argmax(-1))
+                tokens, valid = block_targets([sample], [group], num_draft_tokens)
+                matches += ((drafted.cpu() == tokens) & valid).tolist()
+            total.merge(walk(matches, num_draft_tokens))
+        return total
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is exported: the moving average where there is one."""
+        if self.ema is not None:
+            return dict(self.ema)
+        return {n: p.detach() for n, p in self.drafter.named_parameters()}
+
+    def load_drafter(self, weights: dict[str, Tensor]) -> None:
+        """Starts from a trained drafter's weights (fine-tuning)."""
+        own = {n: w for n, w in weights.items() if n in dict(self.drafter.named_parameters())}
+        self.drafter.load_state_dict({n: w.float() for n, w in own.items()})
+        if self.ema is not None:
+            self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
+
+    def save_state(self, file: Path) -> None:
+        """Weights, moving average and optimizer state in one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"model.{n}": p.detach() for n, p in self.drafter.named_parameters()}
+        for n, tensor in (self.ema or {}).items():
+            tensors[f"ema.{n}"] = tensor
+        for kind, optimizer in self.optimizers.items():
+            names = self._optimizer_names[kind]
+            for i, slot in optimizer.state_dict()["state"].items():
+                for key, value in slot.items():
+                    tensors[f"{kind}.{names[i]}.{key}"] = torch.as_tensor(value)
+        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, file)
+
+    def load_state(self, file: Path) -> None:
+        """Inverse of :meth:`save_state`; ValueError when the file is not of this drafter."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"training state {file} cannot be read: {error}") from error
+        params = dict(self.drafter.named_parameters())
+        missing = [n for n in params if f"model.{n}" not in tensors]
+        if missing:
+            raise ValueError(f"training state {file} lacks {missing[0]}; it is of another drafter")
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(tensors[f"model.{n}"])
+            if self.ema is not None:
+                self.ema = {n: tensors[f"ema.{n}"].to(self.device) for n in self.ema}
+        for kind, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for i, n in enumerate(self._optimizer_names[kind]):
+                prefix = f"{kind}.{n}."
+                slot = {
+                    k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+                }
+                if slot:
+                    state[i] = slot
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def block_targets(
+    samples: Sequence[Sample], anchors: list[list[int]], num_draft_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Verifier tokens behind each anchor ``[A, K]`` and whether they lie in the same response."""
+    tokens, valid = [], []
+    for sample, group in zip(samples, anchors, strict=True):
+        ids, mask = sample.token_ids, sample.loss_mask
+        for p in group:
+            ahead = list(ids[p + 1 : p + 1 + num_draft_tokens])
+            inside, generated = [], True
+            for flag in mask[p + 1 : p + 1 + num_draft_tokens]:
+                generated = generated and flag
+                inside.append(generated)
+            short = num_draft_tokens - len(ahead)
+            tokens.append(ahead + [0] * short)
+            valid.append(inside + [False] * short)
+    return torch.tensor(tokens), torch.tensor(valid)
+
+
+def _non_finite_rows(ce_AK: Tensor) -> list[int]:
+    return torch.nonzero(~torch.isfinite(ce_AK).all(-1)).flatten().tolist()

@@ -1,0 +1,165 @@
+"""The worker's half of training: features from the seam, the learner on the same device.
+
+Commands arrive through ``collective_rpc("vllm_dflash", (command, ...))``; arguments and results are plain
+data, so that the same calls work for an engine in another process.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_dflash import checkpoint
+from vllm_dflash.config import CheckpointFormat, DrafterConfig
+from vllm_dflash.modeling.acceptance import Acceptance
+from vllm_dflash.serving.features import FeatureRecorder
+from vllm_dflash.serving.proposer_v1 import Proposer
+from vllm_dflash.serving.verifier import FinalStates, shared_weights, verifier_dtype
+from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.feature_store import FeatureStore
+from vllm_dflash.training.learner import Learner, Sample, SharedHead
+
+
+class TrainingSession:
+    """Lives in a vLLM worker, beside the verifier it learns from."""
+
+    COMMANDS = (
+        "begin",
+        "drafting",
+        "register",
+        "watch",
+        "collect",
+        "stored",
+        "train",
+        "evaluate",
+        "save_state",
+        "load_state",
+        "export",
+    )
+
+    def __init__(self, proposer: Any, verifier: nn.Module) -> None:
+        if not isinstance(proposer, Proposer):
+            raise ValueError(
+                f"the engine runs {type(proposer).__name__}, not vllm-dflash's proposer: is the plugin "
+                "switched off (VLLM_PLUGINS, VLLM_DFLASH_DISABLE), or the V2 runner forced?"
+            )
+        self.proposer, self.verifier = proposer, verifier
+        self.recorder = FeatureRecorder()
+        proposer.recorder = self.recorder
+        self.examples: dict[str, tuple[list[int], list[bool], str]] = {}
+        self.learner: Learner | None = None
+        self.store = FeatureStore(0)
+
+    def drafting(self, enabled: bool) -> None:
+        """Whether the engine's own (untrained) drafter drafts; off while features are recorded."""
+        self.proposer.drafting = enabled
+
+    def begin(
+        self,
+        drafter_config: dict[str, Any],
+        hparams: dict[str, Any],
+        draft_token_ids: list[int] | None,
+        total_steps: int,
+        init_from: str | None,
+        store_bytes: int,
+        cache_dir: str | None,
+    ) -> dict[str, Any]:
+        """Makes the learner. ``drafter_config`` is a z-lab ``config.json``."""
+        config = DrafterConfig.from_dict(drafter_config)
+        hp = Hyperparameters.from_dict(hparams)
+        embedding, lm_head = shared_weights(self.verifier, config.vocab_size)
+        ids = torch.tensor(draft_token_ids) if draft_token_ids is not None else None
+        head = SharedHead(embedding, lm_head, ids)
+        self.learner = Learner(config, hp, head, total_steps, embedding.device)
+        if init_from is not None:
+            self.learner.load_drafter(checkpoint.load_weights(init_from, config))
+        final = FinalStates(self.verifier) if hp.loss == "kl" else None
+        self.recorder.final_states = final
+        self.store = FeatureStore(store_bytes, Path(cache_dir) if cache_dir else None)
+        return {
+            "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
+            "device": str(embedding.device),
+            "threads": torch.get_num_threads(),
+        }
+
+    # -- features --------------------------------------------------------------------------------
+
+    def register(self, examples: list[tuple[str, list[int], list[bool], str]]) -> None:
+        """Tells the session about examples: key, token ids, loss mask, source."""
+        for key, token_ids, loss_mask, source in examples:
+            self.examples[key] = (list(token_ids), list(loss_mask), source)
+
+    def watch(self, lengths: dict[str, int]) -> None:
+        self.recorder.watch(lengths)
+
+    def collect(self, wanted: dict[str, int]) -> dict[str, str]:
+        """Moves recorded features to the store; returns the keys that failed, with the reason."""
+        failed = {}
+        for key, length in wanted.items():
+            try:
+                # Recorded under inference mode; autograd needs an ordinary tensor.
+                features, final = self.recorder.take(key, length)
+            except ValueError as error:
+                failed[key] = str(error)
+                continue
+            self.store.put(key, features.clone(), None if final is None else final.clone())
+        self.store.flush()
+        return failed
+
+    def stored(self, keys: list[str]) -> list[str]:
+        """Those of the keys whose features are at hand, in memory or in the cache folder."""
+        return [k for k in keys if k in self.store]
+
+    def _sample(self, key: str) -> Sample:
+        token_ids, loss_mask, _ = self.examples[key]
+        features, final = self.store.get(key)
+        return Sample(key, token_ids, loss_mask, features, final)
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def _learner(self) -> Learner:
+        if self.learner is None:
+            raise ValueError("the session has no drafter yet: call begin first")
+        return self.learner
+
+    def train(self, steps: list[tuple[int, list[str]]]) -> list[dict[str, Any]]:
+        """Runs the given steps, each over the sequences named; returns their metrics."""
+        learner = self._learner()
+        return [learner.step(step, [self._sample(k) for k in keys]) for step, keys in steps]
+
+    def evaluate(self, keys: list[str], num_draft_tokens: int) -> dict[str, Any]:
+        """Teacher-forced greedy acceptance, pooled and by source, in the serving dtype."""
+        learner = self._learner()
+        dtype = verifier_dtype(self.verifier)
+        drafter = learner.serving_drafter(dtype)
+        total, by_source, per_example = Acceptance(), OrderedDict[str, Acceptance](), []
+        for key in keys:
+            got = learner.accept(drafter, self._sample(key), num_draft_tokens, dtype)
+            total.merge(got)
+            by_source.setdefault(self.examples[key][2], Acceptance()).merge(got)
+            per_example.append(got.tau)
+        return {
+            **total.as_dict(),
+            "mean_of_examples": sum(per_example) / max(len(per_example), 1),
+            "sources": {name: a.as_dict() for name, a in by_source.items()},
+        }
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def save_state(self, file: str) -> None:
+        self._learner().save_state(Path(file))
+
+    def load_state(self, file: str) -> None:
+        self._learner().load_state(Path(file))
+
+    def export(
+        self, path: str, fmt: CheckpointFormat, extra_files: dict[str, str] | None = None
+    ) -> None:
+        """Writes the drafter as a checkpoint (atomic)."""
+        learner = self._learner()
+        weights: dict[str, Tensor] = learner.weights() | learner.head.checkpoint_tensors()
+        checkpoint.save_drafter(path, learner.config, weights, fmt, extra_files)
