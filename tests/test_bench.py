@@ -107,6 +107,7 @@ def bench_config(tmp_path: Path, **changes: Any) -> BenchConfig:
         "concurrencies": (1, 2),
         "num_prompts": 4,
         "repeats": 2,
+        "settle_s": 0.0,
         "out_dir": tmp_path,
     }
     return BenchConfig(**fields | changes)
@@ -233,6 +234,7 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
         ({"concurrencies": (0,)}, "concurrencies"),
         ({"repeats": 0}, "repeats is 0"),
         ({"temperature": -1.0}, "temperature"),
+        ({"settle_s": -1.0}, "settle_s"),
         ({"drafter": None}, "need a drafter"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0"),
     ],
@@ -367,11 +369,14 @@ def test_png_of_nothing(tmp_path):
 
 
 def test_printed_report(bench_report):
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     report.print_report(bench_report, console)
     text = console.export_text()
     for part in ("verifier with drafter, K = 2", "ours", "2.20", "mode stock failed", "[red] boom"):
         assert part in text
+    assert "…" not in text
+    assert "differ" in text
+    assert "12.0-12.0" in text
 
 
 # -- engine processes --------------------------------------------------------------------------

@@ -171,6 +171,18 @@ def test_killed_run_continues_and_ends_as_if_never_killed(dies_after):
         assert verifier.num_asked == 0
 
 
+def test_each_response_is_on_disk_before_the_next_one_is_asked_for(tmp_path):
+    num_lines = []
+
+    def generate(requests):
+        for result in Verifier()(requests):
+            yield result
+            num_lines.append(len(logged_lines(tmp_path)))
+
+    run(many(6), generate, tmp_path)
+    assert num_lines == list(range(2, 11))
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_file_cut_anywhere_by_a_kill_is_continued(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -112,6 +113,8 @@ FAMILIES = {
     "qwen3": (QWEN3, "<|endoftext|>", "<|im_end|>", ["<|endoftext|>"]),
     "mistral": (MISTRAL, "<s>", "</s>", []),
     "parts": (PARTS, "<|endoftext|>", "<|im_end|>", []),
+    # Shows how many parts it was given.
+    "marked_parts": (PARTS.replace("part.text", "'|' + part.text"), "<s>", "<|im_end|>", []),
 }
 END_OF_TURN = {
     "chatml": "<|im_end|>",
@@ -410,7 +413,7 @@ SERVED = {
     ],
     "tools": [
         {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning": "hm"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "hm"},
         {"role": "tool", "content": PARTS_CONTENT, "tool_call_id": "1"},
     ],
 }
@@ -433,12 +436,12 @@ def test_prompt_is_the_one_that_vllm_serves(family, name):
     )
     tools = (TOOL,) if name == "tools" else None
     kwargs = {"enable_thinking": False, "unknown": 1}
-    conversation = Conversation("c", tuple(SERVED[name]), "test", tools, kwargs)
+    # As load_conversations() reads them: absent content is empty.
+    loaded = [message | {"content": message["content"] or ""} for message in SERVED[name]]
+    conversation = Conversation("c", tuple(deepcopy(loaded)), "test", tools, kwargs)
 
     content_format = hf._detect_content_format(tokenizer.chat_template, default="string")
-    messages, *_ = chat_utils.parse_chat_messages(
-        [dict(message) for message in SERVED[name]], config, content_format
-    )
+    messages, *_ = chat_utils.parse_chat_messages(deepcopy(SERVED[name]), config, content_format)
 
     def serve() -> list[int]:
         dumped = [protocol.ChatCompletionToolsParam(**tool).model_dump() for tool in tools or ()]
@@ -459,4 +462,4 @@ def test_prompt_is_the_one_that_vllm_serves(family, name):
             prompt_token_ids(tokenizer, conversation)
         return
     assert prompt_token_ids(tokenizer, conversation) == serve()
-    assert SERVED[name] == list(conversation.messages)  # rendering changes nothing in the data
+    assert list(conversation.messages) == loaded  # rendering changes nothing in the data

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -213,11 +214,20 @@ def _subtitle(report: Mapping[str, Any]) -> str:
 
 
 def make_table(report: Mapping[str, Any]) -> Table:
-    """The figures, one row per concurrency and mode; min and max of the repeats in brackets."""
-    table = Table(title=_title(report), caption=_subtitle(report))
+    """The figures, one row per concurrency and mode: median, then min and max of the repeats."""
+    # Little padding and few lines: it has to fit 80 columns.
+    table = Table(
+        title=_title(report),
+        caption=_subtitle(report),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("in flight", justify="right")
     table.add_column("mode")
-    for name in ("output tok/s", "over none", "tau", "TTFT ms", "TPOT ms", "differ"):
+    for name in ("output tok/s", "over none"):
+        table.add_column(name, justify="right", min_width=len("98.7-103.0"))
+    for name in ("tau", "TTFT ms", "TPOT ms", "differ"):
         table.add_column(name, justify="right")
     modes = report["modes"]
     groups = sorted({int(c) for entry in modes.values() for c in entry.get("concurrency", {})})
@@ -230,8 +240,8 @@ def make_table(report: Mapping[str, Any]) -> Table:
             table.add_row(
                 str(group),
                 mode,
-                f"{speed['median']:.1f} ({speed['min']:.1f}-{speed['max']:.1f})",
-                f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})"
+                f"{_speed(speed['median'])} {_speed(speed['min'])}-{_speed(speed['max'])}",
+                f"{ratio['ratio']:.2f}x {ratio['min']:.2f}-{ratio['max']:.2f}"
                 if ratio and mode != "none"
                 else NO_VALUE,
                 _number(figures["tau"], 2),
@@ -251,6 +261,10 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     for mode, message in report["errors"].items():
         # Messages quote logs, whose brackets are not markup.
         console.print(f"mode {mode} failed: {message}", style="red", markup=False)
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -74,6 +75,8 @@ class BenchConfig:
         out_dir: gets ``logs/<mode>.log``.
         engine_args: further ``AsyncEngineArgs`` of every mode; they win over the fields above.
         env: environment of every engine, e.g. ``VLLM_CPU_OMP_THREADS_BIND``.
+        settle_s: pause before each measured run. A vLLM worker goes on polling for its next batch
+            for a second after the last one, at the expense of the engine whose turn it is.
         startup_timeout_s: seconds that one engine may take to start.
         run_timeout_s: seconds that one run may take.
     """
@@ -95,6 +98,7 @@ class BenchConfig:
     out_dir: str | Path = "bench"
     engine_args: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    settle_s: float = 2.0
     startup_timeout_s: float = 1800.0
     run_timeout_s: float = 3600.0
 
@@ -111,8 +115,9 @@ class BenchConfig:
         for name in ("num_prompts", "repeats", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; 0 is greedy, above it samples")
+        for name in ("temperature", "settle_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         need_drafter = sorted(DRAFTER_MODES & set(self.modes))
         if self.drafter is None and need_drafter:
             raise ValueError(
@@ -313,6 +318,7 @@ def _measure(
             # In turn, each mode goes first.
             for mode in [m for m in _rotate(config.modes, repeat + i) if m in engines]:
                 say(f"{mode}: repeat {repeat + 1} of {config.repeats}, concurrency {concurrency}")
+                time.sleep(config.settle_s)
                 try:
                     result = _run(config, engines[mode], prompts, concurrency)
                 except (RuntimeError, OSError) as error:

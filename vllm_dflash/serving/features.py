@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_dflash.serving.verifier import FinalStates
 
+
 class FeatureRecorder:
     """Collects ``[T, F]`` features per request, whatever the scheduler makes of it.
 

@@ -74,10 +74,15 @@ class SharedHead:
         embedding_VH: the verifier's token embedding.
         lm_head_VH: its output projection.
         draft_token_ids: verifier ids of the draft vocabulary, ascending; None for all.
+        own_lm_head: a drafter's own projection (rows as ``draft_token_ids``), where it brought one.
     """
 
     def __init__(
-        self, embedding_VH: Tensor, lm_head_VH: Tensor, draft_token_ids: Tensor | None
+        self,
+        embedding_VH: Tensor,
+        lm_head_VH: Tensor,
+        draft_token_ids: Tensor | None,
+        own_lm_head: Tensor | None = None,
     ) -> None:
         self.embedding = embedding_VH.detach()
         self.draft_token_ids = draft_token_ids
@@ -93,7 +98,14 @@ class SharedHead:
             self.draft_index[draft_token_ids] = torch.arange(
                 len(draft_token_ids), device=head.device
             )
-        self.lm_head = head
+        self.lm_head = head if own_lm_head is None else own_lm_head.to(head.device, head.dtype)
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Draft-vocabulary logits ``[..., V]`` of hidden states ``[..., H]``."""
+        weight = self.lm_head if dtype is None else self.lm_head.to(dtype)
+        # One GEMM over all rows: for a strided view F.linear copies the weight once per batch row.
+        flat = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
+        return flat.view(*hidden.shape[:-1], -1)
 
     def labels(self, token_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids of verifier tokens, -1 where the draft vocabulary lacks them."""
@@ -224,7 +236,7 @@ class Learner:
             optimizer.zero_grad(set_to_none=True)
         return {
             "step": step,
-            "loss": float(loss),
+            "loss": float(loss.detach()),
             "lr": lr,
             "grad_norm": grad_norm,
             "anchors": len(owners),
@@ -256,10 +268,8 @@ class Learner:
         if self.hparams.autocast == "float32":
             features, embeds = features.float(), embeds.float()
         hidden_ABH = self.drafter(embeds, features, layout.context_positions_T, layout)
-        weight = self.head.lm_head
-        if self.hparams.autocast == "float32":
-            weight = weight.float()
-        return F.linear(hidden_ABH[:, first:], weight), labels_AK, valid_AK
+        dtype = torch.float32 if self.hparams.autocast == "float32" else None
+        return self.head.logits(hidden_ABH[:, first:], dtype), labels_AK, valid_AK
 
     def _block_embeds(
         self, samples: Sequence[Sample], anchors: list[list[int]], draft_block_size: int
@@ -329,9 +339,7 @@ class Learner:
                 layout = BlockLayout.build([group], [length], width, self.device)
                 embeds = self._block_embeds([sample], [group], width).to(dtype)
                 hidden = drafter(embeds, features[:length], layout.context_positions_T, layout)
-                logits = F.linear(
-                    hidden[:, 0 if from_anchor else 1 :], self.head.lm_head.to(dtype)
-                )
+                logits = self.head.logits(hidden[:, 0 if from_anchor else 1 :], dtype)
                 drafted = self.head.tokens(logits.argmax(-1))
                 tokens, valid = block_targets([sample], [group], num_draft_tokens)
                 matches += ((drafted.cpu() == tokens) & valid).tolist()

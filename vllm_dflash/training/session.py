@@ -68,15 +68,29 @@ class TrainingSession:
         store_bytes: int,
         cache_dir: str | None,
     ) -> dict[str, Any]:
-        """Makes the learner. ``drafter_config`` is a z-lab ``config.json``."""
+        """Makes the learner.
+
+        Args:
+            drafter_config: a z-lab ``config.json``.
+            hparams: ``Hyperparameters`` as a dict.
+            draft_token_ids: verifier ids of the draft vocabulary; ``init_from`` brings its own.
+            total_steps: steps of the whole run, which the learning rate depends on.
+            init_from: checkpoint folder to start from.
+            store_bytes: memory for features.
+            cache_dir: folder for features on disk, or None.
+        """
         config = DrafterConfig.from_dict(drafter_config)
         hp = Hyperparameters.from_dict(hparams)
         embedding, lm_head = shared_weights(self.verifier, config.vocab_size)
         ids = torch.tensor(draft_token_ids) if draft_token_ids is not None else None
-        head = SharedHead(embedding, lm_head, ids)
+        weights = checkpoint.load_weights(init_from, config) if init_from is not None else {}
+        if "d2t" in weights:
+            ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
+        embedding = weights.get("embed_tokens.weight", embedding).to(embedding.device)
+        head = SharedHead(embedding, lm_head, ids, weights.get("lm_head.weight"))
         self.learner = Learner(config, hp, head, total_steps, embedding.device)
-        if init_from is not None:
-            self.learner.load_drafter(checkpoint.load_weights(init_from, config))
+        if weights:
+            self.learner.load_drafter(weights)
         final = FinalStates(self.verifier) if hp.loss == "kl" else None
         self.recorder.final_states = final
         self.store = FeatureStore(store_bytes, Path(cache_dir) if cache_dir else None)

@@ -1,0 +1,163 @@
+"""The demo's traffic: support tickets that a server turns into JSON records.
+
+    python demo/tickets.py OUT_DIR --train 800 --heldout 64 --seed 0
+
+writes train.jsonl and heldout.jsonl, rows of ``{"id", "source", "messages"}`` as a server would log its
+requests: a system prompt, two worked examples, the ticket. Held-out tickets are about other people,
+cities, products and problems than the training ones: only the task is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+SYSTEM = "You turn support tickets into JSON records."
+
+FIRST_NAMES = (
+    "Alice Omar Priya Jonas Mei Carlos Fatima Liam Sofia Noah Yuki Ivan Chloe Ahmed Grace Diego Hannah "
+    "Tariq Elena Marcus Ingrid Pavel Amara Kenji Lucia Oscar Leila Bruno Nadia Felix Rosa Viktor Aisha "
+    "Hugo Mina Stefan Zara Tomas Ines Walter Kira Samuel Dalia Erik Maya Rafael Olga Henry Selma Igor "
+    "Paula Anton Bianca Dmitri Flora Gideon Helga Isaac Joanna Karim Lena Mateo Nina Otis Petra Quentin "
+    "Rita Sergei Tessa Ugo Vera Wendy Xavier Yasmin Zoltan Agnes Boris Clara Dario Edith"
+).split()
+LAST_NAMES = (
+    "Nguyen Smith Garcia Patel Kowalski Okafor Tanaka Muller Rossi Larsen Haddad Johnson Silva Novak Cohen "
+    "Dubois Andersen Bauer Castillo Demir Eriksson Fischer Gupta Horvat Ivanov Jensen Khan Lopez Moreau "
+    "Nakamura Olsen Petrov Quinn Rahman Santos Takahashi Ueda Vargas Weber Xu Yilmaz Zhang Abbott Becker "
+    "Cruz Dvorak Endo Ferrari Greco Hansen Ito Jovanovic Kelly Lindgren Mendes Nielsen Oliveira Popov "
+    "Reyes Schmidt Torres Urban Virtanen Walsh Yamada Zimmer Aydin Berg Costa Diaz"
+).split()
+CITIES = (
+    "Berlin Toronto Lagos Osaka Madrid Chicago Oslo Dublin Lisbon Austin Warsaw Nairobi Vienna Denver Lima "
+    "Seoul Prague Boston Accra Milan Zurich Perth Dallas Cairo Athens Quito Leeds Turin Bergen Malaga Tampa "
+    "Hanoi Lyon Porto Geneva Houston Bogota Ankara Sydney Hamburg Seattle Manila Naples Riga Tunis Dakar "
+    "Cologne Phoenix Havana Izmir"
+).split()
+PRODUCTS = (
+    "wireless headphones|coffee grinder|running shoes|desk lamp|phone case|water bottle|backpack|office "
+    "chair|bluetooth speaker|rain jacket|air fryer|gaming mouse|yoga mat|toaster|hiking boots|wall clock|"
+    "tablet stand|picnic basket|electric kettle|camera strap|wool blanket|bike helmet|cutting board|garden "
+    "hose|travel pillow|rice cooker|smart watch|tool box|bath towel|board game|power bank|tea set|sleeping "
+    "bag|paper shredder|hand mixer|fishing rod|window fan|baby monitor|guitar stand|floor rug|laptop sleeve|"
+    "winter coat|salad bowl|drill set|night light|dog bed|ice cream maker|keyboard|swim goggles|vacuum"
+).split("|")
+PROBLEMS = (
+    "arrived broken|never arrived|is the wrong color|stopped working after two days|was charged twice|is the "
+    "wrong size|makes a loud noise|has a missing part|does not turn on|came with a scratch|smells of smoke|"
+    "leaks water|gets too hot|has a torn seam|was delivered to my neighbor|lost its color|came without a "
+    "manual|does not fit|has a loose screw|was already opened|runs too slow|has a cracked handle|shows an "
+    "error|broke on the first day"
+).split("|")
+ACTIONS = (
+    "a refund|a replacement|a call back|store credit|a new part|a repair|a discount|a return label|an "
+    "exchange|a new delivery date"
+).split("|")
+DOMAINS = ("mail.com", "post.net", "inbox.org", "letter.io")
+TEMPLATES = (
+    "Hello, my name is {first} {last} from {city}. I ordered a {product} on {date} (order {order}) and it "
+    "{problem}. I would like {action}. You can reach me at {email}.",
+    "Hi, this is {first} {last}. The {product} from order {order}, bought on {date}, {problem}. Please send "
+    "me {action}. I live in {city}, my email is {email}.",
+    "Order {order}: the {product} {problem}. It was ordered on {date}. I am {first} {last} in {city} and I "
+    "want {action}. Contact: {email}.",
+    "Good morning. My {product} {problem}! Order number {order}, placed on {date}. {first} {last}, {city}. "
+    "I expect {action}. Write to {email}.",
+    "I am writing about order {order} from {date}. The {product} I got {problem}, so I ask for {action}. "
+    "{first} {last}, {email}, {city}.",
+)
+
+EXAMPLES = (
+    (
+        "Hello, I am Nora Fields from Geneva. On 2025-11-30 I bought a travel mug (order 55120) and the lid is "
+        "cracked. I would like a new lid. My email is nora.fields@mail.com.",
+        {
+            "customer_name": "Nora Fields",
+            "customer_email": "nora.fields@mail.com",
+            "city": "Geneva",
+            "order_number": 55120,
+            "order_date": "2025-11-30",
+            "product": "travel mug",
+            "problem": "the lid is cracked",
+            "requested_action": "a new lid",
+        },
+    ),
+    (
+        "Order 20418: my garden table wobbles. Bought on 2025-08-02. Peter Okoro, Cape Town. I want my money "
+        "back, write to peter.okoro@post.net.",
+        {
+            "customer_name": "Peter Okoro",
+            "customer_email": "peter.okoro@post.net",
+            "city": "Cape Town",
+            "order_number": 20418,
+            "order_date": "2025-08-02",
+            "product": "garden table",
+            "problem": "it wobbles",
+            "requested_action": "money back",
+        },
+    ),
+)
+
+
+def _split(words, heldout: bool):
+    """A fifth of the words is kept for held-out tickets."""
+    return [w for i, w in enumerate(words) if (i % 5 == 4) == heldout]
+
+
+def ticket(rng: random.Random, heldout: bool) -> str:
+    """One ticket's text."""
+    first = rng.choice(_split(FIRST_NAMES, heldout))
+    last = rng.choice(_split(LAST_NAMES, heldout))
+    return rng.choice(TEMPLATES).format(
+        first=first,
+        last=last,
+        city=rng.choice(_split(CITIES, heldout)),
+        product=rng.choice(_split(PRODUCTS, heldout)),
+        problem=rng.choice(_split(PROBLEMS, heldout)),
+        action=rng.choice(ACTIONS),
+        order=rng.randint(10000, 99999),
+        date=f"2026-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
+        email=f"{first.lower()}.{last.lower()}@{rng.choice(DOMAINS)}",
+    )
+
+
+def request(text: str) -> list[dict[str, str]]:
+    """The chat request for one ticket."""
+    messages = [{"role": "system", "content": SYSTEM}]
+    for example, record in EXAMPLES:
+        messages.append({"role": "user", "content": example})
+        messages.append({"role": "assistant", "content": json.dumps(record, indent=2)})
+    return [*messages, {"role": "user", "content": text}]
+
+
+def write(folder: Path, num_train: int, num_heldout: int, seed: int) -> tuple[Path, Path]:
+    """Writes both files; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, count, heldout in (("train", num_train, False), ("heldout", num_heldout, True)):
+        rng = random.Random(f"{seed}/{name}")
+        rows = [
+            {"id": f"{name}-{i:04d}", "source": "tickets", "messages": request(ticket(rng, heldout))}
+            for i in range(count)
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=800)
+    parser.add_argument("--heldout", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for path in write(args.folder, args.train, args.heldout, args.seed):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

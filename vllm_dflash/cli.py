@@ -1,0 +1,436 @@
+"""``vllm-dflash``: train, eval, bench, inspect, convert, env."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="vllm-dflash",
+    help="Train, evaluate and serve DFlash drafters inside stock vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Verifier = Annotated[str, typer.Argument(help="Model folder or hub name, as `vllm serve` takes it.")]
+DrafterPath = Annotated[str, typer.Argument(help="Drafter checkpoint folder.")]
+Data = Annotated[
+    str, typer.Option("--data", help="JSONL of messages, ShareGPT, prompts or logged requests.")
+]
+Dtype = Annotated[str, typer.Option(help="The verifier's dtype, as vLLM's --dtype.")]
+MaxLen = Annotated[int, typer.Option(help="Longest conversation in tokens.")]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help="JSON of chat_template_kwargs, as the server uses them (thinking mode...)."),
+]
+EngineArgs = Annotated[str | None, typer.Option(help="JSON of further vLLM engine arguments.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first rows of the data.")]
+
+
+def _json_option(name: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} {text!r} is not a JSON object")
+    return value
+
+
+def _int_list(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; give whole numbers separated by commas") from error
+
+
+@app.command()
+def train(
+    verifier: Verifier,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the drafter.")],
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out conversations; default: a part of the data.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Draft layers.")] = 5,
+    block_size: Annotated[int, typer.Option(help="Draft block, anchor included.")] = 16,
+    features: Annotated[int, typer.Option(help="Verifier layers to read.")] = 5,
+    target_layer_ids: Annotated[
+        str | None, typer.Option(help="Which ones, 0-based, comma separated.")
+    ] = None,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Draft only the N tokens the verifier uses most.")
+    ] = None,
+    mask_token_id: Annotated[int | None, typer.Option(help="Default: a reserved token.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--from", help="Fine-tune this drafter.")
+    ] = None,
+    on_policy: Annotated[
+        bool, typer.Option("--on-policy", help="Trust the responses in the data.")
+    ] = False,
+    epochs: float = 6.0,
+    max_steps: int | None = None,
+    loss: Annotated[str, typer.Option(help="dpace, ce or kl.")] = "dpace",
+    gamma: Annotated[float | None, typer.Option(help="Decay of ce and kl.")] = None,
+    alpha: Annotated[float, typer.Option(help="Smoothing of dpace.")] = 0.5,
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
+    lr: float = 6e-4,
+    weight_decay: float = 0.0,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.04,
+    min_lr: Annotated[float, typer.Option(help="End of the cosine, share of --lr.")] = 0.0,
+    clip: float = 1.0,
+    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = 0.0,
+    anchors: Annotated[int, typer.Option(help="Random anchors of a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
+    autocast: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    seed: int = 0,
+    max_bad: Annotated[float, typer.Option(help="Share of sequences that may be skipped.")] = 0.1,
+    holdout: Annotated[float, typer.Option(help="Share kept back without --eval-data.")] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of regenerated responses.")] = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
+    max_len: MaxLen = 3072,
+    max_num_seqs: int = 64,
+    dtype: Dtype = "auto",
+    tensor_parallel_size: int = 1,
+    chat_template_kwargs: TemplateKwargs = None,
+    engine_args: EngineArgs = None,
+    limit: Limit = None,
+    feature_gib: Annotated[float, typer.Option(help="Memory for features in the worker.")] = 4.0,
+    cache_features: Annotated[
+        Path | None, typer.Option(help="Keep features on disk for later epochs and runs.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    save_minutes: Annotated[float, typer.Option(help="Minutes between saved states.")] = 5.0,
+    checkpoint_format: Annotated[str, typer.Option(help="zlab or speculators.")] = "zlab",
+    tensorboard: bool = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an earlier run of this output.")
+    ] = False,
+) -> None:
+    """Train a drafter for VERIFIER; the same command resumes a stopped run."""
+    from vllm_dflash.training.config import (
+        DrafterShape,
+        EngineOptions,
+        Hyperparameters,
+        SamplingOptions,
+    )
+    from vllm_dflash.training.loop import TrainConfig
+    from vllm_dflash.training.loop import train as run
+    from vllm_dflash.training.reporting import Reporter
+
+    if checkpoint_format not in ("zlab", "speculators"):
+        raise ValueError(
+            f"--checkpoint-format is {checkpoint_format!r}; allowed are zlab and speculators"
+        )
+    config = TrainConfig(
+        verifier=verifier,
+        data=data,
+        output=output,
+        eval_data=eval_data,
+        holdout=holdout,
+        epochs=epochs,
+        max_steps=max_steps,
+        on_policy=on_policy,
+        init_from=init_from,
+        chat_template_kwargs=_json_option("--chat-template-kwargs", chat_template_kwargs) or None,
+        limit=limit,
+        fmt=checkpoint_format,  # type: ignore[arg-type]
+        feature_gib=feature_gib,
+        cache_features=cache_features,
+        eval_every=eval_every,
+        save_minutes=save_minutes,
+        tensorboard=tensorboard,
+        restart=restart,
+        shape=DrafterShape(
+            layers=layers,
+            block_size=block_size,
+            features=features,
+            target_layer_ids=_int_list("--target-layer-ids", target_layer_ids)
+            if target_layer_ids
+            else None,
+            draft_vocab=draft_vocab,
+            mask_token_id=mask_token_id,
+            intermediate_size=intermediate_size,
+        ),
+        hparams=Hyperparameters(
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            min_lr=min_lr,
+            clip=clip,
+            optimizer=optimizer,  # type: ignore[arg-type]
+            anchors=anchors,
+            sequences=sequences,
+            loss=loss,  # type: ignore[arg-type]
+            gamma=gamma,
+            alpha=alpha,
+            ema=ema,
+            autocast=autocast,
+            seed=seed,
+            max_bad=max_bad,
+        ),
+        engine=EngineOptions(
+            dtype=dtype,
+            max_len=max_len,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            extra=_json_option("--engine-args", engine_args),
+        ),
+        sampling=SamplingOptions(
+            temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens
+        ),
+    )
+    run(config, Reporter())
+
+
+@app.command("eval")
+def eval_(
+    verifier: Verifier,
+    drafter: DrafterPath,
+    data: Data,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Also serve the prompts and read vLLM's counters.")
+    ] = False,
+    num_speculative_tokens: Annotated[int | None, typer.Option("-k")] = None,
+    on_policy: Annotated[bool, typer.Option("--on-policy")] = False,
+    concurrency: int = 4,
+    responses: Annotated[
+        Path | None, typer.Option(help="Keep generated responses here and reuse them.")
+    ] = None,
+    max_tokens: int = 1024,
+    max_len: MaxLen = 3072,
+    dtype: Dtype = "auto",
+    chat_template_kwargs: TemplateKwargs = None,
+    engine_args: EngineArgs = None,
+    limit: Limit = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON result.")] = None,
+) -> None:
+    """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
+    from vllm_dflash.training.config import EngineOptions
+    from vllm_dflash.training.evaluate import EvalConfig, evaluate, write_result
+    from vllm_dflash.training.reporting import Reporter
+
+    result = evaluate(
+        EvalConfig(
+            verifier=verifier,
+            drafter=drafter,
+            data=data,
+            num_speculative_tokens=num_speculative_tokens,
+            on_policy=on_policy,
+            through_engine=engine,
+            concurrency=concurrency,
+            chat_template_kwargs=_json_option("--chat-template-kwargs", chat_template_kwargs)
+            or None,
+            limit=limit,
+            responses=responses,
+            engine=EngineOptions(
+                dtype=dtype, max_len=max_len, extra=_json_option("--engine-args", engine_args)
+            ),
+            max_tokens=max_tokens,
+        ),
+        Reporter(),
+    )
+    if output is not None:
+        write_result(result, output)
+    table = Table("", "tau", "drafts", "accepted", "acceptance by position")
+    rows = [("offline", result["offline"])]
+    rows += [(f"  {name}", r) for name, r in result["offline"]["sources"].items()]
+    if "engine" in result:
+        rows.append(("engine", result["engine"]))
+    for name, r in rows:
+        rates = " ".join(f"{100 * x:.0f}%" for x in r["position_rates"])
+        table.add_row(name, f"{r['tau']:.3f}", str(r["num_drafts"]), str(r["num_accepted"]), rates)
+    Console().print(table)
+
+
+@app.command()
+def bench(
+    verifier: Verifier,
+    drafter: DrafterPath,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the report.")] = Path(
+        "bench"
+    ),
+    modes: Annotated[str, typer.Option(help="Of none, ngram, stock, ours.")] = (
+        "none,ngram,stock,ours"
+    ),
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, comma separated.")] = "1,4",
+    num_prompts: int = 16,
+    repeats: int = 3,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    ignore_eos: bool = False,
+    num_speculative_tokens: Annotated[int | None, typer.Option("-k")] = None,
+    dtype: Dtype = "auto",
+    max_model_len: int | None = None,
+    enforce_eager: bool = False,
+    prefix_caching: bool = False,
+    chat_template_kwargs: TemplateKwargs = None,
+    engine_args: EngineArgs = None,
+) -> None:
+    """Output speed with and without DRAFTER, alternating in one run: table, JSON, PNG."""
+    from vllm_dflash.bench.report import print_report, write_json, write_png
+    from vllm_dflash.bench.runner import BenchConfig, failed_modes, run_bench
+
+    config = BenchConfig(
+        verifier=verifier,
+        drafter=drafter,
+        num_speculative_tokens=num_speculative_tokens,
+        modes=tuple(modes.split(",")),
+        concurrencies=_int_list("--concurrency", concurrency),
+        num_prompts=num_prompts,
+        repeats=repeats,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        enforce_eager=enforce_eager,
+        prefix_caching=prefix_caching,
+        out_dir=output,
+        engine_args=_json_option("--engine-args", engine_args),
+    )
+    kwargs = _json_option("--chat-template-kwargs", chat_template_kwargs)
+    prompts = load_prompts(verifier, data, kwargs, num_prompts)
+    console = Console(stderr=True)
+    report = run_bench(config, prompts, lambda text: console.print(text, highlight=False))
+    write_json(report, output / "report.json")
+    write_png(report, output / "report.png")
+    print_report(report)
+    failed = failed_modes(report)
+    if failed:
+        raise RuntimeError(f"these modes failed: {', '.join(failed)}; see {output / 'logs'}")
+
+
+def load_prompts(
+    verifier: str, data: str, chat_template_kwargs: dict[str, Any], limit: int
+) -> list[list[int]]:
+    """Prompts of a data file as the server would tokenise them, up to each last user turn."""
+    from transformers import AutoTokenizer
+
+    from vllm_dflash.training.conversations import load_conversations
+    from vllm_dflash.training.loop import verifier_config
+    from vllm_dflash.training.tokenization import prompt_token_ids
+
+    verifier_config(verifier)
+    conversations, _ = load_conversations(
+        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
+    )
+    tokenizer = AutoTokenizer.from_pretrained(verifier)
+    prompts = []
+    for conversation in conversations:
+        count = len(conversation.messages)
+        while count and conversation.messages[count - 1]["role"] == "assistant":
+            count -= 1
+        prompts.append(prompt_token_ids(tokenizer, conversation, count))
+    return prompts
+
+
+@app.command()
+def inspect(
+    drafter: DrafterPath,
+    verifier: Annotated[
+        str | None, typer.Argument(help="Also check that it fits this verifier.")
+    ] = None,
+) -> None:
+    """What a checkpoint is, and whether it fits a verifier."""
+    from vllm_dflash.checkpoint import load_weights, read_config
+    from vllm_dflash.config import DrafterConfig, VerifierInfo
+
+    raw = read_config(drafter)
+    config = DrafterConfig.from_dict(raw)
+    fmt = "speculators" if "speculators_model_type" in raw else "z-lab"
+    table = Table(show_header=False)
+    rows: dict[str, Any] = {
+        "format": fmt,
+        "verifier it names": config.verifier or "none",
+        "layers": f"{config.num_hidden_layers} x {config.hidden_size}, MLP {config.intermediate_size}",
+        "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} KV, "
+        f"{config.head_dim} each",
+        "block size": f"{config.draft_block_size} ({config.num_speculative_tokens} speculative tokens)",
+        "verifier layers read": f"{list(config.target_layer_ids)} (vLLM aux ids "
+        f"{list(config.aux_hidden_state_layer_ids)})",
+        "mask token": config.mask_token_id,
+        "vocabulary": f"{config.vocab_size}, drafts from {config.logits_vocab_size}",
+        "attention": "full"
+        if config.layer_types is None
+        else f"{', '.join(config.layer_types)}; window {config.sliding_window}",
+    }
+    if Path(drafter).is_dir():
+        weights = load_weights(drafter, config)
+        rows["weights"] = (
+            f"{sum(t.numel() for t in weights.values()) / 1e6:.1f}M values in {len(weights)} tensors, "
+            "complete and finite"
+        )
+    if verifier is not None:
+        from vllm_dflash.training.loop import verifier_config
+
+        config.check_verifier(VerifierInfo.from_hf_config(verifier_config(verifier), verifier))
+        rows["fits"] = verifier
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@app.command()
+def convert(
+    drafter: DrafterPath,
+    output: Annotated[Path, typer.Option("-o", "--output")],
+    to: Annotated[str, typer.Option("--to", help="zlab or speculators.")],
+) -> None:
+    """Rewrite a checkpoint in the other public format."""
+    from vllm_dflash.checkpoint import convert as run
+
+    run(drafter, output, to)  # type: ignore[arg-type]
+    Console().print(f"{output} written in the {to} format", highlight=False)
+
+
+@app.command()
+def env() -> None:
+    """Versions, machine, and the state of every seam in the installed vLLM."""
+    from vllm_dflash.bench.report import describe_machine
+    from vllm_dflash.options import plugin_disabled
+    from vllm_dflash.serving.seams import probe
+    from vllm_dflash.training.run_folder import versions
+
+    table = Table(show_header=False)
+    for name, value in (versions() | describe_machine()).items():
+        table.add_row(name, str(value))
+    plugins = os.environ.get("VLLM_PLUGINS")
+    table.add_row("VLLM_PLUGINS", plugins if plugins is not None else "unset (all plugins)")
+    table.add_row("plugin", "switched off" if plugin_disabled() else "on")
+    for name, state in probe().items():
+        table.add_row(name, state)
+    Console().print(table)
+
+
+def main() -> None:
+    """Runs the command line; what a user can put right ends in one line and exit code 1."""
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("VLLM_DFLASH_TRACEBACK"):
+            raise
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            from vllm_dflash.training.loop import Interrupted
+
+            if isinstance(error, Interrupted):
+                print(f"{error}; the same command resumes", file=sys.stderr)
+                sys.exit(130)
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,193 @@
+"""``vllm-dflash eval``: teacher-forced tau, and the same through the serving path."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.checkpoint import check_weights, read_config
+from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.modeling.acceptance import Acceptance
+from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
+from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.engine import VerifierEngine
+from vllm_dflash.training.loop import verifier_config
+from vllm_dflash.training.prepare import prepare_examples
+from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.tokenization import Example
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate.
+
+    Attributes:
+        num_speculative_tokens: drafted tokens a step; None takes the drafter's own.
+        on_policy: trust the responses of the data instead of having the verifier answer greedily.
+        through_engine: also serve the prompts and read vLLM's own counters.
+        concurrency: requests in flight for that.
+        responses: file in which generated responses are kept, so that a second evaluation reuses them.
+    """
+
+    verifier: str
+    drafter: str
+    data: str
+    num_speculative_tokens: int | None = None
+    on_policy: bool = False
+    through_engine: bool = False
+    concurrency: int = 4
+    chat_template_kwargs: dict[str, Any] | None = None
+    limit: int | None = None
+    responses: Path | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    max_tokens: int = 1024
+
+
+def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
+    """Acceptance of a drafter on held-out conversations, by source.
+
+    Returns:
+        ``offline`` (teacher-forced) and, where asked for, ``engine`` (served): each with pooled tau,
+        drafts, accepted tokens, per-position rates; ``offline`` also per source.
+
+    Raises:
+        ValueError: drafter, verifier or data cannot be used.
+    """
+    info = VerifierInfo.from_hf_config(verifier_config(config.verifier), config.verifier)
+    drafter = DrafterConfig.from_dict(read_config(config.drafter))
+    drafter.check_verifier(info)
+    check_weights(config.drafter, drafter)
+    tokens = config.num_speculative_tokens or drafter.num_speculative_tokens
+    if not 1 <= tokens <= drafter.num_speculative_tokens:
+        raise ValueError(
+            f"--num-speculative-tokens {tokens} is outside 1..{drafter.num_speculative_tokens}, what "
+            "this drafter was trained for"
+        )
+    conversations, rejected = load_conversations(
+        config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
+    )
+    with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
+        responses = config.responses or Path(scratch) / "responses.jsonl"
+        with reporter.stage("starting the verifier"):
+            engine = VerifierEngine(config.verifier, config.drafter, config.engine, tokens)
+        try:
+            with reporter.progress("responses", "responses") as update:
+                examples = prepare_examples(
+                    engine,
+                    config.verifier,
+                    conversations,
+                    rejected,
+                    on_policy=config.on_policy,
+                    sampling=SamplingOptions(max_tokens=config.max_tokens),
+                    responses_path=responses,
+                    rejected_path=Path(scratch) / "rejected.jsonl",
+                    max_len=config.engine.max_len,
+                    progress=update,
+                )
+            offline = _offline(engine, drafter, config.drafter, examples, tokens, reporter)
+        finally:
+            engine.close()
+    out: dict[str, Any] = {
+        "verifier": config.verifier,
+        "drafter": config.drafter,
+        "num_speculative_tokens": tokens,
+        "conversations": len(conversations),
+        "rejected": [{"line": r.line, "reason": r.reason} for r in rejected],
+        "offline": offline,
+    }
+    if config.through_engine:
+        out["engine"] = _served(config, examples, tokens, reporter)
+    return out
+
+
+def _offline(
+    engine: VerifierEngine,
+    drafter: DrafterConfig,
+    path: str,
+    examples: list[Example],
+    tokens: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    hparams = Hyperparameters().as_dict()
+    engine.call("begin", drafter.to_dict(), hparams, None, 1, path, 2**62, None)
+    by_key = {e.id: e for e in examples}
+    engine.call(
+        "register",
+        [(k, list(e.token_ids), list(e.loss_mask), e.source) for k, e in by_key.items()],
+    )
+    failed = {}
+    with reporter.progress("extracting features", "sequences") as update:
+        token_ids = {k: e.token_ids for k, e in by_key.items()}
+        for done, (key, problem) in enumerate(engine.extract(token_ids), start=1):
+            update(done, len(by_key))
+            if problem:
+                failed[key] = problem
+    if len(failed) == len(by_key):
+        raise ValueError(f"no conversation gave usable features: {next(iter(failed.values()))}")
+    got = engine.call("evaluate", [k for k in by_key if k not in failed], tokens)
+    return {**got, "skipped": failed}
+
+
+def first_prompts(examples: list[Example]) -> list[tuple[list[int], int]]:
+    """Every response as a request: the tokens before it and how many it has."""
+    out = []
+    for example in examples:
+        mask = [*example.loss_mask, False]
+        start = None
+        for p, generated in enumerate(mask):
+            if generated and start is None:
+                start = p
+            elif not generated and start is not None:
+                out.append((list(example.token_ids[:start]), p - start))
+                start = None
+    return out
+
+
+def _served(
+    config: EvalConfig, examples: list[Example], tokens: int, reporter: Reporter
+) -> dict[str, Any]:
+    """Serves the same prompts with the drafter and reads vLLM's speculative counters."""
+    from vllm_dflash.bench.engine_process import EngineProcess
+    from vllm_dflash.bench.runner import BenchConfig, engine_spec
+
+    with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
+        bench = BenchConfig(
+            verifier=config.verifier,
+            drafter=config.drafter,
+            num_speculative_tokens=tokens,
+            modes=("ours",),
+            concurrencies=(config.concurrency,),
+            dtype=config.engine.dtype,
+            max_model_len=config.engine.max_len + tokens + 2,
+            enforce_eager=config.engine.enforce_eager,
+            out_dir=Path(scratch),
+        )
+        prompts = [ids for ids, _ in first_prompts(examples)]
+        with reporter.stage("serving the same prompts"), EngineProcess(
+            engine_spec(bench, "ours")
+        ) as process:
+            process.start()
+            process.wait_ready()
+            result = process.run(
+                prompts, max_tokens=config.max_tokens, concurrency=config.concurrency
+            )
+    counters = result.counters
+    acceptance = Acceptance(
+        counters.num_drafts,
+        counters.num_accepted_tokens,
+        list(counters.num_accepted_tokens_per_pos),
+    )
+    return {
+        **acceptance.as_dict(),
+        "output_tokens": result.num_output_tokens,
+        "output_tokens_per_s": result.output_tokens_per_s,
+    }
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    from vllm_dflash.checkpoint import atomic_write
+
+    atomic_write(path, json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,443 @@
+"""``vllm-dflash train``: the driver's half. It plans, the worker's session computes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.checkpoint import read_config, save_drafter
+from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
+from vllm_dflash.training.config import (
+    DrafterShape,
+    EngineOptions,
+    Hyperparameters,
+    SamplingOptions,
+)
+from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.engine import VerifierEngine, seat_drafter
+from vllm_dflash.training.plan import Window, epoch_steps, plan_windows
+from vllm_dflash.training.prepare import prepare_examples, verifier_eos
+from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.run_folder import RunFolder, versions
+from vllm_dflash.training.tokenization import Example
+from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
+
+#: Seconds of training between two answers of the worker, so that progress and signals stay alive.
+_CALL_SECONDS = 2.0
+_MAX_CALL_STEPS = 64
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        verifier: path or hub name, as ``vllm serve`` takes it.
+        data: prompts or conversations (training/conversations.py lists the formats).
+        output: folder of the finished drafter; the run's own folder is ``<output>-run``.
+        eval_data: held-out conversations; without it ``holdout`` of the data is kept back.
+        epochs: passes over the data; ``max_steps`` cuts or extends them.
+        init_from: a drafter to go on from.
+        feature_gib: memory for features in the worker; beyond it they are extracted again.
+    """
+
+    verifier: str
+    data: str
+    output: Path
+    eval_data: str | None = None
+    holdout: float = 0.05
+    max_holdout: int = 64
+    epochs: float = 6.0
+    max_steps: int | None = None
+    on_policy: bool = False
+    init_from: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    limit: int | None = None
+    fmt: CheckpointFormat = "zlab"
+    feature_gib: float = 4.0
+    cache_features: Path | None = None
+    eval_every: int | None = None
+    save_minutes: float = 5.0
+    tensorboard: bool = False
+    restart: bool = False
+    shape: DrafterShape = field(default_factory=DrafterShape)
+    hparams: Hyperparameters = field(default_factory=Hyperparameters)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    @property
+    def run_path(self) -> Path:
+        return self.output.with_name(self.output.name + "-run")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, flat: a run is resumed only with the same."""
+        out: dict[str, Any] = {}
+        for name in (
+            "verifier data eval_data holdout max_holdout epochs max_steps on_policy init_from "
+            "chat_template_kwargs limit feature_gib"
+        ).split():
+            out[name] = getattr(self, name)
+        for name in ("shape", "hparams", "engine", "sampling"):
+            out |= {f"{name}.{k}": v for k, v in asdict(getattr(self, name)).items()}
+        return out
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the state is saved and the same command resumes."""
+
+
+@contextmanager
+def _stop_flag() -> Iterator[list[int]]:
+    """A list that a first SIGINT or SIGTERM fills; a second one acts at once."""
+    seen: list[int] = []
+
+    def handler(signum, frame):
+        seen.append(signum)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, before[s])
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def verifier_config(verifier: str) -> Any:
+    """The verifier's transformers config; ValueError when there is none at that path or name."""
+    from transformers import AutoConfig
+
+    path = Path(verifier)
+    looks_local = path.is_absolute() or verifier.startswith(".") or verifier.count("/") != 1
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"verifier {verifier} has no config.json; it is not a model folder")
+    elif looks_local:
+        raise ValueError(f"verifier {verifier} does not exist: no such folder")
+    try:
+        return AutoConfig.from_pretrained(verifier)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"verifier {verifier} cannot be read: {first}") from error
+
+
+def _drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
+    """The drafter to train: of ``init_from``, or made for the verifier."""
+    info = VerifierInfo.from_hf_config(hf_config, config.verifier)
+    if config.init_from is not None:
+        drafter = DrafterConfig.from_dict(read_config(config.init_from))
+        drafter.check_verifier(info)
+        return drafter
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.verifier)
+    avoid = {info.pad_token_id} - {None}
+    mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
+    shape = config.shape
+    return DrafterConfig.for_verifier(
+        hf_config,
+        mask_token_id=mask,
+        name=config.verifier,
+        num_hidden_layers=shape.layers,
+        draft_block_size=shape.block_size,
+        target_layer_ids=shape.target_layer_ids,
+        num_features=shape.features,
+        draft_vocab_size=shape.draft_vocab,
+        intermediate_size=shape.intermediate_size,
+    )
+
+
+def _write_seat(config: DrafterConfig, path: Path) -> Path:
+    import torch
+
+    from vllm_dflash.modeling.drafter import Drafter
+
+    seat = seat_drafter(config)
+    drafter = Drafter(seat)
+    drafter.init_weights(generator=torch.Generator().manual_seed(0))
+    save_drafter(path, seat, drafter.state_dict())
+    return path
+
+
+def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
+    """Trains a drafter and writes it to ``config.output``; returns the run's summary.
+
+    Raises:
+        ValueError: something the user gave cannot work; nothing that was good is lost.
+        Interrupted: a signal stopped the run after its state was saved.
+    """
+    # Everything that can be wrong is looked at before the engine takes its minutes to start.
+    hf_config = verifier_config(config.verifier)
+    drafter = _drafter_config(config, hf_config)
+    if config.restart and config.run_path.exists():
+        shutil.rmtree(config.run_path)
+    conversations, rejected = load_conversations(
+        config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
+    )
+    held_out, held_rejected = (
+        load_conversations(config.eval_data, chat_template_kwargs=config.chat_template_kwargs)
+        if config.eval_data
+        else ([], [])
+    )
+    folder = RunFolder(config.run_path, config.identity())
+    reporter.open(folder, config)
+    reporter.say(
+        f"{len(conversations)} conversations ({len(rejected)} rejected), drafter of "
+        f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "
+        f"{list(drafter.target_layer_ids)}, mask token {drafter.mask_token_id}"
+    )
+    with reporter.stage("starting the verifier"):
+        engine = VerifierEngine(
+            config.verifier, _write_seat(drafter, folder.path / "seat"), config.engine
+        )
+    try:
+        return _Run(config, drafter, folder, engine, reporter).run(
+            conversations, rejected, held_out, held_rejected
+        )
+    finally:
+        engine.close()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: TrainConfig,
+        drafter: DrafterConfig,
+        folder: RunFolder,
+        engine: VerifierEngine,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.drafter, self.folder = config, drafter, folder
+        self.engine, self.reporter = engine, reporter
+        self.bad: dict[str, str] = {}
+        self.seconds = {"responses": 0.0, "extract": 0.0, "train": 0.0}
+
+    def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
+        started = time.monotonic()
+        examples = self._prepare("responses", conversations, rejected, self.folder.responses)
+        if held_out:
+            held = self._prepare(
+                "held-out responses",
+                held_out,
+                held_rejected,
+                self.folder.path / "responses-heldout.jsonl",
+                self.folder.path / "rejected-heldout.jsonl",
+            )
+        else:
+            examples, held = self._keep_back(examples)
+        self.seconds["responses"] = time.monotonic() - started
+        by_key = {f"train/{e.id}": e for e in examples}
+        held_by_key = {f"heldout/{e.id}": e for e in held}
+        draft_ids = self._draft_vocab(examples)
+        steps_per_epoch = len(epoch_steps(list(by_key), self.config.hparams.sequences, 0, 0))
+        total = self.config.max_steps or max(1, round(self.config.epochs * steps_per_epoch))
+        info = self.engine.call(
+            "begin",
+            self.drafter.to_dict(),
+            self.config.hparams.as_dict(),
+            draft_ids,
+            total,
+            self.config.init_from,
+            int(self.config.feature_gib * 2**30),
+            str(self.config.cache_features) if self.config.cache_features else None,
+        )
+        self.reporter.say(
+            f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} for {total} steps "
+            f"({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
+            f"{len(held_by_key)} held out"
+        )
+        self.engine.call(
+            "register",
+            [
+                (key, list(e.token_ids), list(e.loss_mask), e.source)
+                for key, e in (by_key | held_by_key).items()
+            ],
+        )
+        with _stop_flag() as stop:
+            first = self._resume()
+            self._extract(held_by_key)
+            windows = plan_windows(
+                list(by_key),
+                {k: len(e.token_ids) for k, e in by_key.items()},
+                sequences=self.config.hparams.sequences,
+                seed=self.config.hparams.seed,
+                total_steps=total,
+                max_tokens=self._feature_tokens(),
+            )
+            held_keys = [k for k in held_by_key if k not in self.bad]
+            self._train(windows, by_key, held_keys, first, total, stop)
+        return self._finish(total, held_keys, len(by_key))
+
+    def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
+        with self.reporter.progress(what, unit="responses") as update:
+            examples = prepare_examples(
+                self.engine,
+                self.config.verifier,
+                conversations,
+                rejected,
+                on_policy=self.config.on_policy,
+                sampling=self.config.sampling,
+                responses_path=responses_path,
+                rejected_path=rejected_path or self.folder.rejected,
+                max_len=self.config.engine.max_len,
+                progress=update,
+            )
+        return examples
+
+    def _keep_back(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+        """Held-out examples by whole conversations, so that no turn leaks."""
+        names = sorted({e.id.rsplit("#", 1)[0] for e in examples})
+        count = min(self.config.max_holdout, round(self.config.holdout * len(names)))
+        if count == 0 or count == len(names):
+            return examples, []
+        kept = set(random.Random(f"{self.config.hparams.seed}/holdout").sample(names, count))
+        held = [e for e in examples if e.id.rsplit("#", 1)[0] in kept]
+        return [e for e in examples if e.id.rsplit("#", 1)[0] not in kept], held
+
+    def _draft_vocab(self, examples: list[Example]) -> list[int] | None:
+        if not self.drafter.has_draft_vocab or self.config.init_from is not None:
+            # A drafter to go on from brings its own; the session reads it from the checkpoint.
+            return None
+        responses = [
+            [t for t, m in zip(e.token_ids, e.loss_mask, strict=True) if m] for e in examples
+        ]
+        eos = sorted(verifier_eos(self.engine, self.config.verifier))
+        ids, covered = choose_draft_vocab(
+            responses,
+            [e.token_ids for e in examples],
+            self.drafter.logits_vocab_size,
+            self.drafter.vocab_size,
+            eos,
+        )
+        self.reporter.say(
+            f"draft vocabulary of {len(ids)} tokens covers {covered:.1%} of the response tokens"
+        )
+        return ids
+
+    def _feature_tokens(self) -> int:
+        width = self.drafter.num_features * (4 if self.config.engine.dtype == "float32" else 2)
+        return int(self.config.feature_gib * 2**30) // width
+
+    def _resume(self) -> int:
+        state = self.folder.state()
+        if state is None:
+            self.folder.cut_metrics(0)
+            return 0
+        self.engine.call("load_state", str(self.folder.path / state["file"]))
+        self.bad = dict(state["bad"])
+        self.seconds |= state["seconds"]
+        self.folder.cut_metrics(state["step"])
+        self.reporter.say(f"resuming at step {state['step']}")
+        return state["step"]
+
+    def _save(self, step: int) -> None:
+        self.engine.call("save_state", str(self.folder.new_state_file(step)))
+        self.folder.commit_state(step, {"bad": self.bad, "seconds": self.seconds})
+
+    def _extract(self, examples: dict[str, Example]) -> None:
+        """Features of the given examples, all of them together or (all at hand) none."""
+        wanted = {k: e.token_ids for k, e in examples.items() if k not in self.bad}
+        if len(self.engine.call("stored", list(wanted))) == len(wanted):
+            return
+        started = time.monotonic()
+        tokens = 0
+        with self.reporter.progress("extracting features", unit="tokens") as update:
+            total = sum(len(ids) for ids in wanted.values())
+            for key, problem in self.engine.extract(wanted):
+                tokens += len(wanted[key])
+                update(tokens, total)
+                if problem:
+                    self._ban(key, problem, len(wanted))
+        self.seconds["extract"] += time.monotonic() - started
+
+    def _ban(self, key: str, reason: str, of: int) -> None:
+        self.bad[key] = reason
+        self.reporter.say(f"skipping {key}: {reason}")
+        if len(self.bad) > max(1, self.config.hparams.max_bad * of):
+            raise ValueError(
+                f"{len(self.bad)} of {of} sequences had to be skipped, the last because {reason}; "
+                f"training stops (--max-bad {self.config.hparams.max_bad})"
+            )
+
+    def _train(
+        self,
+        windows: list[Window],
+        examples: dict[str, Example],
+        held_keys: list[str],
+        first: int,
+        total: int,
+        stop: list[int],
+    ) -> None:
+        every = self.config.eval_every or max(1, total // 8)
+        last_save = time.monotonic()
+        chunk = 1
+        with self.reporter.training(first, total) as report:
+            for window in windows:
+                if window.end <= first:
+                    continue
+                self._extract({k: examples[k] for k in window.keys})
+                step = max(first, window.first_step)
+                while step < window.end:
+                    until_eval = every - step % every
+                    count = min(chunk, window.end - step, until_eval)
+                    steps = [
+                        (
+                            s,
+                            [k for k in window.steps[s - window.first_step] if k not in self.bad],
+                        )
+                        for s in range(step, step + count)
+                    ]
+                    began = time.monotonic()
+                    rows = self.engine.call("train", steps)
+                    took = time.monotonic() - began
+                    self.seconds["train"] += took
+                    step += count
+                    chunk = max(1, min(_MAX_CALL_STEPS, round(count * _CALL_SECONDS / max(took, 1e-3))))
+                    for row in rows:
+                        for key in row["bad"]:
+                            self._ban(key, f"non-finite loss at step {row['step']}", len(examples))
+                    self.folder.append_metrics(rows)
+                    report(rows, took)
+                    if step % every == 0 and step < total and held_keys:
+                        self._evaluate(step, held_keys)
+                    if stop:
+                        self._save(step)
+                        raise Interrupted(f"stopped by signal at step {step} of {total}")
+                    if time.monotonic() - last_save > 60 * self.config.save_minutes:
+                        self._save(step)
+                        last_save = time.monotonic()
+        if first < total:
+            self._save(total)
+
+    def _evaluate(self, step: int, held_keys: list[str]) -> dict[str, Any]:
+        got = self.engine.call("evaluate", held_keys, self.drafter.num_speculative_tokens)
+        self.folder.append_metrics([{"step": step - 1, "tau": got["tau"]}])
+        self.reporter.evaluated(step, got["tau"])
+        return got
+
+    def _finish(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
+        held = self._evaluate(total, held_keys) if held_keys else None
+        summary = {
+            "verifier": self.config.verifier,
+            "steps": total,
+            "train_sequences": num_train,
+            "skipped": self.bad,
+            "minutes": {name: s / 60 for name, s in self.seconds.items()},
+            "tau_heldout": held,
+            "versions": versions(),
+            "config": json.loads(json.dumps(self.config.identity())),
+        }
+        extra = {"dflash_training.json": json.dumps(summary, indent=2) + "\n"}
+        self.engine.call("export", str(self.config.output), self.config.fmt, extra)
+        curves = self.folder.draw_curves()
+        self.reporter.finished(self.config.output, summary, curves)
+        return summary

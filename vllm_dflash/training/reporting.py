@@ -1,0 +1,143 @@
+"""What a run shows while it works: progress bars, the numbers beside them, TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+#: Steps over which the shown loss, accuracy and tau are averaged.
+_WINDOW = 200
+
+
+class Reporter:
+    """Console progress of a training run; a quiet console still gets the plain lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._board: Any = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_WINDOW)
+        self._tau: float | None = None
+
+    def open(self, folder: Any, config: Any) -> None:
+        """Starts the TensorBoard log where the run asks for one."""
+        if not config.tensorboard:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "--tensorboard needs the tensorboard package: pip install 'vllm-dflash[tensorboard]'"
+            ) from error
+        self._board = SummaryWriter(str(folder.path / "tensorboard"))
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage without a measure of progress."""
+        started = time.monotonic()
+        with self.console.status(name):
+            yield
+        self.say(f"{name}: {time.monotonic() - started:.0f} s")
+
+    def _bar(self, *columns: Any) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    @contextmanager
+    def progress(self, name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """A stage that counts; gives a function of (done, planned)."""
+        started = time.monotonic()
+        reached = [0]
+        with self._bar(TextColumn("{task.fields[rate]}")) as bar:
+            task = bar.add_task(name, total=None, rate="")
+
+            def update(done: int, planned: int) -> None:
+                reached[0] = done
+                rate = done / max(time.monotonic() - started, 1e-3)
+                bar.update(task, completed=done, total=planned, rate=f"{rate:.1f} {unit}/s")
+
+            yield update
+        took = time.monotonic() - started
+        if reached[0]:
+            self.say(f"{name}: {reached[0]} {unit} in {took:.0f} s ({reached[0] / took:.1f}/s)")
+
+    @contextmanager
+    def training(
+        self, first: int, total: int
+    ) -> Iterator[Callable[[list[dict[str, Any]], float], None]]:
+        """The training bar; gives a function of (metric rows, seconds they took)."""
+        with self._bar(TextColumn("{task.fields[figures]}")) as bar:
+            task = bar.add_task("training", total=total, completed=first, figures="")
+
+            def report(rows: list[dict[str, Any]], seconds: float) -> None:
+                rows = [r for r in rows if "loss" in r]
+                self._recent.extend(rows)
+                bar.update(task, advance=len(rows), figures=self._figures(rows, seconds))
+                if self._board is not None:
+                    for row in rows:
+                        for name in ("loss", "lr", "grad_norm"):
+                            self._board.add_scalar(name, row[name], row["step"])
+
+            yield report
+
+    def _figures(self, rows: list[dict[str, Any]], seconds: float) -> str:
+        recent = self._recent
+        if not recent:
+            return ""
+        loss = sum(r["loss"] for r in recent) / len(recent)
+        blocks = sum(r["anchors"] for r in recent)
+        tau = 1 + sum(r["accepted"] for r in recent) / max(blocks, 1)
+        accuracy = [
+            sum(r["right"][k] for r in recent) / max(sum(r["valid"][k] for r in recent), 1)
+            for k in range(len(recent[-1]["right"]))
+        ]
+        shown = "/".join(f"{100 * a:.0f}" for a in accuracy[:4])
+        rate = sum(r["tokens"] for r in rows) / max(seconds, 1e-3)
+        held = "" if self._tau is None else f" held-out tau {self._tau:.2f}"
+        return f"loss {loss:.3f} acc {shown}% tau~{tau:.2f}{held} {rate:.0f} tok/s"
+
+    def evaluated(self, step: int, tau: float) -> None:
+        self._tau = tau
+        self.say(f"step {step}: held-out tau {tau:.3f}")
+        if self._board is not None:
+            self._board.add_scalar("heldout_tau", tau, step)
+
+    def finished(self, output: Path, summary: dict[str, Any], curves: Path | None) -> None:
+        """Closing lines of a run."""
+        if self._board is not None:
+            self._board.close()
+        held = summary["tau_heldout"]
+        minutes = summary["minutes"]
+        self.say(
+            f"drafter written to {output}"
+            + (f", held-out tau {held['tau']:.3f}" if held else "")
+            + f" (responses {minutes['responses']:.1f} min, features {minutes['extract']:.1f} min, "
+            f"training {minutes['train']:.1f} min)"
+        )
+        if curves is not None:
+            self.say(f"curves: {curves}")
