@@ -3,8 +3,8 @@
 This is the one home of every id and size conversion of the field (see docs/glossary.md):
 
 * ``target_layer_ids`` (z-lab) are 0-based decoder layers whose *output* is read;
-  ``aux_hidden_state_layer_ids`` (speculators, vLLM) index Hugging Face's ``hidden_states``, where 0 is
-  the embedding, so they are one larger: :func:`hidden_state_index`.
+  ``aux_hidden_state_layer_ids`` (speculators, vLLM) index Hugging Face's ``hidden_states``, where
+  0 is the embedding, so they are one larger: :func:`hidden_state_index`.
 * ``draft_block_size`` counts the anchor, ``num_speculative_tokens`` does not (unless the drafter
   samples from its anchor).
 
@@ -53,10 +53,13 @@ def target_layer_id(hidden_state_idx: int) -> int:
 def default_target_layer_ids(num_verifier_layers: int, num_features: int = 5) -> tuple[int, ...]:
     """Layers spread evenly from the 2nd to the third-to-last (arXiv 2602.06036, section 3).
 
-    A verifier with fewer eligible layers than ``num_features`` gives one feature per eligible layer.
+    A verifier with fewer eligible layers than ``num_features`` gives one feature per eligible
+    layer; one too small to have two eligible layers lends all of its layers.
     """
     if num_verifier_layers < 1:
         raise ValueError(f"the verifier has {num_verifier_layers} layers; at least 1 is needed")
+    if num_features < 1:
+        raise ValueError(f"{num_features} features asked for; a drafter needs at least 1")
     start, end = min(1, num_verifier_layers - 1), max(num_verifier_layers - 3, 0)
     if end <= start:
         start, end = 0, num_verifier_layers - 1
@@ -140,16 +143,17 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         positive = (
             "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size vocab_size max_position_embeddings"
+            "intermediate_size vocab_size max_position_embeddings draft_block_size"
         )
         for name in positive.split():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"drafter config: {name} is {value!r}; a positive integer is needed")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                key = "block_size" if name == "draft_block_size" else name
+                raise ValueError(f"drafter config: {key} is {value!r}; a positive integer is needed")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"drafter config: num_attention_heads ({self.num_attention_heads}) is not a multiple "
-                f"of num_key_value_heads ({self.num_key_value_heads})"
+                f"drafter config: num_attention_heads ({self.num_attention_heads}) is not a "
+                f"multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
             raise ValueError(f"drafter config: head_dim is {self.head_dim}; rotary needs it even")
@@ -164,15 +168,15 @@ class DrafterConfig:
                 f"drafter config: target_layer_ids is {list(ids)}; 0-based layer ids needed"
             )
         if list(ids) != sorted(set(ids)):
-            # vLLM sorts and de-duplicates aux layers (interfaces.py), which would permute fc's input.
+            # vLLM sorts and de-duplicates aux layers (interfaces.py), which permutes fc's input.
             raise ValueError(
-                f"drafter config: target_layer_ids {list(ids)} must be ascending and distinct, since "
-                "vLLM concatenates the features in ascending order"
+                f"drafter config: target_layer_ids {list(ids)} must be ascending and distinct, "
+                "since vLLM concatenates the features in ascending order"
             )
         if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"drafter config: mask_token_id is {self.mask_token_id!r}; it must be a token id below "
-                f"vocab_size ({self.vocab_size})"
+                f"drafter config: mask_token_id is {self.mask_token_id!r}; it must be a token id "
+                f"below vocab_size ({self.vocab_size})"
             )
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
@@ -183,7 +187,8 @@ class DrafterConfig:
             unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
             if unknown:
                 raise ValueError(
-                    f"drafter config: layer_types has {unknown}; only {SLIDING!r} and {FULL!r} exist"
+                    f"drafter config: layer_types has {unknown}; only {SLIDING!r} and {FULL!r} "
+                    "exist"
                 )
             if len(self.layer_types) != self.num_hidden_layers:
                 raise ValueError(
@@ -192,7 +197,8 @@ class DrafterConfig:
                 )
             if SLIDING in self.layer_types and not self.sliding_window:
                 raise ValueError(
-                    "drafter config: layer_types has sliding layers but sliding_window is not set"
+                    "drafter config: layer_types has sliding layers but sliding_window is "
+                    f"{self.sliding_window!r}; give the window in tokens"
                 )
 
     # -- derived ---------------------------------------------------------------------------------
@@ -306,8 +312,13 @@ class DrafterConfig:
         return cls.from_dict(raw)
 
     @classmethod
-    def _layer_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Fields shared by both formats: the Qwen3-style transformer layer configuration."""
+    def _layer_fields(
+        cls, raw: dict[str, Any], *, head_dim: int | None = None, rope_theta: float = 1e6
+    ) -> dict[str, Any]:
+        """Fields shared by both formats: the Qwen3-style transformer layer configuration.
+
+        ``head_dim`` and ``rope_theta`` are what vLLM takes in this format for absent keys.
+        """
         required = (
             "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size"
         ).split()
@@ -316,13 +327,16 @@ class DrafterConfig:
             raise ValueError(f"drafter config: {', '.join(missing)} missing from config.json")
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         rope.setdefault("rope_type", rope.pop("type", "default"))
-        if raw.get("rope_theta") is not None:
-            rope.setdefault("rope_theta", raw["rope_theta"])
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if raw.get(key) is not None:
+                rope.setdefault(key, raw[key])
+        rope.setdefault("rope_theta", rope_theta)
         layer_types = raw.get("layer_types")
+        heads = raw["num_attention_heads"]
         return {
             **{k: raw[k] for k in required},
-            "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or head_dim or raw["hidden_size"] // heads,
             "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
             "rope_parameters": rope,
             "max_position_embeddings": raw.get("max_position_embeddings", 32768),
@@ -331,7 +345,9 @@ class DrafterConfig:
             "is_neox_style": bool(raw.get("is_neox_style", True)),
             "layer_types": tuple(layer_types) if layer_types else None,
             "sliding_window": raw.get("sliding_window"),
-            "dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+            "dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix(
+                "torch."
+            ),
         }
 
     @classmethod
@@ -351,11 +367,13 @@ class DrafterConfig:
                 "drafter config: dflash_config.use_aux_hidden_state is false; a drafter without "
                 "verifier features is not supported"
             )
-        fields = cls._layer_fields(raw)
+        # vLLM reads this format through transformers' Qwen3Config and so takes its defaults.
+        fields = cls._layer_fields(raw, head_dim=128, rope_theta=1e4)
         if dflash.get("use_swa") and SLIDING not in (fields["layer_types"] or ()):
             fields["layer_types"] = (SLIDING,) * fields["num_hidden_layers"]
-            # vLLM: use_swa without layer_types is non-causal (table in _resolve_layer_attention).
-            if raw.get("layer_types") is None and dflash.get("causal") is None:
+            # In vLLM use_swa leaves the causality of the layer types as they were: none sliding, so
+            # bidirectional (_dflash_layer_causal).
+            if dflash.get("causal") is None:
                 dflash["causal"] = False
         if SLIDING in (fields["layer_types"] or ()):
             fields["sliding_window"] = dflash.get("swa_window_size", fields["sliding_window"])
@@ -371,8 +389,8 @@ class DrafterConfig:
             mask_token_id=dflash["mask_token_id"],
             num_target_layers=raw.get("num_target_layers"),
             target_hidden_size=raw.get("target_hidden_size"),
-            draft_vocab_size=raw.get("draft_vocab_size"),
-            causal=causal,
+            draft_vocab_size=_draft_vocab_size(raw, fields),
+            causal=None if causal is None else bool(causal),
             sample_from_anchor=bool(dflash.get("sample_from_anchor", False)),
             verifier=raw.get("verifier"),
             serve_only={k: dflash[k] for k in SERVE_ONLY_KEYS if dflash.get(k) is not None},
@@ -404,7 +422,7 @@ class DrafterConfig:
             mask_token_id=raw["mask_token_id"],
             num_target_layers=raw.get("num_target_layers"),
             target_hidden_size=raw.get("target_hidden_size"),
-            draft_vocab_size=raw.get("draft_vocab_size"),
+            draft_vocab_size=_draft_vocab_size(raw, fields),
             causal=causal,
             sample_from_anchor=bool(raw.get("sample_from_anchor", False)),
             verifier=verifier,
@@ -435,6 +453,8 @@ class DrafterConfig:
         if self.layer_types is not None:
             out["layer_types"] = list(self.layer_types)
             out["sliding_window"] = self.sliding_window
+            # Without this flag transformers' Qwen3Config drops the window.
+            out["use_sliding_window"] = SLIDING in self.layer_types
         return out
 
     def to_dict(self, fmt: CheckpointFormat = "zlab") -> dict[str, Any]:
@@ -477,8 +497,8 @@ class DrafterConfig:
         causal = {self.layer_causal(i) for i in range(self.num_hidden_layers)}
         if len(causal) > 1:
             raise ValueError(
-                "the speculators format has one causality for all layers, this drafter mixes causal "
-                "sliding and bidirectional full layers; keep the z-lab format"
+                "the speculators format has one causality for all layers, this drafter mixes "
+                "causal sliding and bidirectional full layers; keep the z-lab format"
             )
         return {
             "architectures": ["DFlashSpeculator"],
@@ -536,8 +556,10 @@ class DrafterConfig:
         theta = rope.get("rope_theta")
         if theta is None:
             # Models with one rope per layer type (Gemma 3) nest the parameters by type.
-            nested = [v["rope_theta"] for v in rope.values() if isinstance(v, dict)]
-            theta = max(nested) if nested else 1_000_000.0
+            nested = [v.get("rope_theta") for v in rope.values() if isinstance(v, dict)]
+            theta = max([t for t in nested if t is not None], default=None)
+        if theta is None:
+            theta = getattr(text, "rope_theta", None) or 1_000_000.0
         config = cls(
             hidden_size=info.hidden_size,
             num_hidden_layers=num_hidden_layers,
@@ -568,3 +590,9 @@ class DrafterConfig:
     def with_(self, **changes: Any) -> DrafterConfig:
         """A copy with some fields replaced, validated again."""
         return replace(self, **changes)
+
+
+def _draft_vocab_size(raw: dict[str, Any], fields: dict[str, Any]) -> int | None:
+    """None where the draft vocabulary is the whole one, which speculators writes out."""
+    size = raw.get("draft_vocab_size")
+    return None if size == fields["vocab_size"] else size

@@ -1,0 +1,59 @@
+"""Fixtures shared by the tests that start engines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A drafter made by ``vllm-dflash train``, and what it was made from."""
+
+    verifier: Path
+    prompts: Path
+    drafter: Path
+    run: Path
+    args: tuple[str, ...]
+    output: str
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.drafter / "dflash_training.json").read_text())
+
+
+#: Common to every tiny training run: fp32 throughout, short conversations.
+TRAIN_ARGS = (
+    "--dtype", "float32", "--autocast", "float32", "--max-len", "160", "--max-tokens", "48",
+    "--features", "3", "--layers", "2", "--block-size", "8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def verifier(models) -> Path:
+    return tiny.make_verifier(models / "verifier")
+
+
+@pytest.fixture(scope="session")
+def prompts(models) -> Path:
+    return tiny.write_prompts(models / "prompts.jsonl", 24)
+
+
+@pytest.fixture(scope="session")
+def trained(models, verifier, prompts) -> Trained:
+    """Two layers, block 8, a draft vocabulary; learned its 24 prompts by heart."""
+    out = models / "drafter"
+    args = (*TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48")
+    args += ("--sequences", "2", "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150")
+    done = tiny.cli("train", verifier, "--data", prompts, "-o", out, *args)
+    return Trained(verifier, prompts, out, models / "drafter-run", args, done.stderr)
