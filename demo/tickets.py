@@ -1,4 +1,4 @@
-"""The demo's traffic: support tickets that a server turns into JSON records.
+"""The demo's traffic: support tickets that a server triages into JSON records.
 
     python demo/tickets.py OUT_DIR --train 800 --heldout 64 --seed 0
 
@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-SYSTEM = "You turn support tickets into JSON records."
+SYSTEM = "You triage support tickets into JSON records."
 
 FIRST_NAMES = (
     "Alice Omar Priya Jonas Mei Carlos Fatima Liam Sofia Noah Yuki Ivan Chloe Ahmed Grace Diego Hannah "
@@ -24,20 +24,14 @@ FIRST_NAMES = (
     "Rita Sergei Tessa Ugo Vera Wendy Xavier Yasmin Zoltan Agnes Boris Clara Dario Edith Ronan Talia Emil "
     "Greta Milo Astrid Cyrus Delia Ezra Freya Goran Hilda Ivo Judith Kofi Livia Magnus Noemi Orson Pilar"
 ).split()
-# Surnames and towns are put together from parts: thousands of them, as in real traffic, so that a drafter
-# has to learn copying rather than names.
-SURNAME_STARTS = (
-    "Bar Kov Mol Ten Har Dub Lind Cas Fer Gar Hol Jan Kel Lor Mar Nov Ost Pet Rad Sal Tor Val Wal Zim And "
-    "Bec Cor Dal Eng Fis Gol Hen Iva Kar Lam Mon Nor Pal Ros Ste"
+LAST_NAMES = (
+    "Nguyen Smith Garcia Patel Kowalski Okafor Tanaka Muller Rossi Larsen Haddad Johnson Silva Novak Cohen "
+    "Dubois Andersen Bauer Castillo Demir Eriksson Fischer Gupta Horvat Ivanov Jensen Khan Lopez Moreau "
+    "Nakamura Olsen Petrov Quinn Rahman Santos Takahashi Ueda Vargas Weber Xu Yilmaz Zhang Abbott Becker "
+    "Cruz Dvorak Endo Ferrari Greco Hansen Ito Jovanovic Kelly Lindgren Mendes Nielsen Oliveira Popov "
+    "Reyes Schmidt Torres Urban Virtanen Walsh Yamada Zimmer Aydin Berg Costa Diaz Carter Brooks Hughes "
+    "Morgan Foster Bennett Parker Cooper Wright Turner"
 ).split()
-SURNAME_ENDS = (
-    "ski sen ez ova ington berg man ner ini oli ard ley wood well ton ides eau enko ic ura ada ier field"
-).split()
-TOWN_STARTS = (
-    "Kings Oak River Stone West North Green Lake Ash Clear Elm Fair Glen High Maple Mill New Red Silver South "
-    "Spring Summer Wood Black"
-).split()
-TOWN_ENDS = "ton ville field ford burg haven dale mouth port bridge wick stead".split()
 KINDS = (
     "wireless foldable electric leather steel wooden portable blue red black large small ceramic cotton "
     "plastic digital garden travel kitchen outdoor"
@@ -62,48 +56,63 @@ ACTIONS = (
     "a refund|a replacement|a call back|store credit|a new part|a repair|a discount|a return label|an "
     "exchange|a new delivery date"
 ).split("|")
-DOMAINS = ("mail.com", "post.net", "inbox.org", "letter.io")
 TEMPLATES = (
-    "Hello, my name is {first} {last} from {city}. I ordered a {product} on {date} (order {order}) and it "
-    "{problem}. I would like {action}. You can reach me at {email}.",
-    "Hi, this is {first} {last}. The {product} from order {order}, bought on {date}, {problem}. Please send "
-    "me {action}. I live in {city}, my email is {email}.",
-    "Order {order}: the {product} {problem}. It was ordered on {date}. I am {first} {last} in {city} and I "
-    "want {action}. Contact: {email}.",
-    "Good morning. My {product} {problem}! Order number {order}, placed on {date}. {first} {last}, {city}. "
-    "I expect {action}. Write to {email}.",
-    "I am writing about order {order} from {date}. The {product} I got {problem}, so I ask for {action}. "
-    "{first} {last}, {email}, {city}.",
+    "Hello, my name is {first} {last}. I ordered a {product} (order {order}) and it {problem}. I would like "
+    "{action}.",
+    "Hi, this is {first} {last}. The {product} from order {order} {problem}. Please send me {action}.",
+    "Order {order}: the {product} {problem}. I am {first} {last} and I want {action}.",
+    "Good morning. My {product} {problem}! Order number {order}. I expect {action}. {first} {last}",
+    "I am writing about order {order}. The {product} I got {problem}, so I ask for {action}. Regards, "
+    "{first} {last}",
 )
+
+
+def record(name: str, order: int, product: str, **labels: str | bool) -> dict:
+    """One triaged ticket."""
+    return {
+        "ticket_status": "open",
+        "ticket_language": "English",
+        "customer_name": name,
+        "order_number": order,
+        "product_name": product,
+        "problem_category": labels["category"],
+        "problem_severity": labels["severity"],
+        "customer_sentiment": labels["sentiment"],
+        "requested_action": labels["action"],
+        "assigned_department": labels["department"],
+        "needs_human_review": labels["review"],
+    }
+
 
 EXAMPLES = (
     (
-        "Hello, I am Nora Fields from Geneva. On 2025-11-30 I bought a travel mug (order 55120) and the lid is "
-        "cracked. I would like a new lid. My email is nora.fields@mail.com.",
-        {
-            "customer_name": "Nora Fields",
-            "customer_email": "nora.fields@mail.com",
-            "city": "Geneva",
-            "order_number": 55120,
-            "order_date": "2025-11-30",
-            "product": "travel mug",
-            "problem": "the lid is cracked",
-            "requested_action": "a new lid",
-        },
+        "Hello, I am Nora Fields. I bought a travel mug (order 55120) and the lid is cracked. I would like a "
+        "replacement.",
+        record(
+            "Nora Fields",
+            55120,
+            "travel mug",
+            category="damaged item",
+            severity="medium",
+            sentiment="neutral",
+            action="replacement",
+            department="returns",
+            review=False,
+        ),
     ),
     (
-        "Order 20418: my garden table wobbles. Bought on 2025-08-02. Peter Okoro, Cape Town. I want my money "
-        "back, write to peter.okoro@post.net.",
-        {
-            "customer_name": "Peter Okoro",
-            "customer_email": "peter.okoro@post.net",
-            "city": "Cape Town",
-            "order_number": 20418,
-            "order_date": "2025-08-02",
-            "product": "garden table",
-            "problem": "it wobbles",
-            "requested_action": "money back",
-        },
+        "Order 20418: my garden table never came and nobody answers! I want my money back now. Peter Okoro",
+        record(
+            "Peter Okoro",
+            20418,
+            "garden table",
+            category="missing delivery",
+            severity="high",
+            sentiment="angry",
+            action="refund",
+            department="logistics",
+            review=True,
+        ),
     ),
 )
 
@@ -115,27 +124,22 @@ def _parts(words: list[str], heldout: bool) -> list[str]:
 
 def ticket(rng: random.Random, heldout: bool) -> str:
     """One ticket's text."""
-    first = rng.choice(_parts(FIRST_NAMES, heldout))
-    last = rng.choice(_parts(SURNAME_STARTS, heldout)) + rng.choice(SURNAME_ENDS)
     return rng.choice(TEMPLATES).format(
-        first=first,
-        last=last,
-        city=rng.choice(_parts(TOWN_STARTS, heldout)) + rng.choice(TOWN_ENDS),
+        first=rng.choice(_parts(FIRST_NAMES, heldout)),
+        last=rng.choice(_parts(LAST_NAMES, heldout)),
         product=f"{rng.choice(KINDS)} {rng.choice(_parts(ITEMS, heldout))}",
         problem=rng.choice(_parts(PROBLEMS, heldout)),
         action=rng.choice(ACTIONS),
         order=rng.randint(10000, 99999),
-        date=f"2026-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
-        email=f"{first}.{last}@{rng.choice(DOMAINS)}".lower(),
     )
 
 
 def request(text: str) -> list[dict[str, str]]:
     """The chat request for one ticket."""
     messages = [{"role": "system", "content": SYSTEM}]
-    for example, record in EXAMPLES:
+    for example, answer in EXAMPLES:
         messages.append({"role": "user", "content": example})
-        messages.append({"role": "assistant", "content": json.dumps(record, indent=2)})
+        messages.append({"role": "assistant", "content": json.dumps(answer, indent=2)})
     return [*messages, {"role": "user", "content": text}]
 
 

@@ -45,15 +45,21 @@ def verifier(models) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prompts(models) -> Path:
+def prompts_file(models) -> Path:
     return tiny.write_prompts(models / "prompts.jsonl", 24)
 
 
 @pytest.fixture(scope="session")
-def trained(models, verifier, prompts) -> Trained:
+def trained(models, verifier, prompts_file) -> Trained:
     """Two layers, block 8, a draft vocabulary; learned its 24 prompts by heart."""
     out = models / "drafter"
     args = (*TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48")
     args += ("--sequences", "2", "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150")
-    done = tiny.cli("train", verifier, "--data", prompts, "-o", out, *args)
-    return Trained(verifier, prompts, out, models / "drafter-run", args, done.stderr)
+    done = tiny.cli("train", verifier, "--data", prompts_file, "-o", out, *args)
+    return Trained(verifier, prompts_file, out, models / "drafter-run", args, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def prompts(verifier, prompts_file) -> list[list[int]]:
+    """The prompts as token ids."""
+    return tiny.prompt_ids(verifier, prompts_file)

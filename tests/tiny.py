@@ -148,11 +148,17 @@ def make_drafter(path: Path, verifier: Path, *, fmt: str = "zlab", seed: int = 1
 
 
 def write_prompts(path: Path, count: int, seed: int = 0) -> Path:
-    """A JSONL file of one-turn requests."""
+    """A JSONL file of one-turn requests; every third shares a long system message."""
     rng = random.Random(seed)
+    system = {"role": "system", "content": sentence(random.Random(99), 40)}
     rows = [
-        {"messages": [{"role": "user", "content": sentence(rng, rng.randint(4, 14))}]}
-        for _ in range(count)
+        {
+            "messages": [
+                *([system] if i % 3 == 0 else []),
+                {"role": "user", "content": sentence(rng, rng.randint(4, 14))},
+            ]
+        }
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

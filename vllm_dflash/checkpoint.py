@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 #: Tensors that a checkpoint may hold besides the drafter's own.
 _OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+#: Buffers that old exports hold and vLLM skips: they follow from the configuration.
+_DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def read_config(model: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def read_config(model: str | Path, revision: str | None = None) -> dict[str, Any
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder; ValueError when there is none or only pickle."""
+    """The safetensors files of a checkpoint folder; ValueError when there are none."""
     folder = Path(path)
     files = sorted(folder.glob("*.safetensors"))
     if files:
@@ -61,8 +63,8 @@ def weight_files(path: str | Path) -> list[Path]:
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])
     if pickled:
         raise ValueError(
-            f"{path} has only pickled weights ({pickled[0].name}), which are not loaded because they "
-            "can run code; convert them to safetensors"
+            f"{path} has only pickled weights ({pickled[0].name}), which are not loaded because "
+            "they can run code; convert them to safetensors"
         )
     raise ValueError(f"{path} has no *.safetensors weights")
 
@@ -119,7 +121,8 @@ def check_weights(path: str | Path, config: DrafterConfig) -> None:
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
-                    have[name] = tuple(handle.get_slice(name).get_shape())
+                    if not name.endswith(_DERIVED):
+                        have[name] = tuple(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}); it is cut short or damaged, copy it again"
@@ -149,7 +152,7 @@ def load_weights(path: str | Path, config: DrafterConfig) -> dict[str, Tensor]:
     check_weights(path, config)
     weights: dict[str, Tensor] = {}
     for file in weight_files(path):
-        weights |= load_file(file)
+        weights |= {n: t for n, t in load_file(file).items() if not n.endswith(_DERIVED)}
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} has non-finite values; the checkpoint is broken")
@@ -160,7 +163,9 @@ def load_weights(path: str | Path, config: DrafterConfig) -> dict[str, Tensor]:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place only when the block succeeds.
 
-    A crash, a full disk or a kill leaves whatever ``target`` held before.
+    An error or a full disk leaves ``target`` as it was, and nothing beside it. A kill does too,
+    but for the instant between the two renames that replace an existing folder: then the old one
+    lies complete in ``.<name>-old-*/previous``.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,9 +178,17 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old / "previous")
-            os.replace(work, target)
-            shutil.rmtree(old)
+            previous = old / "previous"
+            try:
+                os.replace(target, previous)
+                os.replace(work, target)
+            except BaseException:
+                if previous.exists() and not target.exists():
+                    os.replace(previous, target)
+                raise
+            finally:
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(work, target)
     finally:
@@ -189,7 +202,8 @@ def atomic_write(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.chmod(name, 0o644)  # mkstemp's own mode shuts other users out
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -222,7 +236,9 @@ def save_drafter(
     import torch
     from safetensors.torch import save_file
 
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"drafter config: dtype is {config.dtype!r}; use 'bfloat16' or 'float32'")
     out = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu()
@@ -231,16 +247,34 @@ def save_drafter(
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"refusing to save {name}: it has non-finite values")
         out[name] = tensor.contiguous()
-    if config.has_draft_vocab and "t2d" not in out:
-        t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
-        t2d[torch.arange(config.logits_vocab_size) + out["d2t"]] = True
-        out["t2d"] = t2d
+    if config.has_draft_vocab:
+        out["t2d"] = _draft_tokens(config, out.get("d2t"))
     with atomic_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config.to_dict(fmt), indent=2) + "\n")
         save_file(out, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text)
         check_weights(folder, config)
+
+
+def _draft_tokens(config: DrafterConfig, d2t: Tensor | None) -> Tensor:
+    """``t2d``: bool ``[vocab_size]``, which verifier tokens the draft vocabulary holds."""
+    import torch
+
+    size = config.logits_vocab_size
+    if d2t is None or d2t.shape != (size,) or d2t.is_floating_point():
+        found = "missing" if d2t is None else f"{d2t.dtype} {tuple(d2t.shape)}"
+        raise ValueError(f"d2t is {found}; a draft vocabulary needs {size} integer offsets")
+    tokens = torch.arange(size) + d2t
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size or len(tokens.unique()) != size:
+        raise ValueError(
+            f"d2t maps to verifier tokens {low}..{high}, {len(tokens.unique())} of {size} "
+            f"distinct; they must be distinct and below vocab_size ({config.vocab_size})"
+        )
+    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+    t2d[tokens] = True
+    return t2d
 
 
 def convert(source: str | Path, target: str | Path, fmt: CheckpointFormat) -> DrafterConfig:

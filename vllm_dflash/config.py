@@ -149,7 +149,9 @@ class DrafterConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 key = "block_size" if name == "draft_block_size" else name
-                raise ValueError(f"drafter config: {key} is {value!r}; a positive integer is needed")
+                raise ValueError(
+                    f"drafter config: {key} is {value!r}; a positive integer is needed"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"drafter config: num_attention_heads ({self.num_attention_heads}) is not a "
@@ -159,8 +161,8 @@ class DrafterConfig:
             raise ValueError(f"drafter config: head_dim is {self.head_dim}; rotary needs it even")
         if self.draft_block_size < 2 and not self.sample_from_anchor:
             raise ValueError(
-                f"drafter config: block_size is {self.draft_block_size}; it counts the anchor, so a "
-                "block that drafts anything has at least 2"
+                f"drafter config: block_size is {self.draft_block_size}; it counts the anchor, so "
+                "a block that drafts anything has at least 2"
             )
         ids = self.target_layer_ids
         if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
@@ -319,9 +321,8 @@ class DrafterConfig:
 
         ``head_dim`` and ``rope_theta`` are what vLLM takes in this format for absent keys.
         """
-        required = (
-            "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size"
-        ).split()
+        required = ["hidden_size", "num_hidden_layers", "num_attention_heads"]
+        required += ["intermediate_size", "vocab_size"]
         missing = [k for k in required if raw.get(k) is None]
         if missing:
             raise ValueError(f"drafter config: {', '.join(missing)} missing from config.json")
@@ -369,6 +370,12 @@ class DrafterConfig:
             )
         # vLLM reads this format through transformers' Qwen3Config and so takes its defaults.
         fields = cls._layer_fields(raw, head_dim=128, rope_theta=1e4)
+        if raw.get("layer_types") is None and raw.get("use_sliding_window"):
+            first, layers = raw.get("max_window_layers", 28), fields["num_hidden_layers"]
+            kinds = tuple(SLIDING if i >= first else FULL for i in range(layers))
+            fields["layer_types"] = (
+                kinds if SLIDING in kinds and raw.get("sliding_window") else None
+            )
         if dflash.get("use_swa") and SLIDING not in (fields["layer_types"] or ()):
             fields["layer_types"] = (SLIDING,) * fields["num_hidden_layers"]
             # In vLLM use_swa leaves the causality of the layer types as they were: none sliding, so

@@ -1,8 +1,8 @@
-"""Every option of the plugin: ``dflash_*`` keys of ``--speculative-config`` and environment variables.
+"""Every option of the plugin: ``dflash_*`` keys of ``--speculative-config``, environment variables.
 
-vLLM's ``SpeculativeConfig`` refuses unknown keys, so the plugin takes the ``dflash_*`` keys out before
-vLLM sees them and carries them in ``additional_config["vllm_dflash"]``, which reaches every worker
-process and is part of vLLM's compile-cache key.
+vLLM's ``SpeculativeConfig`` refuses unknown keys, so the plugin takes the ``dflash_*`` keys out
+before vLLM sees them and carries them in ``additional_config["vllm_dflash"]``, which reaches every
+worker process and is part of vLLM's compile-cache key.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Options:
             ValueError: an unknown ``dflash_*`` key or a value of the wrong type.
         """
         allowed = {PREFIX + f.name: f for f in fields(cls)}
-        values, rest = {}, {}
+        values: dict[str, bool] = {}
+        rest: dict[str, Any] = {}
         for key, value in config.items():
             name = key.replace("-", "_")
             if not name.startswith(PREFIX):
@@ -48,8 +49,8 @@ class Options:
                 continue
             if name not in allowed:
                 raise ValueError(
-                    f"speculative-config key {key!r} (value {value!r}) is not an option of vllm-dflash; "
-                    f"its options are {', '.join(sorted(allowed))}"
+                    f"speculative-config key {key!r} (value {value!r}) is not an option of "
+                    f"vllm-dflash; its options are {', '.join(sorted(allowed))}"
                 )
             if not isinstance(value, bool):
                 raise ValueError(
@@ -60,10 +61,12 @@ class Options:
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Options:
-        """The options a worker process finds in its ``VllmConfig``; defaults where there are none."""
-        carried = {}
+        """The options a worker process finds in its ``VllmConfig``; defaults where none are."""
+        carried: Any = None
         if isinstance(additional_config, dict):
-            carried = additional_config.get(ADDITIONAL_CONFIG_KEY) or {}
+            carried = additional_config.get(ADDITIONAL_CONFIG_KEY)
+        if not isinstance(carried, dict):
+            return cls()
         names = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in carried.items() if k in names})
 

@@ -1,8 +1,8 @@
 """``register()``, the ``vllm.general_plugins`` entry point.
 
-vLLM calls it in every process, before it resolves model or worker classes. It must be cheap and must not
-import vLLM's runners (that would initialise devices in the wrong process), so the seams are patched when
-vLLM itself imports their modules.
+vLLM calls it in every process, before it resolves model or worker classes. It must be cheap and
+must not import vLLM's runners (that would initialise devices in the wrong process), so the seams
+are patched when vLLM itself imports their modules.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _registered = False
 def register() -> None:
     """Puts our dflash proposer, speculator and drafter class in place of vLLM's.
 
-    Idempotent. Never raises: a failure is logged and stock vLLM stays as it is, because an exception
-    here would end every vLLM process of the environment, whatever method it serves.
+    Idempotent. Never raises: a failure is logged and stock vLLM stays as it is, because an
+    exception here would end every vLLM process of the environment, whatever method it serves.
     """
     global _registered
     if _registered:

@@ -66,8 +66,8 @@ def walk(matches: Sequence[Sequence[bool]], num_draft_tokens: int) -> Acceptance
 
     Args:
         matches: ``matches[i][k]`` tells whether the block anchored at response token i drafts
-            response token i + 1 + k rightly. Rows are needed for every token but the last and may be
-            cut short at the end of the response.
+            response token i + 1 + k rightly. Rows are needed for every token but the last and may
+            be cut short at the end of the response.
         num_draft_tokens: drafted tokens per step, K.
     """
     out, at = Acceptance(), 0

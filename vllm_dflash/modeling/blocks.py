@@ -1,9 +1,9 @@
 """Which anchor block may look at what: the layout of packed anchor blocks and its masks.
 
-A block with anchor position p holds the positions p..p+B-1. Its tokens see the features of their own
-sequence at positions < p (the verifier has not run the anchor yet when the block is drafted) and
-the tokens of their own block: all of them, or in causal layers only the earlier ones. A sliding layer
-additionally sees only keys less than ``window`` positions back.
+A block with anchor position p holds the positions p..p+B-1. Its tokens see the features of their
+own sequence at positions < p (the verifier has not run the anchor yet when the block is drafted)
+and the tokens of their own block: all of them, or in causal layers none behind the token itself. A
+sliding layer sees of these only what is less than ``window`` positions away.
 
 Shape suffixes as in drafter.py; Q = queries of a chunk, S = keys of a chunk.
 """
@@ -59,7 +59,9 @@ class BlockLayout:
         Raises:
             ValueError: an anchor lies beyond its sequence's features.
         """
-        chunks, flat, positions = [], [], []
+        chunks: list[Chunk] = []
+        flat: list[int] = []
+        positions: list[Tensor] = []
         start = 0
         per_chunk = max(1, MAX_CHUNK_QUERIES // draft_block_size)
         for anchors, length in zip(anchor_positions, context_lens, strict=True):
@@ -67,13 +69,11 @@ class BlockLayout:
                 group = anchors[first : first + per_chunk]
                 if min(group) < 0 or max(group) > length:
                     raise ValueError(
-                        f"anchors {min(group)}..{max(group)} need features of every earlier position, "
-                        f"the sequence has {length}"
+                        f"anchors {min(group)}..{max(group)} need features of every earlier "
+                        f"position, the sequence has {length}"
                     )
                 at = len(flat)
-                chunks.append(
-                    Chunk(slice(at, at + len(group)), slice(start, start + max(group)))
-                )
+                chunks.append(Chunk(slice(at, at + len(group)), slice(start, start + max(group))))
                 flat.extend(group)
             positions.append(torch.arange(length))
             start += length

@@ -65,11 +65,12 @@ class RotaryEmbedding(nn.Module):
                 rope_parameters={**rope, "rope_theta": config.rope_theta},
             )
             inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        # Not a buffer: module.to(torch.bfloat16) would round it, and angles grow with position.
+        self.inv_freq: Tensor = inv_freq
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 cosines and sines ``[*positions, rotary_dim / 2]`` of integer positions."""
-        angles = positions.unsqueeze(-1).float() * self.inv_freq
+        angles = positions.unsqueeze(-1).float() * self.inv_freq.to(positions.device)
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

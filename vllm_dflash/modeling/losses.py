@@ -67,7 +67,7 @@ def block_loss(
     """
     num_draft = logits_AKV.shape[-1]
     ce_AK = F.cross_entropy(
-        logits_AKV.float().view(-1, num_draft),
+        logits_AKV.float().reshape(-1, num_draft),
         torch.where(valid_AK, labels_AK, torch.full_like(labels_AK, -100)).flatten(),
         reduction="none",
         ignore_index=-100,
@@ -81,6 +81,8 @@ def block_loss(
             reduction="none",
             log_target=True,
         ).sum(-1)
+        # A weight of 0 does not silence what is not finite.
+        term_AK = torch.where(valid_AK, term_AK, torch.zeros_like(term_AK))
     elif loss in ("ce", "dpace"):
         term_AK = ce_AK
     else:

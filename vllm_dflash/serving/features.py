@@ -14,8 +14,8 @@ from vllm_dflash.serving.verifier import FinalStates
 class FeatureRecorder:
     """Collects ``[T, F]`` features per request, whatever the scheduler makes of it.
 
-    Rows are written by position into a buffer of the final length, so chunked prefill, mixed batches,
-    preemption with recomputation and decoding all give the same buffer.
+    Rows are written by position into a buffer of the final length, so chunked prefill, mixed
+    batches, preemption with recomputation and decoding all give the same buffer.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class FeatureRecorder:
             return request_id
         # vLLM makes request ids unique inside the engine by appending "-" and 8 random characters
         # (InputProcessor.assign_request_id).
-        external = request_id[:-9]
-        return external if external in self._lengths else None
+        external, dash = request_id[:-9], request_id[-9:-8]
+        return external if dash == "-" and external in self._lengths else None
 
     def observe(
         self,
@@ -84,22 +84,25 @@ class FeatureRecorder:
                 self._finals[key][at] = final
 
     def take(self, key: str, length: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Hands over a request's features ``[T, F]`` (and final states ``[T, H]``) and forgets them.
+        """Hands over a request's features ``[T, F]`` (and final states ``[T, H]``); forgets them.
 
         Args:
             key: as given to :meth:`watch`.
             length: rows expected, for requests that ended before the watched length.
 
         Raises:
-            ValueError: rows are missing (a prefix-cache hit, or a batch too close to max_model_len for
-                vLLM to call the proposer), or the features cannot be real: non-finite, zero or constant.
+            ValueError: rows are missing (a prefix-cache hit, or a batch too close to max_model_len
+                for vLLM to call the proposer), or the features cannot be real: non-finite, zero or
+                constant.
         """
+        watched = self._lengths.pop(key, 0)
         if key not in self._buffers:
             raise ValueError(f"no features were recorded for {key}")
         features, filled = self._buffers.pop(key), self._filled.pop(key)
         final = self._finals.pop(key, None)
-        del self._lengths[key]
         if length is not None:
+            if length > watched:
+                raise ValueError(f"{length} feature rows of {key} wanted, {watched} were watched")
             features, filled = features[:length], filled[:length]
             final = final[:length] if final is not None else None
         if not filled.all():

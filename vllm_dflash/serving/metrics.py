@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import prometheus_client
 
+_PREFIX = "vllm_dflash:"
+
 
 def drafter_metrics_class(base: type) -> type:
     """Subclass of vLLM's ``SpecDecodingProm`` that also exports the drafter's name and tau.
@@ -17,19 +19,27 @@ def drafter_metrics_class(base: type) -> type:
 
     class DrafterProm(base):  # type: ignore[misc, valid-type]
         def __init__(self, speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs):
-            super().__init__(speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs)
+            super().__init__(
+                speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs
+            )
             self._tau = None
             if speculative_config is None or speculative_config.method != "dflash":
                 return
+            # As vLLM does with its own: an earlier engine of this process may have left them, and
+            # registering a name twice raises.
+            registry = prometheus_client.REGISTRY
+            for collector in list(registry._collector_to_names):
+                if str(getattr(collector, "_name", "")).startswith(_PREFIX):
+                    registry.unregister(collector)
             drafter = str(speculative_config.model)
             info = prometheus_client.Gauge(
-                "vllm_dflash:drafter_info",
+                f"{_PREFIX}drafter_info",
                 "The DFlash drafter that is served.",
                 [*labelnames, "drafter", "num_speculative_tokens"],
                 multiprocess_mode="mostrecent",
             )
             tau = prometheus_client.Gauge(
-                "vllm_dflash:acceptance_length",
+                f"{_PREFIX}acceptance_length",
                 "Tokens per verify step, bonus token included, since start (pooled).",
                 [*labelnames, "drafter"],
                 multiprocess_mode="mostrecent",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash.options import Options
@@ -27,6 +29,7 @@ class Proposer(DFlashProposer):
 
     def __init__(self, vllm_config, device: torch.device, runner=None) -> None:
         super().__init__(vllm_config, device, runner)
+        _allow_batches_without_drafts()
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
         self.drafting = True
@@ -52,3 +55,20 @@ class Proposer(DFlashProposer):
         if plain and self._options.greedy_draft_vocab and isinstance(self.model, DrafterModel):
             return self.model.greedy_draft_tokens(hidden_states)
         return super()._greedy_sample(hidden_states)
+
+
+def _allow_batches_without_drafts() -> None:
+    """Mends vLLM's rejection sampling of a batch that carries no draft token yet (a prefill).
+
+    Without Triton (the CPU backend, vLLM 0.31 and 0.32) a request with ``top_k`` takes the maximum of an
+    empty tensor there, which ends the engine.
+    """
+    original = rejection_sampler.apply_sampling_constraints
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def apply_sampling_constraints(logits: Tensor, *args, **kwargs) -> Tensor:
+        return logits if logits.shape[0] == 0 else original(logits, *args, **kwargs)
+
+    rejection_sampler.apply_sampling_constraints = apply_sampling_constraints

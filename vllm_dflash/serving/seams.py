@@ -1,8 +1,8 @@
 """Where vllm-dflash enters vLLM: the list of seams, how each is checked and patched.
 
-Each seam is one attribute of one vLLM module. It is patched right after vLLM imports that module (or at
-once where it already has), and only if it looks as expected; otherwise one warning names it and stock vLLM
-stays. docs/architecture.md has the list with the vLLM versions.
+Each seam is one attribute of one vLLM module. It is patched right after vLLM imports that module
+(or at once where it already has), and only if it looks as expected; otherwise one warning names it
+and stock vLLM stays. docs/architecture.md has the list with the vLLM versions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Seam:
     """One patched attribute.
 
     Attributes:
-        name: what messages call it, ``module.attribute``.
         module: the vLLM module whose import triggers the patch.
         attribute: dotted attribute inside it.
         parameters: names that its signature must have, else the seam counts as changed.
@@ -44,6 +43,7 @@ class Seam:
 
     @property
     def name(self) -> str:
+        """What messages call it."""
         return f"{self.module}.{self.attribute}"
 
     def problem(self, module: ModuleType) -> str | None:
@@ -126,6 +126,7 @@ SEAMS = (
 
 
 def _apply(seam: Seam, module: ModuleType) -> None:
+    """Patches once. Never raises: that would fail vLLM's own import of the module."""
     done: set[str] = module.__dict__.setdefault(_PATCHED, set())
     if seam.name in done:
         return
@@ -134,7 +135,10 @@ def _apply(seam: Seam, module: ModuleType) -> None:
     if problem:
         logger.warning("vllm-dflash: %s in this vLLM; stock behaviour stays there", problem)
         return
-    seam.patch(module)
+    try:
+        seam.patch(module)
+    except Exception:
+        logger.exception("vllm-dflash cannot patch %s; stock behaviour stays there", seam.name)
 
 
 class _PostImport(importlib.abc.MetaPathFinder):
@@ -151,7 +155,8 @@ class _PostImport(importlib.abc.MetaPathFinder):
         if seam is None:
             return None
         for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
+            # Two of ours (installed twice) would ask each other for ever.
+            if isinstance(finder, _PostImport) or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
@@ -170,12 +175,19 @@ class _PostImport(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is absent
+        return False
+
+
 def install() -> list[str]:
     """Registers the drafter class and hooks every seam; returns the modules this vLLM lacks.
 
     Where a module is absent nothing is patched at all, since half a plugin is worse than none.
     """
-    missing = [seam.module for seam in SEAMS if importlib.util.find_spec(seam.module) is None]
+    missing = [seam.module for seam in SEAMS if not _exists(seam.module)]
     if missing:
         return missing
     from vllm import ModelRegistry
@@ -194,9 +206,9 @@ def install() -> list[str]:
 
 
 def probe() -> dict[str, str]:
-    """State of every seam in the installed vLLM, for ``vllm-dflash env``: name to ``ok`` or why not.
+    """State of every seam in the installed vLLM, by name: ``ok`` or why not.
 
-    Imports the runners, so it is not for serving processes.
+    For ``vllm-dflash env``. It imports the runners, so it is not for serving processes.
     """
     out = {}
     for seam in SEAMS:

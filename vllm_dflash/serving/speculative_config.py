@@ -1,4 +1,4 @@
-"""From ``--speculative-config`` to vLLM's ``SpeculativeConfig``: options, defaults, early checks."""
+"""From ``--speculative-config`` to vLLM's ``SpeculativeConfig``: options, defaults, checks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def _is_dflash(config: dict[str, Any]) -> bool:
 
 
 def _drafter_config(model: str, revision: str | None) -> DrafterConfig | None:
-    """The drafter's configuration, None for the relatives (DFlash 2, LiLiCorr, ...) that vLLM serves
-    with classes of its own."""
+    """The drafter's configuration, None where vLLM serves it with classes of its own (DFlash 2,
+    LiLiCorr, ...) or from quantised weights, whose names and shapes are the quantiser's."""
     raw = read_config(model, revision)
+    if raw.get("quantization_config"):
+        return None
     architectures = set(raw.get("architectures") or [])
     if architectures and not architectures & _OWN_ARCHS:
         return None
@@ -55,16 +57,26 @@ def wrap_create_speculative_config(original):
             return original(self, target_model_config, *args, **kwargs)
 
         options, rest = Options.from_speculative_config(self.speculative_config or {})
+        if len(rest) == len(self.speculative_config or {}):
+            # No key of ours: all defaults, unless an earlier call on these arguments took them out.
+            options = Options.from_additional_config(self.additional_config)
         model = given.get("model")
-        drafter = _drafter_config(model, given.get("revision")) if model else None
-        if drafter is not None:
+        drafter = None
+        if model:
+            try:
+                drafter = _drafter_config(model, given.get("revision"))
+            except ValueError:
+                if options.check:
+                    raise
+        if model and drafter is not None:
             if rest.get("num_speculative_tokens") is None and self.spec_tokens is None:
                 rest["num_speculative_tokens"] = drafter.num_speculative_tokens
             tokens = rest.get("num_speculative_tokens", self.spec_tokens)
             if isinstance(tokens, int) and tokens > drafter.num_speculative_tokens:
                 raise ValueError(
                     f"num_speculative_tokens is {tokens}, but the drafter {model} was trained for "
-                    f"blocks of {drafter.draft_block_size}: at most {drafter.num_speculative_tokens}"
+                    f"blocks of {drafter.draft_block_size}: at most "
+                    f"{drafter.num_speculative_tokens}"
                 )
             if options.check:
                 name = str(target_model_config.model)

@@ -32,14 +32,25 @@ class FeatureStore:
         self._pending: dict[str, _Entry] = {}
         self._pending_bytes = 0
         self._index: dict[str, str] = {}
+        self._next_shard = 0
         if cache_dir is not None:
             cache_dir.mkdir(parents=True, exist_ok=True)
             index = cache_dir / "index.json"
             if index.is_file():
-                self._index = json.loads(index.read_text())
+                try:
+                    listed = json.loads(index.read_text())
+                except ValueError as error:
+                    raise ValueError(
+                        f"the feature cache's {index} is damaged ({error}); delete {cache_dir}"
+                    ) from error
+                # Entries whose shard someone deleted are extracted again.
+                there = {n for n in set(listed.values()) if (cache_dir / n).is_file()}
+                self._index = {key: n for key, n in listed.items() if n in there}
+                numbers = (int(Path(n).stem.rpartition("-")[2]) for n in set(listed.values()))
+                self._next_shard = 1 + max(numbers, default=-1)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._memory or key in self._index
+        return key in self._memory or key in self._pending or key in self._index
 
     def put(self, key: str, features_TF: Tensor, final_TH: Tensor | None = None) -> None:
         entry = (features_TF, final_TH)
@@ -55,6 +66,9 @@ class FeatureStore:
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
+        if key in self._pending:
+            self._remember(key, self._pending[key])
+            return self._pending[key]
         if key not in self._index or self.cache_dir is None:
             raise KeyError(key)
         from safetensors import safe_open
@@ -68,7 +82,10 @@ class FeatureStore:
         return entry
 
     def flush(self) -> None:
-        """Writes what is pending as one shard; the index is replaced last, so a crash loses only it."""
+        """Writes what is pending as one shard.
+
+        The index is replaced last: a crash before loses the pending entries, never older ones.
+        """
         if not self._pending or self.cache_dir is None:
             return
         from safetensors.torch import save_file
@@ -78,10 +95,14 @@ class FeatureStore:
             tensors[f"{key}/features"] = features.cpu().contiguous()
             if final is not None:
                 tensors[f"{key}/final"] = final.cpu().contiguous()
-        name = f"features-{len(set(self._index.values())):05d}.safetensors"
+        name = f"features-{self._next_shard:05d}.safetensors"
         part = self.cache_dir / f".{name}.part"
-        save_file(tensors, part)
-        part.replace(self.cache_dir / name)
+        try:
+            save_file(tensors, part)
+            part.replace(self.cache_dir / name)
+        finally:
+            part.unlink(missing_ok=True)
+        self._next_shard += 1
         self._index |= dict.fromkeys(self._pending, name)
         atomic_write(self.cache_dir / "index.json", json.dumps(self._index))
         self._pending, self._pending_bytes = {}, 0

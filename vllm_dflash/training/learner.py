@@ -1,7 +1,7 @@
 """The training step and teacher-forced evaluation. Plain PyTorch: no vllm, no I/O but safetensors.
 
-Everything random is derived from (seed, step), and the learning rate from the step, so that a resumed run
-needs only weights and optimizer state to go on bit for bit.
+Everything random is derived from (seed, step), and the learning rate from the step, so that a
+resumed run needs only weights and optimizer state to go on bit for bit.
 
 Shape suffixes as in modeling/drafter.py; K = drafted positions of a block.
 """
@@ -50,7 +50,7 @@ class Sample:
     final_TH: Tensor | None = None
 
     def anchor_candidates(self) -> list[int]:
-        """Positions a served block can be anchored at: generated tokens with a generated successor."""
+        """Where served blocks can be anchored: generated tokens with a generated successor."""
         mask = self.loss_mask
         last = min(len(mask) - 1, self.features_TF.shape[0] + 1)
         return [p for p in range(last) if mask[p] and mask[p + 1]]
@@ -98,6 +98,8 @@ class SharedHead:
             self.draft_index[draft_token_ids] = torch.arange(
                 len(draft_token_ids), device=head.device
             )
+        self.verifier_lm_head = head
+        self.has_own_lm_head = own_lm_head is not None
         self.lm_head = head if own_lm_head is None else own_lm_head.to(head.device, head.dtype)
 
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -116,9 +118,12 @@ class SharedHead:
         return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """``lm_head.weight`` and ``d2t`` (offsets, as speculators and vLLM store them)."""
+        """``lm_head.weight`` and ``d2t`` (offsets, as speculators and vLLM store them).
+
+        Empty where the drafter uses the verifier's own lm_head as it is.
+        """
         if self.draft_token_ids is None:
-            return {}
+            return {"lm_head.weight": self.lm_head} if self.has_own_lm_head else {}
         ids = self.draft_token_ids.cpu()
         return {"lm_head.weight": self.lm_head, "d2t": ids - torch.arange(len(ids))}
 
@@ -194,8 +199,8 @@ class Learner:
         """One optimizer step.
 
         Returns:
-            Metrics; ``bad`` names the sequences that made loss or gradients non-finite, in which case
-            the weights are as before.
+            Metrics; ``bad`` names the sequences that made loss or gradients non-finite, in which
+            case the weights are as before.
         """
         samples = [s for s in samples if s.anchor_candidates()]
         if not samples:
@@ -298,9 +303,9 @@ class Learner:
             # Token p + 1 + k is predicted by the final state of position p + k.
             at = torch.tensor(group).unsqueeze(1) + torch.arange(num_draft)
             rows.append(sample.final_TH[at.clamp_max(sample.final_TH.shape[0] - 1)])
-        final = torch.cat(rows).to(self.head.lm_head.device, self.head.lm_head.dtype)
+        lm_head = self.head.verifier_lm_head
         with torch.no_grad():
-            return F.linear(final, self.head.lm_head)
+            return F.linear(torch.cat(rows).to(lm_head.device, lm_head.dtype), lm_head)
 
     def _update_ema(self) -> None:
         if self.ema is None:
@@ -385,9 +390,16 @@ class Learner:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"training state {file} cannot be read: {error}") from error
         params = dict(self.drafter.named_parameters())
-        missing = [n for n in params if f"model.{n}" not in tensors]
-        if missing:
-            raise ValueError(f"training state {file} lacks {missing[0]}; it is of another drafter")
+        wanted = {f"model.{n}": p.shape for n, p in params.items()}
+        wanted |= {f"ema.{n}": p.shape for n, p in (self.ema or {}).items()}
+        for n, shape in wanted.items():
+            if n not in tensors:
+                raise ValueError(f"training state {file} lacks {n}; it is of another run")
+            if tensors[n].shape != shape:
+                raise ValueError(
+                    f"training state {file} has {n} of shape {tuple(tensors[n].shape)}, this "
+                    f"drafter's is {tuple(shape)}; it is of another run"
+                )
         with torch.no_grad():
             for n, p in params.items():
                 p.copy_(tensors[f"model.{n}"])

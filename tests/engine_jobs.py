@@ -1,0 +1,245 @@
+"""Runs one in-process engine as a job file says; a process of its own per engine.
+
+    python tests/engine_jobs.py job.json out.json
+
+The job: ``engine`` (EngineArgs), ``runs`` (each ``name``, ``prompts`` as token ids, ``params`` of
+SamplingParams for all or per prompt, ``concurrency``, ``abort``: [prompt index, after how many steps],
+``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
+features and drafts that the proposer sees, ``config``: whether to return the engine's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Recorder:
+    """Wraps the proposer's ``propose``, stock or ours: what it is given and what it drafts."""
+
+    def __init__(self) -> None:
+        from vllm.v1.worker import gpu_model_runner
+
+        from vllm_dflash.serving.features import FeatureRecorder
+
+        self.features = FeatureRecorder()
+        self.drafts: list[dict[str, Any]] = []
+        self.runner: Any = None
+        self.recording = False
+        cls = gpu_model_runner.DFlashProposer
+        propose = cls.propose
+
+        def recorded(proposer, *args, **kwargs):
+            drafted = propose(proposer, *args, **kwargs)
+            if self.recording and self.runner is not None:
+                self._observe(kwargs, drafted)
+            return drafted
+
+        cls.propose = recorded
+
+    def _observe(self, kwargs: dict[str, Any], drafted: Any) -> None:
+        request_ids = self.runner.input_batch.req_ids
+        starts = kwargs["common_attn_metadata"].query_start_loc_cpu.tolist()
+        rejected = kwargs.get("num_rejected_tokens_gpu")
+        positions = kwargs["target_positions"]
+        self.features.observe(
+            request_ids,
+            kwargs["common_attn_metadata"].query_start_loc_cpu,
+            positions,
+            kwargs["target_hidden_states"],
+            rejected,
+        )
+        for i, request_id in enumerate(request_ids):
+            last = starts[i + 1] - 1 - (int(rejected[i]) if rejected is not None else 0)
+            self.drafts.append(
+                {
+                    "key": request_id[:-9],
+                    "anchor": int(positions[last]) + 1,
+                    "token": int(kwargs["next_token_ids"][i]),
+                    "drafts": drafted[i].tolist(),
+                }
+            )
+
+
+def sampling_params(raw: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    # Also gathers the n outputs of a request, which otherwise come one by one.
+    raw = {**raw, "output_kind": RequestOutputKind.FINAL_ONLY}
+    if "structured_outputs" in raw:
+        raw["structured_outputs"] = StructuredOutputsParams(**raw["structured_outputs"])
+    return SamplingParams(**raw)
+
+
+def counters() -> dict[str, float]:
+    """vLLM's counters of speculation, preemption and prefix hits, and our gauges."""
+    from prometheus_client import REGISTRY
+
+    wanted = ("vllm:spec_decode_", "vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm_dflash:")
+    out: dict[str, float] = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if metric.name.startswith(wanted) and not sample.name.endswith("_created"):
+                name = sample.name
+                if "position" in sample.labels:
+                    name += f"/{sample.labels['position']}"
+                if "drafter" in sample.labels:
+                    name += f"/{Path(sample.labels['drafter']).name}"
+                out[name] = out.get(name, 0) + sample.value
+    return out
+
+
+def accept_all(module: Any) -> Any:
+    """Replaces vLLM's rejection sampling by one that accepts every draft; gives the original."""
+    original = module.rejection_sample
+
+    def wrong(draft_token_ids, num_draft_tokens, max_spec_len, cu, probs, target, bonus, *a, **k):
+        out = original(draft_token_ids, num_draft_tokens, max_spec_len, cu, probs, target, bonus, *a, **k)
+        at = 0
+        for row, count in enumerate(num_draft_tokens):
+            out[row, :count] = draft_token_ids[at : at + count].to(out.dtype)
+            out[row, count] = bonus[row]
+            at += count
+        return out
+
+    module.rejection_sample = wrong
+    return original
+
+
+def completion(output: Any) -> dict[str, Any]:
+    out = {
+        "token_ids": list(output.token_ids),
+        "text": output.text,
+        "finish": output.finish_reason,
+        "stop": output.stop_reason,
+    }
+    if output.logprobs:
+        out["logprobs"] = [
+            sorted(((t, p.logprob) for t, p in step.items()), key=lambda x: (-x[1], x[0]))
+            for step in output.logprobs
+        ]
+    return out
+
+
+def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
+    """Closed loop with ``concurrency`` requests in flight; an aborted request gives None."""
+    prompts, name = job["prompts"], job["name"]
+    params = job["params"]
+    params = params if isinstance(params, list) else [params] * len(prompts)
+    todo = list(enumerate(prompts))
+    results: list[list[dict[str, Any]] | None] = [None] * len(prompts)
+    abort, steps, running = job.get("abort"), 0, set()
+    while todo or engine.has_unfinished_requests():
+        while todo and len(running) < job.get("concurrency", 8):
+            i, prompt = todo.pop(0)
+            engine.add_request(
+                f"{name}:{i}", {"prompt_token_ids": prompt}, sampling_params(params[i])
+            )
+            running.add(f"{name}:{i}")
+        for output in engine.step():
+            if output.finished:
+                i = int(output.request_id.rsplit(":", 1)[1])
+                results[i] = [completion(o) for o in output.outputs]
+                running.discard(output.request_id)
+        steps += 1
+        if abort and steps == abort[1]:
+            engine.abort_request([f"{name}:{abort[0]}"])
+            running.discard(f"{name}:{abort[0]}")
+    return results
+
+
+def describe(engine: Any) -> dict[str, Any]:
+    """The engine's configuration, without what differs between any two processes."""
+    text = repr(engine.vllm_config)
+    text = re.sub(r"0x[0-9a-f]+|instance_id='[^']*'|engine_id='[^']*'", "", text)
+    return {"hash": engine.vllm_config.compute_hash(), "repr": text}
+
+
+def main(job_file: str, out_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    from vllm import EngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    load_general_plugins()
+    recorder = Recorder() if job.get("record") else None
+    result: dict[str, Any] = {"plugin": "vllm_dflash.plugin" in sys.modules}
+    args = {"enforce_eager": True, "dtype": "float32", "disable_log_stats": False, **job["engine"]}
+    from vllm.v1.core import kv_cache_utils
+
+    allocated: list[str] = []
+    get_configs = kv_cache_utils.get_kv_cache_configs
+    import vllm.v1.engine.core as core
+
+    def noted(*a, **k):
+        allocated.append("kv cache")
+        return get_configs(*a, **k)
+
+    core.get_kv_cache_configs = noted
+    try:
+        engine = LLMEngine.from_engine_args(EngineArgs(**args))
+    except Exception as error:
+        result |= {
+            "error_type": type(error).__name__,
+            "error": str(error),
+            "kv_cache_planned": bool(allocated),
+        }
+        Path(out_file).write_text(json.dumps(result))
+        return
+    runner = engine.collective_rpc(lambda worker: worker.model_runner)[0]
+    drafter = getattr(runner, "drafter", None)
+    result["proposer"] = f"{type(drafter).__module__}.{type(drafter).__name__}"
+    result["drafter_model"] = type(getattr(drafter, "model", None)).__name__
+    if job.get("config"):
+        result["config"] = describe(engine)
+    if recorder is not None:
+        recorder.runner = runner
+    result["runs"] = {}
+    for one in job["runs"]:
+        if recorder is not None:
+            recorder.recording = True
+            limit = one["params"]["max_tokens"]
+            recorder.features.watch(
+                {f"{one['name']}:{i}": len(p) + limit for i, p in enumerate(one["prompts"])}
+            )
+        restore = None
+        if one.get("sampler") == "accept_all":
+            from vllm.v1.sample import rejection_sampler
+
+            restore = accept_all(rejection_sampler)
+        before = counters()
+        outputs = run(engine, one)
+        if restore is not None:
+            rejection_sampler.rejection_sample = restore
+        after = counters()
+        changed = {
+            k: v - before.get(k, 0) if not k.startswith("vllm_dflash") else v
+            for k, v in after.items()
+        }
+        result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
+    result["counters"] = counters()
+    if recorder is not None:
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, one in result["runs"].items():
+            for i, outputs in enumerate(one["outputs"]):
+                # The last token's features are never computed.
+                length = len(job_prompt(job, name, i)) + len(outputs[0]["token_ids"]) - 1
+                features, _ = recorder.features.take(f"{name}:{i}", length)
+                tensors[f"{name}:{i}"] = features.contiguous()
+        save_file(tensors, job["record"])
+        result["drafts"] = recorder.drafts
+    Path(out_file).write_text(json.dumps(result))
+
+
+def job_prompt(job: dict[str, Any], name: str, index: int) -> list[int]:
+    return next(r for r in job["runs"] if r["name"] == name)["prompts"][index]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

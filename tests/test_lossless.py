@@ -1,0 +1,301 @@
+"""Speculation changes speed only: the same tokens when greedy, the same distribution when sampling."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+
+pytestmark = pytest.mark.engine
+MAX_LEN = 192
+ENGINE = {"max_model_len": MAX_LEN, "max_num_seqs": 8, "enable_prefix_caching": False}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 48}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "size": {"type": "integer"}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+
+
+def cases(prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """The runs that every engine must answer alike."""
+
+    def case(name: str, count: int = 8, concurrency: int = 8, **params: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "prompts": prompts[:count],
+            "params": GREEDY | params,
+            "concurrency": concurrency,
+        }
+
+    return [
+        case("batch of 1", 6, 1),
+        case("batch of 4", 12, 4),
+        case("batch of 8", 24, 8),
+        case("stop strings", 16, stop=["g", "e", "\u0120"]),
+        case("stop tokens", 16, stop_token_ids=[97, 215, 257]),
+        case("min_tokens", 16, min_tokens=40, max_tokens=45),
+        case("max_tokens", 16, max_tokens=5),
+        case("one token", 8, max_tokens=1),
+        case("ignore_eos", 16, ignore_eos=True),
+        case("penalties", 8, repetition_penalty=1.3, frequency_penalty=0.4),
+        case("logprobs", 8, logprobs=4),
+        case("bad words", 8, bad_words=["a", "the"]),
+        case("json schema", 8, structured_outputs={"json": SCHEMA}),
+        case("regex", 8, structured_outputs={"regex": "(cat|dog) [a-z]{3,9} [0-9]+"}),
+        case("choice", 8, structured_outputs={"choice": ["a red house", "a red river"]}),
+        # vLLM refuses n > 1 at temperature 0; top_k=1 is as deterministic.
+        case("n=3", 6, n=3, temperature=1.0, top_k=1),
+        # To the limit of the model: the last steps have no room for a draft.
+        case("max_model_len", 6, max_tokens=MAX_LEN, ignore_eos=True),
+    ]
+
+
+def speculative(trained, **more: Any) -> dict[str, Any]:
+    return {"method": "dflash", "model": str(trained.drafter), **more}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lossless")
+
+
+@pytest.fixture(scope="module")
+def plain(trained, prompts, folder) -> dict[str, Any]:
+    """The runs without speculation."""
+    engine = {"model": str(trained.verifier), **ENGINE}
+    return tiny.engine_job({"engine": engine, "runs": cases(prompts)}, folder)["runs"]
+
+
+@pytest.fixture(scope="module")
+def ours(trained, prompts, folder) -> dict[str, Any]:
+    """The same runs with our drafter."""
+    engine = {"model": str(trained.verifier), **ENGINE, "speculative_config": speculative(trained)}
+    out = tiny.engine_job({"engine": engine, "runs": cases(prompts)}, folder)
+    assert out["proposer"] == "vllm_dflash.serving.proposer_v1.Proposer"
+    assert out["drafter_model"] == "DrafterModel"
+    return out["runs"]
+
+
+def tokens(run: dict[str, Any]) -> list[Any]:
+    return [
+        None if o is None else [(c["token_ids"], c["text"], c["finish"], c["stop"]) for c in o]
+        for o in run["outputs"]
+    ]
+
+
+def accepted(run: dict[str, Any]) -> float:
+    return run["counters"].get("vllm:spec_decode_num_accepted_tokens_total", 0)
+
+
+NAMES = [case["name"] for case in cases([])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_output_is_the_verifiers(name, plain, ours) -> None:
+    assert tokens(ours[name]) == tokens(plain[name])
+    if name not in ("one token", "max_tokens", "choice"):
+        assert accepted(ours[name]) > 0
+
+
+def test_the_cases_are_not_empty(plain, ours) -> None:
+    """Guards the guards: the outputs differ between prompts, stop where they should, and more."""
+    outputs = [o[0] for o in plain["batch of 8"]["outputs"]]
+    assert len({tuple(o["token_ids"]) for o in outputs}) == len(outputs)
+    assert sum(len(set(o["token_ids"])) > 8 for o in outputs) > len(outputs) / 2
+    assert {o["finish"] for o in outputs} == {"stop", "length"}
+    assert any(o[0]["stop"] in ("g", "e", "\u0120") for o in plain["stop strings"]["outputs"])
+    assert any(o[0]["stop"] in (97, 215, 257) for o in plain["stop tokens"]["outputs"])
+    assert all(len(o[0]["token_ids"]) >= 40 for o in plain["min_tokens"]["outputs"])
+    assert all(len(o) == 3 for o in plain["n=3"]["outputs"])
+    run = ours["batch of 8"]["counters"]
+    assert accepted(ours["batch of 8"]) > run["vllm:spec_decode_num_drafts_total"] * 0.5
+    assert not any("spec_decode" in k for k in plain["batch of 8"]["counters"])
+
+
+def test_logprobs_are_the_verifiers(plain, ours) -> None:
+    for a, b in zip(plain["logprobs"]["outputs"], ours["logprobs"]["outputs"], strict=True):
+        steps = zip(a[0]["logprobs"], b[0]["logprobs"], strict=True)
+        for (ids_a, values_a), (ids_b, values_b) in (
+            (zip(*x, strict=True), zip(*y, strict=True)) for x, y in steps
+        ):
+            assert ids_a == ids_b
+            torch.testing.assert_close(
+                torch.tensor(values_b), torch.tensor(values_a), rtol=1e-4, atol=1e-4
+            )
+
+
+def test_prefix_caching_and_chunked_prefill(trained, prompts, folder, plain) -> None:
+    """Long prompts in small chunks, and again with their prefix in the cache."""
+    runs = [
+        {"name": n, "prompts": prompts, "params": GREEDY, "concurrency": 4} for n in ("cold", "warm")
+    ]
+    engine = {
+        "model": str(trained.verifier),
+        **ENGINE,
+        "enable_prefix_caching": True,
+        "block_size": 32,
+        "max_num_batched_tokens": 96,
+        "speculative_config": speculative(trained),
+    }
+    out = tiny.engine_job({"engine": engine, "runs": runs}, folder)["runs"]
+    for name in ("cold", "warm"):
+        assert tokens(out[name]) == tokens(plain["batch of 8"])
+        assert accepted(out[name]) > 0
+    assert out["warm"]["counters"]["vllm:prefix_cache_hits_total"] > 0
+
+
+def test_preemption_and_abort(trained, prompts, folder, plain) -> None:
+    """Too few KV blocks for the batch, then one request of it is aborted in mid-flight."""
+    runs: list[dict[str, Any]] = [
+        {"name": "preempted", "prompts": prompts, "params": GREEDY, "concurrency": 8},
+        {
+            "name": "aborted",
+            "prompts": prompts[:8],
+            "params": GREEDY,
+            "concurrency": 8,
+            "abort": [2, 5],
+        },
+        {"name": "after", "prompts": prompts[:8], "params": GREEDY, "concurrency": 4},
+    ]
+    engine = {
+        "model": str(trained.verifier),
+        **ENGINE,
+        "block_size": 32,
+        "num_gpu_blocks_override": 16,
+        "speculative_config": speculative(trained),
+    }
+    out = tiny.engine_job({"engine": engine, "runs": runs}, folder)["runs"]
+    assert out["preempted"]["counters"]["vllm:num_preemptions_total"] > 0
+    want = tokens(plain["batch of 8"])
+    assert tokens(out["preempted"]) == want
+    assert accepted(out["preempted"]) > 0
+    assert tokens(out["aborted"]) == [None if i == 2 else w for i, w in enumerate(want[:8])]
+    assert accepted(out["aborted"]) > 0
+    assert tokens(out["after"]) == want[:8]
+
+
+# -- sampling ----------------------------------------------------------------------------------
+
+VOCAB = 8
+SAMPLES = 6000
+NEW = 4
+
+
+@pytest.fixture(scope="module")
+def small(models):
+    """A verifier with 8 tokens, and a drafter for it."""
+    verifier = tiny.make_verifier(
+        models / "small", vocab=VOCAB, tokenizer=False, layers=2, head_std=0.2
+    )
+    drafter = tiny.make_drafter(
+        models / "small-drafter",
+        verifier,
+        draft_block_size=4,
+        draft_vocab_size=6,
+        num_features=2,
+    )
+    return verifier, drafter
+
+
+def exact_probabilities(verifier, prompt: list[int]) -> torch.Tensor:
+    """Probability ``[V, V, V]`` of the second, third and fourth token, summed over the first."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32)
+    prefixes = torch.tensor(list(itertools.product(range(VOCAB), repeat=NEW - 1)))
+    with torch.no_grad():
+        ids = torch.cat([torch.tensor(prompt).expand(len(prefixes), -1), prefixes], dim=1)
+        logits = model(ids).logits[:, len(prompt) - 1 :].double()
+    probs = logits.softmax(-1)
+    joint = probs[:, NEW - 1]
+    for k in range(NEW - 1):
+        joint = joint * probs[:, k].gather(1, prefixes[:, k : k + 1])
+    return joint.view(VOCAB, VOCAB, VOCAB, VOCAB).sum(0)
+
+
+def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """P value of the counts; cells that are expected fewer than 8 times are pooled."""
+    expected = probabilities.flatten() * counts.sum()
+    counts = counts.flatten().double()
+    rare = expected < 8
+    cells, want = counts[~rare], expected[~rare]
+    if rare.any():
+        cells = torch.cat([cells, counts[rare].sum().view(1)])
+        want = torch.cat([want, expected[rare].sum().view(1)])
+    statistic = ((cells - want) ** 2 / want).sum()
+    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def p_values(samples: list[list[int]], exact: torch.Tensor) -> list[float]:
+    """Of each drafted position alone and of each pair of them."""
+    ids = torch.tensor(samples)[:, 1:]
+    counts = torch.zeros_like(exact)
+    counts.index_put_(tuple(ids.T), torch.ones(len(ids), dtype=exact.dtype), accumulate=True)
+    out = []
+    for keep in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 2)):
+        drop = [d for d in range(3) if d not in keep]
+        out.append(chi_square_p(counts.sum(drop), exact.sum(drop)))
+    return out
+
+
+def test_chi_square_is_calibrated() -> None:
+    probabilities = torch.rand(40, generator=torch.Generator().manual_seed(0)).double()
+    probabilities /= probabilities.sum()
+    generator = torch.Generator().manual_seed(1)
+    values = []
+    for _ in range(300):
+        drawn = torch.multinomial(probabilities, 4000, True, generator=generator)
+        values.append(chi_square_p(torch.bincount(drawn, minlength=40), probabilities))
+    assert 0.02 < sum(v < 0.05 for v in values) / 300 < 0.09
+    other = probabilities.roll(1)
+    drawn = torch.multinomial(other, 4000, True, generator=generator)
+    assert chi_square_p(torch.bincount(drawn, minlength=40), probabilities) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_sampled_output_has_the_verifiers_distribution(small, folder, method) -> None:
+    verifier, drafter = small
+    prompt = [1, 5, 3, 0, 4, 2, 7, 7]
+    run: dict[str, Any] = {
+        "prompts": [prompt] * (SAMPLES // 50),
+        "params": {"temperature": 1.0, "max_tokens": NEW, "n": 50, "detokenize": False},
+        "concurrency": 4,
+    }
+    job = {
+        "engine": {
+            "model": str(verifier),
+            "skip_tokenizer_init": True,
+            "max_model_len": 64,
+            "max_num_seqs": 200,
+            "seed": 7,
+            "speculative_config": {
+                "method": "dflash",
+                "model": str(drafter),
+                "draft_sample_method": method,
+            },
+        },
+        "runs": [
+            {**run, "name": "right"},
+            {**run, "name": "wrong", "sampler": "accept_all"},
+        ],
+    }
+    out = tiny.engine_job(job, folder)["runs"]
+    exact = exact_probabilities(verifier, prompt)
+    assert abs(float(exact.sum()) - 1) < 1e-9
+    right, wrong = (
+        [c["token_ids"] for o in out[name]["outputs"] for c in o] for name in ("right", "wrong")
+    )
+    counters = out["right"]["counters"]
+    rate = accepted(out["right"]) / counters["vllm:spec_decode_num_draft_tokens_total"]
+    assert 0.02 < rate < 0.98, rate
+    assert len(right) == len(wrong) == SAMPLES
+    # Six tests a method: a false alarm in one of 10^5 runs.
+    assert min(p_values(right, exact)) > 1e-6, p_values(right, exact)
+    assert min(p_values(wrong, exact)) < 1e-12, "a sampler that accepts every draft went unnoticed"
