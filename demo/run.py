@@ -66,9 +66,7 @@ def main() -> None:
         "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
         "--lr", "1e-3", "--anchors", "32", "--max-steps", str(args.steps),
     )  # fmt: skip
-    call(
-        "eval", verifier, drafter, "--data", heldout, "--engine", "-o", out / "eval.json", *common
-    )
+    call("eval", verifier, drafter, "--data", heldout, "--engine", "-o", out / "eval.json", *common)
     call(
         "bench", verifier, drafter, "--data", heldout, "-o", out / "bench", "--concurrency", "1,4",
         "--num-prompts", str(args.prompts), "--repeats", str(args.repeats), "--max-tokens", "256",
@@ -116,7 +114,9 @@ def summarize(bench: dict, evaluation: dict, training: dict, total_minutes: floa
 
 
 def show(report: dict, out: Path) -> None:
-    table = Table("", "tokens/s", "over none", "tau", title="SmolLM2-135M-Instruct, tickets to JSON")
+    table = Table(
+        "", "tokens/s", "over none", "tau", title="SmolLM2-135M-Instruct, tickets to JSON"
+    )
     for concurrency in next(iter(report["modes"].values())):
         for mode, entry in report["modes"].items():
             f = entry[concurrency]

@@ -37,10 +37,11 @@ KINDS = (
     "plastic digital garden travel kitchen outdoor"
 ).split()
 ITEMS = (
-    "headphones|grinder|shoes|lamp|case|bottle|backpack|chair|speaker|jacket|fryer|mouse|mat|toaster|boots|"
-    "clock|stand|basket|kettle|strap|blanket|helmet|board|hose|pillow|cooker|watch|tool box|towel|radio|charger|"
-    "tea set|tent|shredder|mixer|fan|monitor|rug|sleeve|coat|bowl|drill|light|bed|keyboard|goggles|vacuum|scale|"
-    "mirror|shelf|wallet|umbrella|thermometer|printer|camera|notebook|bench|heater|scarf|bag"
+    "headphones|grinder|shoes|lamp|case|bottle|backpack|chair|speaker|jacket|fryer|mouse|mat|"
+    "toaster|boots|clock|stand|basket|kettle|strap|blanket|helmet|board|hose|pillow|cooker|"
+    "watch|tool box|towel|radio|charger|tea set|tent|shredder|mixer|fan|monitor|rug|sleeve|"
+    "coat|bowl|drill|light|bed|keyboard|goggles|vacuum|scale|mirror|shelf|wallet|umbrella|"
+    "thermometer|printer|camera|notebook|bench|heater|scarf|bag"
 ).split("|")
 PROBLEMS = (
     "arrived broken|never arrived|is the wrong color|stopped working after two days|was charged twice|is the "
@@ -150,7 +151,11 @@ def write(folder: Path, num_train: int, num_heldout: int, seed: int) -> tuple[Pa
     for name, count, heldout in (("train", num_train, False), ("heldout", num_heldout, True)):
         rng = random.Random(f"{seed}/{name}")
         rows = [
-            {"id": f"{name}-{i:04d}", "source": "tickets", "messages": request(ticket(rng, heldout))}
+            {
+                "id": f"{name}-{i:04d}",
+                "source": "tickets",
+                "messages": request(ticket(rng, heldout)),
+            }
             for i in range(count)
         ]
         path = folder / f"{name}.jsonl"

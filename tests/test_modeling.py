@@ -317,7 +317,7 @@ def test_initial_weights_are_a_function_of_the_seed():
         drafter.init_weights(generator=torch.Generator().manual_seed(seed))
     assert torch.equal(first.fc.weight, same.fc.weight)
     assert not torch.equal(first.fc.weight, other.fc.weight)
-    assert first.fc.weight.std() == pytest.approx(0.02, rel=0.2)
+    assert first.fc.weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert torch.equal(first.norm.weight, torch.ones(24))
 
 

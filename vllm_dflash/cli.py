@@ -21,7 +21,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Verifier = Annotated[str, typer.Argument(help="Model folder or hub name, as `vllm serve` takes it.")]
+Verifier = Annotated[
+    str, typer.Argument(help="Model folder or hub name, as `vllm serve` takes it.")
+]
 DrafterPath = Annotated[str, typer.Argument(help="Drafter checkpoint folder.")]
 Data = Annotated[
     str, typer.Option("--data", help="JSONL of messages, ShareGPT, prompts or logged requests.")
@@ -74,9 +76,7 @@ def train(
     ] = None,
     mask_token_id: Annotated[int | None, typer.Option(help="Default: a reserved token.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
-    init_from: Annotated[
-        str | None, typer.Option("--from", help="Fine-tune this drafter.")
-    ] = None,
+    init_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this drafter.")] = None,
     on_policy: Annotated[
         bool, typer.Option("--on-policy", help="Trust the responses in the data.")
     ] = False,

@@ -29,7 +29,8 @@ class Proposer(DFlashProposer):
 
     def __init__(self, vllm_config, device: torch.device, runner=None) -> None:
         super().__init__(vllm_config, device, runner)
-        _allow_batches_without_drafts()
+        if device.type == "cpu":
+            _mend_cpu_sampling()
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
         self.drafting = True
@@ -57,11 +58,13 @@ class Proposer(DFlashProposer):
         return super()._greedy_sample(hidden_states)
 
 
-def _allow_batches_without_drafts() -> None:
-    """Mends vLLM's rejection sampling of a batch that carries no draft token yet (a prefill).
+def _mend_cpu_sampling() -> None:
+    """Mends what keeps vLLM 0.31 and 0.32 from sampling right while speculating on the CPU.
 
-    Without Triton (the CPU backend, vLLM 0.31 and 0.32) a request with ``top_k`` takes the maximum of an
-    empty tensor there, which ends the engine.
+    * ``expand_batch_to_tokens`` never writes its result there, so that temperature, top-k and top-p of
+      draft rows are whatever the memory held: wrong samples, or the end of the engine (vLLM #55005).
+    * In a batch without draft tokens (a prefill) top-k takes the maximum of an empty tensor, which ends
+      the engine.
     """
     original = rejection_sampler.apply_sampling_constraints
     if hasattr(original, "__wrapped__"):
@@ -71,4 +74,13 @@ def _allow_batches_without_drafts() -> None:
     def apply_sampling_constraints(logits: Tensor, *args, **kwargs) -> Tensor:
         return logits if logits.shape[0] == 0 else original(logits, *args, **kwargs)
 
+    @functools.wraps(rejection_sampler.expand_batch_to_tokens)
+    def expand_batch_to_tokens(
+        x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from=0, replace_to=0
+    ) -> Tensor:
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        out = x.repeat_interleave(counts, output_size=num_tokens)
+        return out.masked_fill_(out == replace_from, replace_to)
+
     rejection_sampler.apply_sampling_constraints = apply_sampling_constraints
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

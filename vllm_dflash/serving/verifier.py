@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 #: Where vLLM's models keep the token embedding, below the language model.
-_EMBEDDINGS = ("model.embed_tokens", "model.embedding", "model.wte", "transformer.wte", "embed_tokens")
+_EMBEDDINGS = (
+    "model.embed_tokens",
+    "model.embedding",
+    "model.wte",
+    "transformer.wte",
+    "embed_tokens",
+)
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -39,16 +45,18 @@ def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
     if embedding is None:
         raise ValueError(
             f"cannot find the token embedding of {type(model).__name__}; looked for "
-            f"{', '.join(_EMBEDDINGS)}. Try --engine-args '{{\"model_impl\": \"transformers\"}}'"
+            f'{", ".join(_EMBEDDINGS)}. Try --engine-args \'{{"model_impl": "transformers"}}\''
         )
     head = getattr(text, "lm_head", None)
     if head is None or not hasattr(head, "weight"):
         head = embedding
     out = []
     for name, module in (("embedding", embedding), ("lm_head", head)):
-        weight = module.weight
+        weight: Any = module.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-            raise ValueError(f"the verifier's {name} is quantised; training needs it in full precision")
+            raise ValueError(
+                f"the verifier's {name} is quantised; training needs it in full precision"
+            )
         if weight.shape[0] < vocab_size:
             raise ValueError(
                 f"the verifier's {name} holds {weight.shape[0]} of {vocab_size} rows on this rank: "

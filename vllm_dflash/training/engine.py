@@ -8,7 +8,7 @@ the same on each run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class VerifierEngine:
 
         return generate
 
-    def extract(self, examples: dict[str, Sequence[int]]) -> Iterator[tuple[str, str | None]]:
+    def extract(self, examples: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str | None]]:
         """Runs whole conversations through the verifier once; their features go to the worker's store.
 
         The last token's features are not needed, no block can be anchored behind it.

@@ -166,9 +166,10 @@ def _served(
             out_dir=Path(scratch),
         )
         prompts = [ids for ids, _ in first_prompts(examples)]
-        with reporter.stage("serving the same prompts"), EngineProcess(
-            engine_spec(bench, "ours")
-        ) as process:
+        with (
+            reporter.stage("serving the same prompts"),
+            EngineProcess(engine_spec(bench, "ours")) as process,
+        ):
             process.start()
             process.wait_ready()
             result = process.run(

@@ -140,7 +140,7 @@ def _drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.verifier)
-    avoid = {info.pad_token_id} - {None}
+    avoid = [info.pad_token_id] if info.pad_token_id is not None else []
     mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
     shape = config.shape
     return DrafterConfig.for_verifier(
@@ -401,7 +401,9 @@ class _Run:
                     took = time.monotonic() - began
                     self.seconds["train"] += took
                     step += count
-                    chunk = max(1, min(_MAX_CALL_STEPS, round(count * _CALL_SECONDS / max(took, 1e-3))))
+                    chunk = max(
+                        1, min(_MAX_CALL_STEPS, round(count * _CALL_SECONDS / max(took, 1e-3)))
+                    )
                     for row in rows:
                         for key in row["bad"]:
                             self._ban(key, f"non-finite loss at step {row['step']}", len(examples))

@@ -29,7 +29,9 @@ class Window:
         return list(dict.fromkeys(k for step in self.steps for k in step))
 
 
-def epoch_steps(keys: Sequence[str], sequences: int, seed: int, epoch: int) -> list[tuple[str, ...]]:
+def epoch_steps(
+    keys: Sequence[str], sequences: int, seed: int, epoch: int
+) -> list[tuple[str, ...]]:
     """One epoch: every key once, shuffled by (seed, epoch), ``sequences`` to a step."""
     order = list(keys)
     random.Random(f"{seed}/epoch/{epoch}").shuffle(order)

@@ -40,7 +40,9 @@ def choose_mask_token(
     }
     if given is not None:
         if not 0 <= given < vocab_size:
-            raise ValueError(f"--mask-token-id {given} is outside the vocabulary 0..{vocab_size - 1}")
+            raise ValueError(
+                f"--mask-token-id {given} is outside the vocabulary 0..{vocab_size - 1}"
+            )
         if given in taken:
             raise ValueError(
                 f"--mask-token-id {given} is the verifier's pad, bos, eos or unk token; a mask token "
@@ -87,7 +89,9 @@ def choose_draft_vocab(
         ValueError: ``size`` is not within 1..vocab_size.
     """
     if not 1 <= size <= vocab_size:
-        raise ValueError(f"--draft-vocab {size} is outside 1..{vocab_size}, the verifier's vocabulary")
+        raise ValueError(
+            f"--draft-vocab {size} is outside 1..{vocab_size}, the verifier's vocabulary"
+        )
     counts = Counter(t for ids in responses for t in ids)
     chosen = dict.fromkeys(t for t in always if t < vocab_size)
     # Ties go to the lower id, so that the choice does not depend on the order of the data.

@@ -1,0 +1,279 @@
+"""Recording features per request, whatever the scheduler makes of the batches."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from vllm_dflash.serving.features import FeatureRecorder, feature_problem
+from vllm_dflash.serving.verifier import FinalStates
+
+WIDTH = 3
+
+
+def feature(key: str, position: int, width: int = WIDTH) -> list[float]:
+    """What the verifier computes at a position of a request."""
+    return [ord(key[0]) + position / 8 + i / 64 for i in range(width)]
+
+
+def rows_of(key: str, length: int, width: int = WIDTH) -> torch.Tensor:
+    return torch.tensor([feature(key, p, width) for p in range(length)])
+
+
+def step(recorder, *parts, suffix: str = "-0a1b2c3d", rejected=None, padding: int = 0) -> None:
+    """One verifier step: parts are (key, first position, number of rows)."""
+    starts, positions, features = [0], [], []
+    num_rejected = rejected or [0] * len(parts)
+    for (key, first, count), bad in zip(parts, num_rejected, strict=True):
+        positions += range(first, first + count)
+        features += [feature(key, p) for p in range(first, first + count - bad)]
+        features += [[-1.0] * WIDTH] * bad  # rejected drafts have features, of tokens never kept
+        starts.append(starts[-1] + count)
+    features += [[float("nan")] * WIDTH] * padding
+    recorder.observe(
+        request_ids=[key + suffix for key, _, _ in parts],
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        positions=torch.tensor(positions + [0] * padding),
+        features_TF=torch.tensor(features),
+        num_rejected=None if rejected is None else torch.tensor(rejected, dtype=torch.int32),
+    )
+
+
+def watching(**lengths: int) -> FeatureRecorder:
+    recorder = FeatureRecorder()
+    recorder.watch(lengths)
+    return recorder
+
+
+def assert_recorded(recorder, key: str, length: int) -> None:
+    features, final = recorder.take(key)
+    assert torch.equal(features, rows_of(key, length))
+    assert final is None
+
+
+def test_one_prefill():
+    recorder = watching(a=5)
+    step(recorder, ("a", 0, 5), padding=3)
+    assert_recorded(recorder, "a", 5)
+
+
+def test_chunks_of_interleaved_requests():
+    recorder = watching(a=7, b=4, c=2)
+    step(recorder, ("a", 0, 3), ("other", 0, 6))
+    step(recorder, ("b", 0, 2), ("a", 3, 3), ("c", 0, 2))
+    step(recorder, ("other", 6, 1), ("a", 6, 1), ("b", 2, 2))
+    for key, length in (("c", 2), ("a", 7), ("b", 4)):
+        assert_recorded(recorder, key, length)
+
+
+def test_preemption_and_recomputation():
+    recorder = watching(a=6)
+    step(recorder, ("a", 0, 4))
+    step(recorder, ("a", 0, 3))  # preempted, starts anew in other chunks
+    step(recorder, ("a", 3, 3))
+    assert_recorded(recorder, "a", 6)
+
+
+def test_decoding_with_rejected_drafts():
+    recorder = watching(a=8, b=4)
+    step(recorder, ("a", 0, 3), ("b", 0, 2), rejected=[0, 0])
+    step(recorder, ("a", 3, 4), ("b", 2, 4), rejected=[2, 4 - 1])  # a keeps 3, 4; b keeps 2
+    step(recorder, ("b", 3, 1), ("a", 5, 4), rejected=[0, 0])  # a goes beyond what is watched
+    assert_recorded(recorder, "a", 8)
+    assert_recorded(recorder, "b", 4)
+
+
+def test_all_rows_rejected():
+    recorder = watching(a=2)
+    step(recorder, ("a", 0, 2), rejected=[2])
+    with pytest.raises(ValueError, match="no features"):
+        recorder.take("a")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_any_schedule(seed, num_requests, longest):
+    rng = random.Random(seed)
+    keys = "abcd"[:num_requests]
+    lengths = {k: rng.randint(2, longest + 1) for k in keys}
+    recorder = watching(**lengths)
+    done = dict.fromkeys(keys, 0)
+    while any(done[k] < lengths[k] for k in keys):
+        running = [k for k in keys if rng.random() < 0.7] or list(keys)
+        rng.shuffle(running)
+        parts, rejected = [], []
+        for k in running:
+            if rng.random() < 0.1:
+                done[k] = 0
+            count = rng.randint(1, 5)
+            parts.append((k, done[k], count))
+            rejected.append(rng.randint(0, count - 1))
+            done[k] += count - rejected[-1]
+        step(recorder, *parts, rejected=rejected, padding=rng.randint(0, 2))
+    for k in keys:
+        assert_recorded(recorder, k, lengths[k])
+
+
+# ---- request ids ----
+
+
+@pytest.mark.parametrize("suffix", ["-0a1b2c3d", ""])
+def test_ids_with_and_without_vllms_suffix(suffix):
+    recorder = watching(a=2)
+    step(recorder, ("a", 0, 2), suffix=suffix)
+    assert_recorded(recorder, "a", 2)
+
+
+def test_other_requests_are_not_taken_for_watched_ones():
+    recorder = watching(a=2)
+    for suffix in ("-0a1b2c3", "-0a1b2c3d4", "x0a1b2c3d", "-0a1b2c3d-0a1b2c3d", "b"):
+        step(recorder, ("a", 0, 2), suffix=suffix)
+    with pytest.raises(ValueError, match="no features were recorded for a"):
+        recorder.take("a")
+
+
+def test_keys_that_end_in_something_like_the_suffix():
+    recorder = FeatureRecorder()
+    recorder.watch({"a-00000000": 2, "a": 3})
+    step(recorder, ("a-00000000", 0, 2))
+    step(recorder, ("a", 0, 3), suffix="-11111111")
+    assert torch.equal(recorder.take("a-00000000")[0], rows_of("a", 2))
+    assert torch.equal(recorder.take("a")[0], rows_of("a", 3))
+
+
+# ---- taking ----
+
+
+@pytest.mark.parametrize("missing", [0, 2, 4])
+def test_missing_rows(missing):
+    recorder = watching(a=5)
+    for position in range(5):
+        if position != missing:
+            step(recorder, ("a", position, 1))
+    with pytest.raises(ValueError, match="1 of 5 feature rows of a were not recorded"):
+        recorder.take("a")
+
+
+def test_requests_that_ended_early():
+    recorder = watching(a=9, b=9)
+    step(recorder, ("a", 0, 4), ("b", 0, 4))
+    assert torch.equal(recorder.take("a", 4)[0], rows_of("a", 4))
+    with pytest.raises(ValueError, match="1 of 5 feature rows of b"):
+        recorder.take("b", 5)
+
+
+def test_more_rows_wanted_than_watched():
+    recorder = watching(a=3)
+    step(recorder, ("a", 0, 5))
+    with pytest.raises(ValueError, match="5 feature rows of a wanted, 3 were watched"):
+        recorder.take("a", 5)
+
+
+def test_taken_requests_are_forgotten():
+    recorder = watching(a=3, b=3)
+    step(recorder, ("a", 0, 3))
+    recorder.take("a")
+    with pytest.raises(ValueError, match="no features"):
+        recorder.take("b")
+    for key in ("a", "b"):
+        step(recorder, (key, 0, 3))
+        with pytest.raises(ValueError, match=f"no features were recorded for {key}"):
+            recorder.take(key)
+    recorder.watch({"a": 2})
+    step(recorder, ("a", 0, 2))
+    assert_recorded(recorder, "a", 2)
+
+
+def test_clear():
+    recorder = watching(a=3)
+    step(recorder, ("a", 0, 3))
+    recorder.clear()
+    step(recorder, ("a", 0, 3))
+    with pytest.raises(ValueError, match="no features"):
+        recorder.take("a")
+
+
+def test_recorded_rows_are_copies():
+    recorder, features = watching(a=2), rows_of("a", 2)
+    recorder.observe(["a"], np.array([0, 2]), torch.arange(2), features, None)
+    features.zero_()  # vLLM reuses its buffers
+    assert_recorded(recorder, "a", 2)
+
+
+def test_positions_of_mrope_and_numpy_offsets():
+    recorder = watching(a=3)
+    positions = torch.stack((torch.arange(3), torch.zeros(3), torch.zeros(3))).long()
+    recorder.observe(["a"], np.array([0, 3], dtype=np.int32), positions, rows_of("a", 3), None)
+    assert_recorded(recorder, "a", 3)
+
+
+def test_dtype_is_the_verifiers():
+    recorder = watching(a=3)
+    recorder.observe(["a"], np.array([0, 3]), torch.arange(3), rows_of("a", 3).bfloat16(), None)
+    assert recorder.take("a")[0].dtype == torch.bfloat16
+
+
+# ---- final states ----
+
+
+def test_final_states_follow_the_features():
+    class Verifier(nn.Module):
+        def forward(self, x):
+            return x, [x]
+
+    model = Verifier()
+    recorder = watching(a=4, b=2)
+    recorder.final_states = FinalStates(model)
+    for parts in ([("a", 0, 2), ("b", 0, 2)], [("a", 2, 3)]):
+        rows = [feature(k, p, 2) for k, first, n in parts for p in range(first, first + n)]
+        model(torch.tensor(rows))
+        step(recorder, *parts)
+    for key, length in (("a", 4), ("b", 2)):
+        features, final = recorder.take(key)
+        assert torch.equal(features, rows_of(key, length))
+        assert torch.equal(final, rows_of(key, length, width=2))
+    recorder.final_states.remove()
+    model(torch.zeros(1, 2))
+    assert recorder.final_states.last is None
+
+
+def test_final_states_are_cut_with_the_features():
+    recorder = watching(a=6)
+    recorder.final_states = SimpleNamespace(last=rows_of("a", 4, width=2))
+    step(recorder, ("a", 0, 4))
+    assert torch.equal(recorder.take("a", 4)[1], rows_of("a", 4, width=2))
+
+
+# ---- features that cannot be real ----
+
+
+@pytest.mark.parametrize(
+    ("features", "problem"),
+    [
+        (rows_of("a", 5), None),
+        (torch.zeros(4, 3), "all zero"),
+        (torch.ones(4, 3), "the same at every position"),
+        (torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]), "not finite"),
+        (torch.tensor([[1.0, float("-inf")]]), "not finite"),
+        (torch.ones(1, 3), None),
+        (torch.ones(2, 3), None),
+        (torch.cat((torch.zeros(3, 3), torch.ones(1, 3))), None),
+    ],
+)
+def test_feature_problem(features, problem):
+    assert feature_problem(features) == problem
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, float("nan")])
+def test_unreal_features_are_not_handed_over(value):
+    recorder = watching(a=4)
+    recorder.observe(["a"], np.array([0, 4]), torch.arange(4), torch.full((4, 3), value), None)
+    with pytest.raises(ValueError, match="features of a are"):
+        recorder.take("a")
