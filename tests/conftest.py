@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
+
+# The tests share their cores with the engines they start.
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

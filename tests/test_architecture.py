@@ -11,9 +11,9 @@ import vllm_dflash
 
 ROOT = Path(vllm_dflash.__file__).parent
 FILES = sorted(str(f.relative_to(ROOT)) for f in ROOT.rglob("*.py"))
-#: Outside serving/ only these start vLLM's public engine; none touches its internals.
-MAY_IMPORT_VLLM = {"training/engine.py", "cli.py"}
-#: vLLM's public surface, as used by the files above.
+#: Outside serving/ (and bench/) only these start an engine; none touches its internals.
+MAY_IMPORT_VLLM = {"training/engine.py"}
+#: vLLM's public surface, as used by them.
 PUBLIC = {"vllm", "vllm.platforms", "vllm.v1.engine.llm_engine"}
 
 

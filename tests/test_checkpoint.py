@@ -175,9 +175,14 @@ def test_failure_while_replacing(failing, saved, monkeypatch):
 
 def test_interrupt_in_the_middle(saved):
     before = contents(saved)
-    with pytest.raises(KeyboardInterrupt), atomic_folder(saved) as folder:
-        (folder / "config.json").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_folder(saved) as folder:
+            (folder / "config.json").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert contents(saved) == before
     assert os.listdir(saved.parent) == ["drafter"]
 

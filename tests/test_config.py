@@ -396,7 +396,7 @@ def test_invalid_speculators_files(key, value, words):
 def test_not_a_drafter(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
         DrafterConfig.from_dict({"architectures": ["LlamaForCausalLM"]})
-    with pytest.raises(ValueError, match="no .*config.json"):
+    with pytest.raises(ValueError, match=r"no .*config\.json"):
         DrafterConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

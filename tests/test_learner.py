@@ -340,7 +340,9 @@ def test_head_maps_back_and_forth():
     assert head.labels(torch.tensor([0, 1, 4, 5, 6])).tolist() == [-1, 0, 1, -1, 2]
     assert head.tokens(torch.tensor([[0, 2], [1, 1]])).tolist() == [[1, 6], [4, 4]]
     hidden = torch.randn(2, 3, HIDDEN)
-    torch.testing.assert_close(head.logits(hidden), (hidden @ make_head().lm_head.T)[..., [1, 4, 6]])
+    torch.testing.assert_close(
+        head.logits(hidden), (hidden @ make_head().lm_head.T)[..., [1, 4, 6]]
+    )
 
 
 # ---- broken input ----

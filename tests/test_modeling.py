@@ -84,10 +84,8 @@ def run(drafter, embeds, features, anchors, lengths):
 
 def allowed(anchor, query, key_kind, key_owner, key, window, causal) -> bool:
     """The definition at the top of blocks.py, for one query and one key of one sequence."""
-    if key_kind == "context":
-        sees = key < anchor
-    else:
-        sees = key_owner and (not causal or key <= query)
+    in_block = key_owner and (not causal or key <= query)
+    sees = key < anchor if key_kind == "context" else in_block
     return bool(sees and (window is None or abs(query - key) < window))
 
 

@@ -57,6 +57,8 @@ class Seam:
             have = inspect.signature(target).parameters
         except (TypeError, ValueError):
             return None
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in have.values()):
+            return None  # ours, once patched, or another plugin's wrapper
         lost = [p for p in self.parameters if p not in have]
         return f"{self.name} has no parameter {', '.join(lost)}" if lost else None
 

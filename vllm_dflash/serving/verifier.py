@@ -19,7 +19,7 @@ _EMBEDDINGS = (
 
 def language_model(model: nn.Module) -> nn.Module:
     """The text model of a multimodal verifier, else the model itself."""
-    return model.get_language_model() if hasattr(model, "get_language_model") else model
+    return model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
 
 
 def _find(model: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:

@@ -42,7 +42,6 @@ class VerifierEngine:
             # vLLM would keep a core for its front end, which idles while we train.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        self.max_len = options.max_len
         args = {
             "model": verifier,
             "dtype": options.dtype,
@@ -52,6 +51,8 @@ class VerifierEngine:
             "max_num_batched_tokens": options.max_num_batched_tokens,
             "enforce_eager": options.enforce_eager,
             "tensor_parallel_size": options.tensor_parallel_size,
+            # The learner needs room beside the engine.
+            "gpu_memory_utilization": 0.6,
             # A cached prefix has no hidden states.
             "enable_prefix_caching": False,
             "async_scheduling": False,

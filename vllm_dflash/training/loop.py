@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -85,6 +86,10 @@ class TrainConfig:
             "chat_template_kwargs limit feature_gib"
         ).split():
             out[name] = getattr(self, name)
+        for name in ("data", "eval_data"):
+            path = Path(getattr(self, name) or "")
+            if path.is_file():
+                out[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         for name in ("shape", "hparams", "engine", "sampling"):
             out |= {f"{name}.{k}": v for k, v in asdict(getattr(self, name)).items()}
         return out
@@ -219,6 +224,8 @@ class _Run:
         self.config, self.drafter, self.folder = config, drafter, folder
         self.engine, self.reporter = engine, reporter
         self.bad: dict[str, str] = {}
+        self.step = 0
+        self.stop: list[int] = []
         self.seconds = {"responses": 0.0, "extract": 0.0, "train": 0.0}
 
     def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
@@ -262,8 +269,8 @@ class _Run:
                 for key, e in (by_key | held_by_key).items()
             ],
         )
-        with _stop_flag() as stop:
-            first = self._resume()
+        with _stop_flag() as self.stop:
+            self.step = self._resume()
             self._extract(held_by_key)
             windows = plan_windows(
                 list(by_key),
@@ -274,7 +281,7 @@ class _Run:
                 max_tokens=self._feature_tokens(),
             )
             held_keys = [k for k in held_by_key if k not in self.bad]
-            self._train(windows, by_key, held_keys, first, total, stop)
+            self._train(windows, by_key, held_keys, total)
         return self._finish(total, held_keys, len(by_key))
 
     def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
@@ -357,6 +364,8 @@ class _Run:
                 update(tokens, total)
                 if problem:
                     self._ban(key, problem, len(wanted))
+                if self.stop:
+                    raise self._stopped()
         self.seconds["extract"] += time.monotonic() - started
 
     def _ban(self, key: str, reason: str, of: int) -> None:
@@ -368,16 +377,20 @@ class _Run:
                 f"training stops (--max-bad {self.config.hparams.max_bad})"
             )
 
+    def _stopped(self) -> Interrupted:
+        """Saves what a resumed run needs."""
+        self._save(self.step)
+        return Interrupted(f"stopped by signal at step {self.step}")
+
     def _train(
         self,
         windows: list[Window],
         examples: dict[str, Example],
         held_keys: list[str],
-        first: int,
         total: int,
-        stop: list[int],
     ) -> None:
         every = self.config.eval_every or max(1, total // 8)
+        first = self.step
         last_save = time.monotonic()
         chunk = 1
         with self.reporter.training(first, total) as report:
@@ -385,22 +398,18 @@ class _Run:
                 if window.end <= first:
                     continue
                 self._extract({k: examples[k] for k in window.keys})
-                step = max(first, window.first_step)
-                while step < window.end:
-                    until_eval = every - step % every
-                    count = min(chunk, window.end - step, until_eval)
+                while self.step < window.end:
+                    count = min(chunk, window.end - self.step, every - self.step % every)
+                    at = self.step - window.first_step
                     steps = [
-                        (
-                            s,
-                            [k for k in window.steps[s - window.first_step] if k not in self.bad],
-                        )
-                        for s in range(step, step + count)
+                        (self.step + i, [k for k in keys if k not in self.bad])
+                        for i, keys in enumerate(window.steps[at : at + count])
                     ]
                     began = time.monotonic()
                     rows = self.engine.call("train", steps)
                     took = time.monotonic() - began
                     self.seconds["train"] += took
-                    step += count
+                    self.step += count
                     chunk = max(
                         1, min(_MAX_CALL_STEPS, round(count * _CALL_SECONDS / max(took, 1e-3)))
                     )
@@ -409,13 +418,12 @@ class _Run:
                             self._ban(key, f"non-finite loss at step {row['step']}", len(examples))
                     self.folder.append_metrics(rows)
                     report(rows, took)
-                    if step % every == 0 and step < total and held_keys:
-                        self._evaluate(step, held_keys)
-                    if stop:
-                        self._save(step)
-                        raise Interrupted(f"stopped by signal at step {step} of {total}")
+                    if self.step % every == 0 and self.step < total and held_keys:
+                        self._evaluate(self.step, held_keys)
+                    if self.stop:
+                        raise self._stopped()
                     if time.monotonic() - last_save > 60 * self.config.save_minutes:
-                        self._save(step)
+                        self._save(self.step)
                         last_save = time.monotonic()
         if first < total:
             self._save(total)

@@ -1,0 +1,205 @@
+"""What the engine drafts is what the plain PyTorch drafter drafts, and tau is the same in both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from vllm_dflash.checkpoint import load_weights, read_config
+from vllm_dflash.config import SLIDING, DrafterConfig
+from vllm_dflash.modeling.blocks import BlockLayout
+from vllm_dflash.modeling.drafter import Drafter
+
+pytestmark = pytest.mark.engine
+MAX_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("parity")
+
+
+def drafted(
+    verifier: Path, drafter: Path, prompts: list, folder: Path, env=None, engine=None, **speculative
+) -> dict[str, Any]:
+    """Serves the prompts and records every draft with the features it was made from."""
+    record = folder / f"features-{len(list(folder.glob('features-*')))}.safetensors"
+    job = {
+        "engine": {
+            "model": str(verifier),
+            "max_model_len": 192,
+            "max_num_seqs": 4,
+            "enable_prefix_caching": False,
+            "speculative_config": {"method": "dflash", "model": str(drafter), **speculative},
+            **(engine or {}),
+        },
+        "record": str(record),
+        "runs": [
+            {
+                "name": "run",
+                "prompts": prompts,
+                "params": {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
+                "concurrency": 4,
+            }
+        ],
+    }
+    out = tiny.engine_job(job, folder, env=env)
+    outputs = [o[0]["token_ids"] for o in out["runs"]["run"]["outputs"]]
+    out["sequences"] = {
+        f"run:{i}": p + o for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))
+    }
+    out["prompt_lens"] = {f"run:{i}": len(p) for i, p in enumerate(prompts)}
+    out["features"] = load_file(record)
+    return out
+
+
+class Reference:
+    """Drafts of ``modeling.Drafter`` for recorded features."""
+
+    def __init__(self, verifier: Path, path: Path) -> None:
+        self.config = DrafterConfig.from_dict(read_config(path))
+        weights = load_weights(path, self.config)
+        self.drafter = Drafter(self.config).float().eval()
+        own = self.drafter.state_dict()
+        self.drafter.load_state_dict({n: weights[n].float() for n in own})
+        base = load_file(verifier / "model.safetensors")
+        self.embedding = base["model.embed_tokens.weight"]
+        self.head = weights.get("lm_head.weight", base["lm_head.weight"]).float()
+        self.ids = None
+        if self.config.has_draft_vocab:
+            self.ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
+
+    @torch.no_grad()
+    def draft(self, token: int, anchor: int, features_TF: torch.Tensor, count: int):
+        """Tokens and the logit lead of each over the runner-up."""
+        layout = BlockLayout.build([[anchor]], [anchor], count + 1)
+        ids = torch.tensor([[token] + [self.config.mask_token_id] * count])
+        hidden = self.drafter(
+            self.embedding[ids], features_TF[:anchor], layout.context_positions_T, layout
+        )
+        top = (hidden[0, 1:] @ self.head.T).topk(2, dim=-1)
+        tokens = top.indices[:, 0]
+        tokens = tokens if self.ids is None else self.ids[tokens]
+        return tokens.tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
+
+
+def check_drafts(out: dict[str, Any], reference: Reference, count: int) -> int:
+    """Compares every draft that the engine could use; returns how many tokens that were."""
+    compared = 0
+    for record in out["drafts"]:
+        key, anchor = record["key"], record["anchor"]
+        sequence, features = out["sequences"][key], out["features"][key]
+        # Chunks of a prompt are drafted too, and thrown away; beyond the last token nothing is known.
+        if anchor < out["prompt_lens"][key] or anchor > len(features):
+            continue
+        if anchor < len(sequence):
+            assert sequence[anchor] == record["token"]
+        want, lead = reference.draft(record["token"], anchor, features, count)
+        assert len(record["drafts"]) == count
+        for k, (a, b) in enumerate(zip(record["drafts"], want, strict=True)):
+            assert a == b or lead[k] < 1e-4, (record, want, lead)
+        compared += count
+    return compared
+
+
+def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
+    """The trained drafter (z-lab format, draft vocabulary), served by us and by vLLM without us."""
+    ours = drafted(trained.verifier, trained.drafter, prompts, folder)
+    assert ours["drafter_model"] == "DrafterModel"
+    reference = Reference(trained.verifier, trained.drafter)
+    compared = check_drafts(ours, reference, 7)
+    assert compared > 1000
+    stock = drafted(
+        trained.verifier,
+        trained.drafter,
+        prompts,
+        folder,
+        env={"VLLM_PLUGINS": ""},
+        num_speculative_tokens=7,
+    )
+    assert not stock["plugin"]
+    assert stock["proposer"] == "vllm.v1.spec_decode.dflash.DFlashProposer"
+    assert stock["sequences"] == ours["sequences"]
+    assert stock["drafts"] == ours["drafts"]
+    counters = ours["runs"]["run"]["counters"]
+    assert counters["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    for name, value in stock["runs"]["run"]["counters"].items():
+        assert counters[name] == value
+
+
+@pytest.mark.parametrize("where", ["ours", pytest.param("stock", marks=pytest.mark.slow)])
+def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> None:
+    """The speculators format, four tokens of a block of eight."""
+    converted = folder / f"converted-{where}"
+    tiny.cli("convert", trained.drafter, "-o", converted, "--to", "speculators")
+    out = drafted(
+        trained.verifier,
+        converted,
+        prompts[:8],
+        folder,
+        env={"VLLM_PLUGINS": ""} if where == "stock" else None,
+        num_speculative_tokens=4,
+    )
+    assert out["plugin"] == (where == "ours")
+    assert check_drafts(out, Reference(trained.verifier, trained.drafter), 4) > 400
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": (SLIDING, SLIDING), "sliding_window": 24},
+        pytest.param({"causal": True}, marks=pytest.mark.slow),
+        pytest.param({"num_hidden_layers": 1, "num_features": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["sliding", "causal", "one layer", "other heads"],
+)
+def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
+    """Untrained drafters, in chunked prefill."""
+    name = "-".join(changes)
+    drafter = tiny.make_drafter(folder / name, verifier, **changes)
+    engine = {"max_num_batched_tokens": 64}
+    out = drafted(verifier, drafter, prompts[:8], folder, engine=engine)
+    assert check_drafts(out, Reference(verifier, drafter), 7) > 800
+
+
+@pytest.mark.slow
+def test_weights_of_an_own_embedding(verifier, prompts, folder) -> None:
+    """Two engines with different seeds give different drafts: the comparison can fail."""
+    one = tiny.make_drafter(folder / "seed-1", verifier, seed=1)
+    two = tiny.make_drafter(folder / "seed-2", verifier, seed=2)
+    out = drafted(verifier, one, prompts[:2], folder)
+    with pytest.raises(AssertionError):
+        check_drafts(out, Reference(verifier, two), 7)
+
+
+def test_offline_tau_is_the_engines(trained, folder, capsys) -> None:
+    """``eval --engine``: teacher-forced tau against vLLM's own counters on the same prompts."""
+    result = folder / "eval.json"
+    done = tiny.cli(
+        "eval", trained.verifier, trained.drafter, "--data", trained.prompts, "--engine",
+        "-o", result, "--dtype", "float32", "--max-len", "192", "--max-tokens", "64",
+        "--concurrency", "4",
+    )  # fmt: skip
+    got = json.loads(result.read_text())
+    offline, engine = got["offline"], got["engine"]
+    with capsys.disabled():
+        print(
+            f"\ntau offline {offline['tau']:.4f} ({offline['num_drafts']} drafts), "
+            f"engine {engine['tau']:.4f} ({engine['num_drafts']} drafts)"
+        )
+    assert offline["num_accepted"] > 100
+    # The engine also counts what it accepts beyond max_tokens or eos in a response's last step.
+    assert engine["tau"] == pytest.approx(offline["tau"], rel=0.02)
+    assert engine["num_drafts"] == pytest.approx(offline["num_drafts"], rel=0.02)
+    assert "offline" in done.stdout
+    assert "engine" in done.stdout

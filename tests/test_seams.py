@@ -1,0 +1,580 @@
+"""How the plugin enters vLLM: quietly, once, and never at vLLM's expense."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+import prometheus_client
+import pytest
+import torch
+
+from vllm_dflash import plugin
+from vllm_dflash.checkpoint import save_drafter
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.modeling.drafter import Drafter
+from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, ENV_DISABLE, Options
+from vllm_dflash.serving import seams
+from vllm_dflash.serving.metrics import drafter_metrics_class
+from vllm_dflash.serving.seams import Seam
+from vllm_dflash.serving.speculative_config import wrap_create_speculative_config
+
+# ---- register() ----
+
+
+@pytest.fixture
+def fresh(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.delenv(ENV_DISABLE, raising=False)
+    # vLLM's logger does not propagate, so caplog's handler goes on ours.
+    monkeypatch.setattr(plugin.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(plugin.logger, "propagate", False)
+    monkeypatch.setattr(plugin.logger, "level", logging.DEBUG)
+    plugin.logger.manager._clear_cache()  # type: ignore[attr-defined]
+    return caplog
+
+
+def patch_install(monkeypatch, result) -> list[int]:
+    calls: list[int] = []
+
+    def install():
+        calls.append(1)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(seams, "install", install)
+    return calls
+
+
+def test_register_is_idempotent_and_says_one_line(fresh, monkeypatch):
+    calls = patch_install(monkeypatch, [])
+    for _ in range(3):
+        plugin.register()
+    assert len(calls) == 1
+    assert [r.levelname for r in fresh.records] == ["INFO"]
+    assert "registered for method dflash" in fresh.text
+
+
+@pytest.mark.parametrize("error", [ImportError("no torch"), RuntimeError("x"), KeyError("y")])
+def test_register_never_raises(error, fresh, monkeypatch):
+    calls = patch_install(monkeypatch, error)
+    plugin.register()
+    plugin.register()
+    assert len(calls) == 1
+    assert [r.levelname for r in fresh.records] == ["ERROR"]
+    assert "stock vLLM is unchanged" in fresh.text
+    assert str(error) in fresh.text
+
+
+def test_register_names_what_this_vllm_lacks(fresh, monkeypatch):
+    patch_install(monkeypatch, ["vllm.v1.gone", "vllm.v2.gone"])
+    plugin.register()
+    assert [r.levelname for r in fresh.records] == ["WARNING"]
+    assert "stock dflash in place: this vLLM lacks vllm.v1.gone, vllm.v2.gone" in fresh.text
+
+
+def test_register_can_be_switched_off(fresh, monkeypatch):
+    calls = patch_install(monkeypatch, [])
+    monkeypatch.setenv(ENV_DISABLE, "1")
+    plugin.register()
+    assert calls == []
+    assert ENV_DISABLE in fresh.text
+    assert len(fresh.records) == 1
+
+
+def test_in_a_fresh_process():
+    """register() loads no runner; importing one afterwards patches it."""
+    code = """
+        import json, logging, sys
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+        import vllm_dflash.plugin as plugin
+        light = sorted({m.split(".")[0] for m in sys.modules} & {"vllm", "torch"})
+        plugin.register()
+        plugin.register()
+        hooks = sum(type(f).__name__ == "_PostImport" for f in sys.meta_path)
+        runners = sorted(m for m in sys.modules if m.startswith("vllm") and "model_runner" in m)
+        import vllm
+        import vllm.v1.worker.gpu_model_runner as runner
+        import vllm.v1.metrics.loggers as loggers
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm_dflash.serving.proposer_v1 import Proposer
+        from vllm_dflash.serving import seams
+        print("RESULT", json.dumps({
+            "light": light, "hooks": hooks, "runners": runners,
+            "proposer": runner.DFlashProposer is Proposer,
+            "metrics": loggers.PrometheusStatLogger._spec_decoding_cls.__name__,
+            "args": hasattr(EngineArgs.create_speculative_config, "__wrapped__"),
+            "architecture": vllm.ModelRegistry.models["DFlashDraftModel"].module_name,
+            "probe": seams.probe(),
+        }))
+    """
+    env = {k: v for k, v in os.environ.items() if k != ENV_DISABLE}
+    env |= {"VLLM_PLUGINS": "none", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    result = json.loads(line.removeprefix("RESULT"))
+    assert result.pop("probe") == {seam.name: "ok" for seam in seams.SEAMS}
+    assert result == {
+        "light": [],
+        "hooks": 1,
+        "runners": [],
+        "proposer": True,
+        "metrics": "DrafterProm",
+        "args": True,
+        "architecture": "vllm_dflash.serving.drafter_model",
+    }
+    said = done.stdout + done.stderr
+    assert said.count("registered for method dflash") == 1
+    assert "stock behaviour" not in said
+
+
+# ---- one seam ----
+
+
+def make_module(**attributes) -> ModuleType:
+    module = ModuleType("somewhere")
+    vars(module).update(attributes)
+    return module
+
+
+class Runner:
+    limit = 3
+
+    def propose(self, positions, hidden):
+        return positions, hidden
+
+    def wrapped(self, *args, **kwargs):
+        return self.propose(*args, **kwargs)
+
+
+def make_seam(attribute: str = "Runner.propose", parameters=("positions",), patch=None) -> Seam:
+    return Seam("somewhere", attribute, tuple(parameters), patch or (lambda module: None))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "parameters", "problem"),
+    [
+        ("Runner.propose", ("positions", "hidden"), None),
+        ("Runner.wrapped", ("positions", "hidden"), None),
+        ("Runner", (), None),
+        ("Runner.limit", (), None),
+        ("Walker.propose", (), "somewhere.Walker.propose is missing"),
+        ("Runner.draft", (), "somewhere.Runner.draft is missing"),
+        (
+            "Runner.propose",
+            ("positions", "metadata", "spec"),
+            "somewhere.Runner.propose has no parameter metadata, spec",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_seam(attribute, parameters, problem):
+    assert make_seam(attribute, parameters).problem(make_module(Runner=Runner)) == problem
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(seams.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(seams.logger, "propagate", False)
+    monkeypatch.setattr(seams.logger, "level", logging.DEBUG)
+    seams.logger.manager._clear_cache()  # type: ignore[attr-defined]
+    return caplog
+
+
+def test_a_seam_is_patched_once(said):
+    calls: list[ModuleType] = []
+    module, seam = make_module(Runner=Runner), make_seam(patch=calls.append)
+    for _ in range(3):
+        seams._apply(seam, module)
+    assert calls == [module]
+    assert said.records == []
+
+
+def test_a_changed_seam_is_left_alone_and_named_once(said):
+    calls: list[ModuleType] = []
+    module, seam = make_module(Runner=Runner), make_seam(parameters=("gone",), patch=calls.append)
+    for _ in range(3):
+        seams._apply(seam, module)
+    assert calls == []
+    assert [r.levelname for r in said.records] == ["WARNING"]
+    assert "somewhere.Runner.propose has no parameter gone" in said.text
+
+
+def test_a_patch_that_fails_does_not_reach_vllm(said):
+    def patch(module):
+        raise ImportError("renamed in this vLLM")
+
+    seams._apply(make_seam(patch=patch), make_module(Runner=Runner))
+    assert [r.levelname for r in said.records] == ["ERROR"]
+    assert "somewhere.Runner.propose" in said.text
+    assert "renamed in this vLLM" in said.text
+
+
+# ---- patching right after an import ----
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package ``throwaway`` with modules ``runner`` and ``other``, of which a third imports one."""
+    folder = tmp_path / "throwaway"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "runner.py").write_text("def start(a):\n    return 'stock'\n")
+    (folder / "other.py").write_text("from throwaway.runner import start\n")
+    (folder / "broken.py").write_text("def start(a): ...\nraise RuntimeError('broken itself')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders = list(sys.meta_path)
+    yield "throwaway"
+    sys.meta_path[:] = finders
+    for name in [n for n in sys.modules if n.split(".")[0] == "throwaway"]:
+        del sys.modules[name]
+
+
+def hook(monkeypatch, *modules: str, missing=()) -> list[str]:
+    """Installs seams on ``<module>.start``; returns the modules patched, in order."""
+    patched: list[str] = []
+
+    def patch(module):
+        patched.append(module.__name__)
+        module.start = lambda a: "ours"
+
+    made = tuple(Seam(m, "start", ("a",), patch) for m in (*modules, *missing))
+    monkeypatch.setattr(seams, "SEAMS", made)
+    return patched
+
+
+def test_modules_are_patched_when_they_are_imported(package, monkeypatch):
+    patched = hook(monkeypatch, "throwaway.runner")
+    assert seams.install() == []
+    assert patched == []
+    other = importlib.import_module("throwaway.other")
+    assert patched == ["throwaway.runner"]
+    assert other.start(1) == "ours"  # also what other modules import from it
+    assert importlib.import_module("throwaway.runner").start(1) == "ours"
+
+
+def test_modules_that_are_loaded_already_are_patched_at_once(package, monkeypatch):
+    runner = importlib.import_module("throwaway.runner")
+    patched = hook(monkeypatch, "throwaway.runner")
+    seams.install()
+    assert patched == ["throwaway.runner"]
+    assert runner.start(1) == "ours"
+
+
+def test_installing_twice(package, monkeypatch):
+    patched = hook(monkeypatch, "throwaway.runner")
+    seams.install()
+    seams.install()
+    assert importlib.import_module("throwaway.runner").start(1) == "ours"
+    assert patched == ["throwaway.runner"]
+    seams.install()
+    assert patched == ["throwaway.runner"]
+
+
+def test_other_modules_import_as_ever(package, monkeypatch):
+    hook(monkeypatch, "throwaway.runner")
+    seams.install()
+    with pytest.raises(ModuleNotFoundError, match=r"throwaway\.nothing"):
+        importlib.import_module("throwaway.nothing")
+    assert importlib.util.find_spec("throwaway.runner").origin.endswith("runner.py")
+
+
+def test_a_module_that_fails_by_itself_still_does(package, monkeypatch):
+    patched = hook(monkeypatch, "throwaway.broken")
+    seams.install()
+    with pytest.raises(RuntimeError, match="broken itself"):
+        importlib.import_module("throwaway.broken")
+    assert patched == []
+
+
+@pytest.mark.parametrize("gone", ["throwaway.gone", "throwaway.gone.deeper", "nowhere.at.all"])
+def test_half_a_plugin_is_worse_than_none(gone, package, monkeypatch):
+    patched = hook(monkeypatch, "throwaway.runner", missing=[gone])
+    before = list(sys.meta_path)
+    assert seams.install() == [gone]
+    assert importlib.import_module("throwaway.runner").start(1) == "stock"
+    assert patched == []
+    assert sys.meta_path == before
+
+
+def test_probe(package, monkeypatch):
+    hook(monkeypatch, "throwaway.runner", "throwaway.broken", "throwaway.nothing")
+    (found, broken, nothing) = seams.probe().values()
+    assert found == "ok"
+    assert broken == "import failed: RuntimeError: broken itself"
+    assert nothing.startswith("import failed: ModuleNotFoundError")
+
+
+# ---- --speculative-config ----
+
+CONFIG = DrafterConfig(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    vocab_size=40,
+    draft_block_size=4,
+    target_layer_ids=(1, 2),
+    mask_token_id=39,
+    dtype="float32",
+)
+VERIFIER = SimpleNamespace(
+    model="some/verifier",
+    hf_config=SimpleNamespace(
+        hidden_size=16, num_hidden_layers=5, vocab_size=40, pad_token_id=None
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drafters") / "mine"
+    save_drafter(folder, CONFIG, dict(Drafter(CONFIG).named_parameters()))
+    return folder
+
+
+class Args:
+    """The part of vLLM's EngineArgs that matters."""
+
+    def __init__(self, speculative_config=None, method=None, model=None, tokens=None, extra=None):
+        self.speculative_config = speculative_config
+        self.spec_method, self.spec_model, self.spec_tokens = method, model, tokens
+        self.additional_config = extra if extra is not None else {}
+        self.seen: list = []
+
+    def stock(self, target_model_config, target_parallel_config=None):
+        self.seen.append((self.speculative_config, target_model_config, target_parallel_config))
+        return "made"
+
+    create_speculative_config = wrap_create_speculative_config(stock)
+
+
+def create(args: Args, verifier=VERIFIER):
+    assert args.create_speculative_config(verifier, target_parallel_config="p") == "made"
+    assert args.seen[-1][1:] == (verifier, "p")
+    return args.seen[-1][0], Options.from_additional_config(args.additional_config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        {"method": "ngram", "num_speculative_tokens": 3},
+        {"method": "ngram", "model": "x/dflash", "dflash_check": 5},
+        {"model": "org/eagle3-head"},
+    ],
+)
+def test_other_methods_pass_untouched(config):
+    extra = {"a": 1}
+    args = Args(config, extra=extra)
+    given, _ = create(args)
+    assert given is config
+    assert args.additional_config is extra
+    assert extra == {"a": 1}
+
+
+def test_other_methods_by_flag_pass_untouched():
+    args = Args(None, method="ngram", model="x/dflash")
+    assert create(args)[0] is None
+    assert args.additional_config == {}
+
+
+def test_dflash_gets_its_draft_length_and_options(drafter):
+    config = {"method": "dflash", "model": str(drafter), "dflash_greedy_draft_vocab": False}
+    args = Args(config, extra={"a": 1})
+    given, options = create(args)
+    assert given == {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 3}
+    assert options == Options(greedy_draft_vocab=False)
+    assert args.additional_config["a"] == 1
+    assert "version" in args.additional_config[ADDITIONAL_CONFIG_KEY]
+
+
+def test_a_second_engine_config_from_the_same_arguments_keeps_the_options(drafter):
+    args = Args({"method": "dflash", "model": str(drafter), "dflash_check": False})
+    first, second = create(args), create(args)
+    assert first == second
+    assert second[1] == Options(check=False)
+
+
+def test_flags_and_shorter_drafts(drafter):
+    given, _ = create(Args(None, method="dflash", model=str(drafter)))
+    assert given == {"num_speculative_tokens": 3}  # vLLM adds its flags itself
+    given, _ = create(Args(None, method="dflash", model=str(drafter), tokens=2))
+    assert given == {}
+    given, _ = create(
+        Args({"method": "dflash", "model": str(drafter), "num_speculative_tokens": 1})
+    )
+    assert given["num_speculative_tokens"] == 1
+
+
+def test_longer_drafts_than_trained_are_refused(drafter):
+    config = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 4}
+    with pytest.raises(ValueError, match=r"num_speculative_tokens is 4.*blocks of 4: at most 3"):
+        create(Args(config))
+
+
+def test_detected_by_our_own_keys_or_the_name(drafter):
+    given, options = create(Args({"model": str(drafter), "dflash-check": True}))
+    assert given["num_speculative_tokens"] == 3
+    assert options.check
+    with pytest.raises(ValueError, match="no such folder"):
+        create(Args({"model": "/nowhere/my-DFlash-head"}))
+
+
+def test_misfits_are_found_before_anything_is_allocated(drafter):
+    config = {"method": "dflash", "model": str(drafter)}
+    other = SimpleNamespace(**{**vars(VERIFIER.hf_config), "hidden_size": 32})
+    verifier = SimpleNamespace(model="some/verifier", hf_config=other)
+    args = Args(config)
+    with pytest.raises(ValueError, match=r"some/verifier.*width 16.*32"):
+        args.create_speculative_config(verifier)
+    assert args.seen == []
+    create(Args({**config, "dflash_check": False}), verifier)
+
+
+def test_broken_options_name_the_key(drafter):
+    with pytest.raises(ValueError, match="dflash_chek"):
+        create(Args({"method": "dflash", "model": str(drafter), "dflash_chek": False}))
+
+
+def rewrite(folder, tmp_path, **changes):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(raw))
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["DFlash2DraftModel"], "dflash_config": {"conv_kernel_size": 3}},
+        {"speculators_model_type": "dflash2"},
+        {"quantization_config": {"quant_method": "fp8"}},
+    ],
+    ids=["DFlash 2", "speculators", "quantised"],
+)
+def test_relatives_are_left_to_vllm(changes, drafter, tmp_path):
+    model = rewrite(drafter, tmp_path, **changes)
+    given, _ = create(Args({"method": "dflash", "model": model}))
+    assert given == {"method": "dflash", "model": model}
+
+
+def test_unchecked_drafters_may_be_unreadable(drafter, tmp_path):
+    model = rewrite(drafter, tmp_path, dflash_config={"novel": 1})
+    with pytest.raises(ValueError, match="novel"):
+        create(Args({"method": "dflash", "model": model}))
+    given, _ = create(Args({"method": "dflash", "model": model, "dflash_check": False}))
+    assert given == {"method": "dflash", "model": model}
+
+
+def test_missing_weights_are_found(drafter, tmp_path):
+    model = rewrite(drafter, tmp_path)
+    with pytest.raises(ValueError, match="safetensors"):
+        create(Args({"method": "dflash", "model": model}))
+
+
+# ---- metrics ----
+
+
+@pytest.fixture
+def metrics(monkeypatch):
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    real = prometheus_client.Gauge
+
+    def gauge(*args, **kwargs):
+        return real(*args, **kwargs, registry=registry)
+
+    monkeypatch.setattr(prometheus_client, "Gauge", gauge)
+    return registry
+
+
+class Base:
+    def __init__(self, speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs):
+        self.observed = []
+
+    def observe(self, stats, engine_idx=0):
+        self.observed.append((stats, engine_idx))
+
+
+def spec(method="dflash"):
+    return SimpleNamespace(method=method, model="org/drafter", num_speculative_tokens=7)
+
+
+def stats(drafts, accepted):
+    return SimpleNamespace(num_drafts=drafts, num_accepted_tokens=accepted)
+
+
+def test_metrics(metrics):
+    made = drafter_metrics_class(Base)(spec(), ["model_name"], {0: ["m"], 1: ["m1"]})
+    info = {"model_name": "m", "drafter": "org/drafter", "num_speculative_tokens": "7"}
+    assert metrics.get_sample_value("vllm_dflash:drafter_info", info) == 1
+    made.observe(stats(0, 0))
+    for drafts, accepted in ((2, 5), (0, 0), (3, 1)):
+        made.observe(stats(drafts, accepted))
+    made.observe(stats(4, 4), engine_idx=1)
+    labels = {"drafter": "org/drafter"}
+    tau = [
+        metrics.get_sample_value("vllm_dflash:acceptance_length", {"model_name": m, **labels})
+        for m in ("m", "m1")
+    ]
+    assert tau == pytest.approx([1 + 6 / 5, 2.0])
+    assert len(made.observed) == 5
+
+
+def test_metrics_of_a_second_engine_in_the_process(metrics):
+    for _ in range(2):
+        made = drafter_metrics_class(Base)(spec(), ["model_name"], {0: ["m"]})
+    made.observe(stats(1, 3))
+    labels = {"model_name": "m", "drafter": "org/drafter"}
+    assert metrics.get_sample_value("vllm_dflash:acceptance_length", labels) == 4
+
+
+@pytest.mark.parametrize("config", [None, spec("ngram")])
+def test_no_metrics_for_other_methods(config, metrics):
+    made = drafter_metrics_class(Base)(config, ["model_name"], {0: ["m"]})
+    made.observe(stats(1, 1))
+    assert list(metrics.collect()) == []
+    assert len(made.observed) == 1
+
+
+def test_vllms_own_metrics_class_is_a_base():
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+    made = drafter_metrics_class(SpecDecodingProm)(None, [], {})
+    assert not made.spec_decoding_enabled
+    assert made._tau is None
+
+
+def test_the_drafter_checks_values_while_loading():
+    """Only the generator is ours; vLLM's loader below it is replaced."""
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
+
+    from vllm_dflash.serving.drafter_model import DrafterModel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DFlashQwen3ForCausalLM, "load_weights", lambda self, w: dict(w))
+        model = DrafterModel.__new__(DrafterModel)
+        good = {"fc.weight": torch.ones(2), "d2t": torch.tensor([1])}
+        assert DrafterModel.load_weights(model, good.items()) == good
+        broken = good | {"norm.weight": torch.tensor([1.0, float("nan")])}
+        with pytest.raises(ValueError, match=r"norm\.weight"):
+            DrafterModel.load_weights(model, broken.items())
