@@ -1,6 +1,6 @@
 """The demo's traffic: support tickets that a server triages into JSON records.
 
-    python demo/tickets.py OUT_DIR --train 800 --heldout 64 --seed 0
+    python demo/tickets.py OUT_DIR --train 700 --heldout 64 --seed 0
 
 writes train.jsonl and heldout.jsonl, rows of ``{"id", "source", "messages"}`` as a server would log its
 requests: a system prompt, two worked examples, the ticket. Held-out tickets are about other people,
@@ -167,7 +167,7 @@ def write(folder: Path, num_train: int, num_heldout: int, seed: int) -> tuple[Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=800)
+    parser.add_argument("--train", type=int, default=700)
     parser.add_argument("--heldout", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

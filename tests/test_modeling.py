@@ -474,6 +474,7 @@ def test_invalid_positions_have_no_gradient(loss):
     verifier[~valid] = float("nan")
     labels = torch.where(valid, labels, torch.full_like(labels, -1))
     total, _ = block_loss(logits, labels, valid, loss=loss, verifier_logits_AKV=verifier)
+    assert torch.isfinite(total)
     total.backward()
     moved = logits.grad.abs().sum(-1) > 0
     assert torch.equal(moved, valid)

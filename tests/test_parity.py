@@ -62,12 +62,17 @@ def drafted(
 class Reference:
     """Drafts of ``modeling.Drafter`` for recorded features."""
 
-    def __init__(self, verifier: Path, path: Path) -> None:
+    def __init__(self, verifier: Path, path: Path, first_k_norm: bool = False) -> None:
         self.config = DrafterConfig.from_dict(read_config(path))
         weights = load_weights(path, self.config)
         self.drafter = Drafter(self.config).float().eval()
         own = self.drafter.state_dict()
         self.drafter.load_state_dict({n: weights[n].float() for n in own})
+        if first_k_norm:
+            # What vLLM's own drafter does on the CPU: see serving/drafter_model.py.
+            first = self.drafter.layers[0].self_attn.k_norm.weight
+            for layer in self.drafter.layers[1:]:
+                norms_of_context(layer.self_attn, first)
         base = load_file(verifier / "model.safetensors")
         self.embedding = base["model.embed_tokens.weight"]
         self.head = weights.get("lm_head.weight", base["lm_head.weight"]).float()
@@ -87,6 +92,22 @@ class Reference:
         tokens = top.indices[:, 0]
         tokens = tokens if self.ids is None else self.ids[tokens]
         return tokens.tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
+
+
+def norms_of_context(attention: Any, weight: torch.Tensor) -> None:
+    """Makes an attention norm its context keys (2 dimensions of input) with another weight."""
+    own = attention.keys_values
+
+    def keys_values(x, *args):
+        kept = attention.k_norm.weight
+        if x.dim() == 2:
+            attention.k_norm.weight = weight
+        try:
+            return own(x, *args)
+        finally:
+            attention.k_norm.weight = kept
+
+    attention.keys_values = keys_values
 
 
 def check_drafts(out: dict[str, Any], reference: Reference, count: int) -> int:
@@ -126,11 +147,12 @@ def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
     assert not stock["plugin"]
     assert stock["proposer"] == "vllm.v1.spec_decode.dflash.DFlashProposer"
     assert stock["sequences"] == ours["sequences"]
-    assert stock["drafts"] == ours["drafts"]
-    counters = ours["runs"]["run"]["counters"]
-    assert counters["vllm:spec_decode_num_accepted_tokens_total"] > 0
-    for name, value in stock["runs"]["run"]["counters"].items():
-        assert counters[name] == value
+    for out in (ours, stock):
+        counters = out["runs"]["run"]["counters"]
+        assert counters["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    # Stock vLLM on the CPU norms the context keys of every layer with the first layer's weight.
+    as_stock = Reference(trained.verifier, trained.drafter, first_k_norm=True)
+    assert stock["drafts"] == ours["drafts"] or check_drafts(stock, as_stock, 7) > 1000
 
 
 @pytest.mark.parametrize("where", ["ours", pytest.param("stock", marks=pytest.mark.slow)])
@@ -147,7 +169,8 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
         num_speculative_tokens=4,
     )
     assert out["plugin"] == (where == "ours")
-    assert check_drafts(out, Reference(trained.verifier, trained.drafter), 4) > 400
+    reference = Reference(trained.verifier, trained.drafter, first_k_norm=where == "stock")
+    assert check_drafts(out, reference, 4) > 400
 
 
 @pytest.mark.parametrize(
@@ -200,6 +223,6 @@ def test_offline_tau_is_the_engines(trained, folder, capsys) -> None:
     assert offline["num_accepted"] > 100
     # The engine also counts what it accepts beyond max_tokens or eos in a response's last step.
     assert engine["tau"] == pytest.approx(offline["tau"], rel=0.02)
-    assert engine["num_drafts"] == pytest.approx(offline["num_drafts"], rel=0.02)
+    assert engine["num_drafts"] == offline["num_drafts"]
     assert "offline" in done.stdout
     assert "engine" in done.stdout

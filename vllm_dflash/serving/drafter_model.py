@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import _custom_ops as ops
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
+
+from vllm_dflash.options import Options
 
 
 class DrafterModel(DFlashQwen3ForCausalLM):
     """Registered as ``DFlashDraftModel``, for z-lab and speculators checkpoints."""
 
+    _options = Options()
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._options = Options.from_additional_config(vllm_config.additional_config)
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        if on_cpu and hasattr(self.model, "_normalize_context_k"):
+            self.model._normalize_context_k = functools.partial(_normalize_context_k, self.model)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]):
         """Loads a checkpoint; ValueError names the first tensor with NaN or infinity."""
+        if not self._options.check:
+            return super().load_weights(weights)
 
         def checked():
             for name, tensor in weights:
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                # isfinite knows no 8-bit types; those come from quantisers, not from training.
+                plain = tensor.is_floating_point() and tensor.element_size() > 1
+                if plain and not torch.isfinite(tensor).all():
                     raise ValueError(
                         f"drafter weight {name} has non-finite values; the checkpoint is broken, "
                         "train or download it again"
@@ -37,3 +55,15 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         if self.draft_id_to_target_id is not None:
             tokens = tokens + self.draft_id_to_target_id[tokens]
         return tokens
+
+
+def _normalize_context_k(model: Any, all_k: Tensor) -> Tensor:
+    """RMS norm of the context keys ``[L, T, G, D]`` with each layer's own weight ``[L, D]``.
+
+    vLLM does all layers in one ``rms_norm``, whose CPU kernel takes the first layer's weight for all of
+    them: drafts of a trained drafter then differ from what it was trained to draft.
+    """
+    out = torch.empty_like(all_k)
+    for normed, k, weight in zip(out, all_k, model._k_norm_weights, strict=True):
+        ops.rms_norm(normed, k, weight, model._rms_norm_eps)
+    return out

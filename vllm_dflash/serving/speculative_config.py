@@ -72,7 +72,8 @@ def wrap_create_speculative_config(original):
             if rest.get("num_speculative_tokens") is None and self.spec_tokens is None:
                 rest["num_speculative_tokens"] = drafter.num_speculative_tokens
             tokens = rest.get("num_speculative_tokens", self.spec_tokens)
-            if isinstance(tokens, int) and tokens > drafter.num_speculative_tokens:
+            too_many = isinstance(tokens, int) and tokens > drafter.num_speculative_tokens
+            if options.check and too_many:
                 raise ValueError(
                     f"num_speculative_tokens is {tokens}, but the drafter {model} was trained for "
                     f"blocks of {drafter.draft_block_size}: at most "

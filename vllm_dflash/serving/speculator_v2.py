@@ -6,6 +6,7 @@ vLLM's source and unit-tested with a stand-in speculator, but not run on a GPU y
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,17 +22,23 @@ class ObservedSpeculator:
     recorder: Any = None
 
     def propose(self, input_batch: Any, *args, **kwargs) -> Tensor:
-        if self.recorder is not None and not kwargs.get("dummy_run", False):
-            aux_hidden_states = kwargs["aux_hidden_states"]
-            num_tokens = input_batch.num_tokens
-            self.recorder.observe(
-                request_ids=input_batch.req_ids,
-                query_start_loc=input_batch.query_start_loc_np[: input_batch.num_reqs + 1],
-                positions=input_batch.positions[:num_tokens],
-                features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
-                num_rejected=kwargs["num_rejected"][: input_batch.num_reqs],
-            )
-        return super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+        propose = super().propose  # type: ignore[misc]
+        if self.recorder is not None:
+            # Real steps pass these by position, dummy runs by name.
+            given = inspect.signature(propose).bind(input_batch, *args, **kwargs).arguments
+            if not given.get("dummy_run", False):
+                self._observe(input_batch, given["aux_hidden_states"], given["num_rejected"])
+        return propose(input_batch, *args, **kwargs)
+
+    def _observe(self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor) -> None:
+        num_tokens = batch.num_tokens
+        self.recorder.observe(
+            request_ids=batch.req_ids,
+            query_start_loc=batch.query_start_loc_np[: batch.num_reqs + 1],
+            positions=batch.positions[:num_tokens],
+            features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
+            num_rejected=num_rejected[: batch.num_reqs],
+        )
 
 
 def adopt(speculator: Any) -> None:

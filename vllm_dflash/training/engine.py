@@ -131,6 +131,14 @@ class VerifierEngine:
         lengths = {key: len(ids) - 1 for key, ids in examples.items()}
         self.call("watch", lengths)
         requests = [(key, list(ids[:-1])) for key, ids in examples.items()]
+        try:
+            yield from self._collected(requests, params, lengths)
+        finally:
+            self.call("flush")
+
+    def _collected(
+        self, requests: list[tuple[str, list[int]]], params: Any, lengths: dict[str, int]
+    ) -> Iterator[tuple[str, str | None]]:
         for output in self._run(requests, params):
             key = output.request_id
             failed = self.call("collect", {key: lengths[key]})

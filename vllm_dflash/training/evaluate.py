@@ -112,7 +112,7 @@ def _offline(
     reporter: Reporter,
 ) -> dict[str, Any]:
     hparams = Hyperparameters().as_dict()
-    engine.call("begin", drafter.to_dict(), hparams, None, 1, path, 2**62, None)
+    engine.call("begin", drafter.to_dict(), hparams, None, 1, path, None)
     by_key = {e.id: e for e in examples}
     engine.call(
         "register",

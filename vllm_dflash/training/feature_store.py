@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -80,6 +81,12 @@ class FeatureStore:
         entry = (features, final)
         self._remember(key, entry)
         return entry
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Drops everything but these keys from memory; the cache folder keeps all."""
+        wanted = set(keys)
+        for key in [k for k in self._memory if k not in wanted]:
+            self._bytes -= _size(self._memory.pop(key))
 
     def flush(self) -> None:
         """Writes what is pending as one shard.

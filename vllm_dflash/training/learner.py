@@ -147,6 +147,11 @@ class Learner:
         generator = torch.Generator().manual_seed(hparams.seed)
         self.drafter.init_weights(generator=generator)
         self.drafter.to(self.device, torch.float32)
+        for name, parameter in self.drafter.named_parameters():
+            # Not trained: stock vLLM's CPU kernel norms the context keys of every layer with the first
+            # layer's weight, so only equal ones draft alike there. q_norm's weight takes its place.
+            if name.endswith("k_norm.weight"):
+                parameter.requires_grad_(False)
         self.optimizers = self._make_optimizers()
         self.ema: dict[str, Tensor] | None = None
         if hparams.ema:
@@ -154,7 +159,7 @@ class Learner:
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         hp = self.hparams
-        params = dict(self.drafter.named_parameters())
+        params = {n: p for n, p in self.drafter.named_parameters() if p.requires_grad}
         muon = {n: p for n, p in params.items() if hp.optimizer == "muon" and p.dim() == 2}
         rest = {n: p for n, p in params.items() if n not in muon}
         out: dict[str, torch.optim.Optimizer] = {

@@ -254,8 +254,7 @@ class _Run:
             draft_ids,
             total,
             self.config.init_from,
-            int(self.config.feature_gib * 2**30),
-            str(self.config.cache_features) if self.config.cache_features else None,
+            self._cache_dir(),
         )
         self.reporter.say(
             f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} for {total} steps "
@@ -271,14 +270,15 @@ class _Run:
         )
         with _stop_flag() as self.stop:
             self.step = self._resume()
-            self._extract(held_by_key)
+            self._extract(held_by_key, keep=[])
+            held_tokens = sum(len(e.token_ids) for e in held)
             windows = plan_windows(
                 list(by_key),
                 {k: len(e.token_ids) for k, e in by_key.items()},
                 sequences=self.config.hparams.sequences,
                 seed=self.config.hparams.seed,
                 total_steps=total,
-                max_tokens=self._feature_tokens(),
+                max_tokens=self._feature_tokens() - held_tokens,
             )
             held_keys = [k for k in held_by_key if k not in self.bad]
             self._train(windows, by_key, held_keys, total)
@@ -330,8 +330,27 @@ class _Run:
         )
         return ids
 
+    def _cache_dir(self) -> str | None:
+        """A folder of its own for each verifier, set of layers and dtype."""
+        if self.config.cache_features is None:
+            return None
+        engine = self.config.engine
+        what = [
+            self.config.verifier,
+            list(self.drafter.target_layer_ids),
+            engine.dtype,
+            engine.extra,
+            self.config.hparams.loss == "kl",
+        ]
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+        return str(self.config.cache_features / digest)
+
     def _feature_tokens(self) -> int:
-        width = self.drafter.num_features * (4 if self.config.engine.dtype == "float32" else 2)
+        """Tokens whose features (and final states, for kl) fit ``feature_gib``."""
+        width = self.drafter.num_features
+        if self.config.hparams.loss == "kl":
+            width += self.drafter.target_hidden_size or self.drafter.hidden_size
+        width *= 4 if self.config.engine.dtype == "float32" else 2
         return int(self.config.feature_gib * 2**30) // width
 
     def _resume(self) -> int:
@@ -350,11 +369,15 @@ class _Run:
         self.engine.call("save_state", str(self.folder.new_state_file(step)))
         self.folder.commit_state(step, {"bad": self.bad, "seconds": self.seconds})
 
-    def _extract(self, examples: dict[str, Example]) -> None:
-        """Features of the given examples, all of them together or (all at hand) none."""
+    def _extract(self, examples: dict[str, Example], keep: list[str]) -> None:
+        """Features of the given examples, all of them together or (all at hand) none.
+
+        Features of other examples than these and ``keep`` are freed first.
+        """
         wanted = {k: e.token_ids for k, e in examples.items() if k not in self.bad}
         if len(self.engine.call("stored", list(wanted))) == len(wanted):
             return
+        self.engine.call("keep", [*wanted, *keep])
         started = time.monotonic()
         tokens = 0
         with self.reporter.progress("extracting features", unit="tokens") as update:
@@ -397,7 +420,7 @@ class _Run:
             for window in windows:
                 if window.end <= first:
                     continue
-                self._extract({k: examples[k] for k in window.keys})
+                self._extract({k: examples[k] for k in window.keys}, keep=held_keys)
                 while self.step < window.end:
                     count = min(chunk, window.end - self.step, every - self.step % every)
                     at = self.step - window.first_step

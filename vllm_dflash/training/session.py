@@ -6,6 +6,7 @@ data, so that the same calls work for an engine in another process.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 
+#: The driver decides what is kept (``keep``); the store need not.
+_UNBOUNDED = 2**62
+
 
 class TrainingSession:
     """Lives in a vLLM worker, beside the verifier it learns from."""
@@ -33,6 +37,8 @@ class TrainingSession:
         "register",
         "watch",
         "collect",
+        "flush",
+        "keep",
         "stored",
         "train",
         "evaluate",
@@ -51,8 +57,10 @@ class TrainingSession:
         self.recorder = FeatureRecorder()
         proposer.recorder = self.recorder
         self.examples: dict[str, tuple[list[int], list[bool], str]] = {}
+        self._store_keys: dict[str, str] = {}
         self.learner: Learner | None = None
-        self.store = FeatureStore(0)
+        self.store = FeatureStore(_UNBOUNDED)
+        self._own_embedding: dict[str, Tensor] = {}
 
     def drafting(self, enabled: bool) -> None:
         """Whether the engine's own (untrained) drafter drafts; off while features are recorded."""
@@ -65,7 +73,6 @@ class TrainingSession:
         draft_token_ids: list[int] | None,
         total_steps: int,
         init_from: str | None,
-        store_bytes: int,
         cache_dir: str | None,
     ) -> dict[str, Any]:
         """Makes the learner.
@@ -76,7 +83,6 @@ class TrainingSession:
             draft_token_ids: verifier ids of the draft vocabulary; ``init_from`` brings its own.
             total_steps: steps of the whole run, which the learning rate depends on.
             init_from: checkpoint folder to start from.
-            store_bytes: memory for features.
             cache_dir: folder for features on disk, or None.
         """
         config = DrafterConfig.from_dict(drafter_config)
@@ -86,14 +92,16 @@ class TrainingSession:
         weights = checkpoint.load_weights(init_from, config) if init_from is not None else {}
         if "d2t" in weights:
             ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
-        embedding = weights.get("embed_tokens.weight", embedding).to(embedding.device)
+        if "embed_tokens.weight" in weights:
+            embedding = weights["embed_tokens.weight"].to(embedding.device)
+            self._own_embedding = {"embed_tokens.weight": embedding}
         head = SharedHead(embedding, lm_head, ids, weights.get("lm_head.weight"))
         self.learner = Learner(config, hp, head, total_steps, embedding.device)
         if weights:
             self.learner.load_drafter(weights)
         final = FinalStates(self.verifier) if hp.loss == "kl" else None
         self.recorder.final_states = final
-        self.store = FeatureStore(store_bytes, Path(cache_dir) if cache_dir else None)
+        self.store = FeatureStore(_UNBOUNDED, Path(cache_dir) if cache_dir else None)
         return {
             "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
             "device": str(embedding.device),
@@ -106,6 +114,10 @@ class TrainingSession:
         """Tells the session about examples: key, token ids, loss mask, source."""
         for key, token_ids, loss_mask, source in examples:
             self.examples[key] = (list(token_ids), list(loss_mask), source)
+            # Features belong to the tokens, not to the name: a cache made from other responses under
+            # the same ids is never taken for these.
+            digest = hashlib.sha256(",".join(map(str, token_ids)).encode())
+            self._store_keys[key] = digest.hexdigest()[:24]
 
     def watch(self, lengths: dict[str, int]) -> None:
         self.recorder.watch(lengths)
@@ -120,17 +132,28 @@ class TrainingSession:
             except ValueError as error:
                 failed[key] = str(error)
                 continue
-            self.store.put(key, features.clone(), None if final is None else final.clone())
-        self.store.flush()
+            self.store.put(
+                self._store_keys[key],
+                features.clone(),
+                None if final is None else final.clone(),
+            )
         return failed
+
+    def flush(self) -> None:
+        """Writes pending features to the cache folder, where there is one."""
+        self.store.flush()
+
+    def keep(self, keys: list[str]) -> None:
+        """Frees the memory of all features but these."""
+        self.store.keep(self._store_keys[k] for k in keys)
 
     def stored(self, keys: list[str]) -> list[str]:
         """Those of the keys whose features are at hand, in memory or in the cache folder."""
-        return [k for k in keys if k in self.store]
+        return [k for k in keys if self._store_keys[k] in self.store]
 
     def _sample(self, key: str) -> Sample:
         token_ids, loss_mask, _ = self.examples[key]
-        features, final = self.store.get(key)
+        features, final = self.store.get(self._store_keys[key])
         return Sample(key, token_ids, loss_mask, features, final)
 
     # -- learning --------------------------------------------------------------------------------
@@ -175,5 +198,7 @@ class TrainingSession:
     ) -> None:
         """Writes the drafter as a checkpoint (atomic)."""
         learner = self._learner()
-        weights: dict[str, Tensor] = learner.weights() | learner.head.checkpoint_tensors()
+        weights: dict[str, Tensor] = (
+            learner.weights() | learner.head.checkpoint_tensors() | self._own_embedding
+        )
         checkpoint.save_drafter(path, learner.config, weights, fmt, extra_files)

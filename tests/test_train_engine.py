@@ -1,0 +1,323 @@
+"""Training through a real engine: features, the whole command, and going on after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from conftest import TRAIN_ARGS
+
+pytestmark = pytest.mark.engine
+
+FEATURES_SCRIPT = """
+import json, sys
+from safetensors.torch import save_file
+from vllm_dflash.training.config import EngineOptions, Hyperparameters
+from vllm_dflash.training.engine import VerifierEngine
+
+job = json.load(open(sys.argv[1]))
+options = EngineOptions(
+    dtype="float32", max_len=160, max_num_seqs=job["seqs"], max_num_batched_tokens=job["budget"]
+)
+engine = VerifierEngine(job["verifier"], job["seat"], options)
+loss = Hyperparameters(loss="kl").as_dict()
+config = json.load(open(job["seat"] + "/config.json"))
+engine.call("begin", config, loss, None, 1, None, 2**30, None)
+examples = dict(job["examples"])
+problems = dict(engine.extract(examples))
+session = engine.engine.collective_rpc(lambda w: w.__dict__["_vllm_dflash_session"])[0]
+out = {}
+for key in examples:
+    features, final = session.store.get(key)
+    out[key], out["final/" + key] = features.contiguous(), final.contiguous()
+save_file(out, sys.argv[2])
+json.dump(problems, open(sys.argv[2] + ".json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def conversations(prompts) -> dict[str, list[int]]:
+    """Token sequences of very different lengths, two of them with a common prefix."""
+    rows = [p + [(7 * i + j * j) % 300 + 6 for j in range(5 + 7 * (i % 5))] for i, p in enumerate(prompts)]
+    return {f"row/{i}": ids[:150] for i, ids in enumerate([*rows, rows[0] + [9, 8, 7], [11, 12]])}
+
+
+@pytest.mark.parametrize(
+    ("seqs", "budget"), [(4, 32), pytest.param(64, 4096, marks=pytest.mark.slow)], ids=["chunked", "at once"]
+)
+def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budget) -> None:
+    """Features of the seam, and the final states of the kl loss, against ``hidden_states``."""
+    from transformers import AutoModelForCausalLM
+
+    seat = tiny.make_drafter(folder / f"seat-{seqs}", verifier, draft_block_size=2)
+    script = folder / "features.py"
+    script.write_text(FEATURES_SCRIPT)
+    job = {
+        "verifier": str(verifier),
+        "seat": str(seat),
+        "seqs": seqs,
+        "budget": budget,
+        "examples": list(conversations.items()),
+    }
+    (folder / "features.json").write_text(json.dumps(job))
+    out = folder / f"features-{seqs}.safetensors"
+    subprocess.run(
+        [sys.executable, script, folder / "features.json", out],
+        env=tiny.environment(),
+        check=True,
+        timeout=300,
+    )
+    assert set(json.loads(Path(f"{out}.json").read_text()).values()) == {None}
+    got = load_file(out)
+    layers = json.loads((seat / "config.json").read_text())["dflash_config"]["target_layer_ids"]
+    assert layers == [0, 2, 3]
+    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32)
+    before_norm: list[torch.Tensor] = []
+    # Hugging Face's last hidden state is normed, the last layer's own output is not.
+    model.model.norm.register_forward_pre_hook(lambda module, args: before_norm.append(args[0]))
+    for key, ids in conversations.items():
+        before_norm.clear()
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states
+        states = [before_norm[0] if i == 3 else hidden[i + 1] for i in layers]
+        want = torch.cat(states, dim=-1)[0]
+        assert got[key].shape == want.shape
+        torch.testing.assert_close(got[key], want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[f"final/{key}"], hidden[-1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_train_leaves_drafter_and_run_folder(trained, prompts) -> None:
+    assert sorted(p.name for p in trained.drafter.iterdir()) == [
+        "config.json",
+        "dflash_training.json",
+        "model.safetensors",
+    ]
+    summary = trained.summary
+    assert summary["steps"] == 300
+    # round(0.1 * 24) conversations are held out.
+    assert summary["train_sequences"] == 22
+    assert summary["skipped"] == {}
+    assert summary["tau_heldout"]["num_drafts"] > 20
+    config = json.loads((trained.run / "run.json").read_text())
+    assert config["config"]["hparams.lr"] == 4e-3
+    rows = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(300))
+    assert [r["step"] for r in rows if "tau" in r] == [149, 299]
+    assert sum(r["loss"] for r in steps[-20:]) < 0.6 * sum(r["loss"] for r in steps[:20])
+    accepted, anchors = (sum(r[k] for r in steps[-20:]) for k in ("accepted", "anchors"))
+    assert 1 + accepted / anchors > 2
+    assert (trained.run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained.run / "rejected.jsonl").read_text() == ""
+    assert len((trained.run / "responses.jsonl").read_text().splitlines()) == 1 + len(prompts)
+    assert len(list(trained.run.glob("state-*.safetensors"))) == 1
+    assert "drafter written to" in trained.output
+
+
+def metric_steps(run: Path) -> list[int]:
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    out = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in row:
+            out.append(row["step"])
+    return out
+
+
+def stop_at(command: list[str], run: Path, step: int, sig: int, saved: bool = False) -> tuple[int, str]:
+    """Runs a training until it has done ``step`` (and saved a state), then sends a signal."""
+    process = subprocess.Popen(
+        command, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if max(metric_steps(run), default=-1) >= step and (
+                not saved or (run / "state.json").is_file()
+            ):
+                break
+            time.sleep(0.05)
+        assert process.poll() is None, "training ended before it could be stopped"
+        process.send_signal(sig)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, err
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def test_killed_and_stopped_runs_resume_bit_for_bit(trained, folder) -> None:
+    """SIGTERM, then kill -9, then to the end: the same bytes as the run that was never stopped."""
+    out = folder / "resumed"
+    run = folder / "resumed-run"
+    args = ("train", trained.verifier, "--data", trained.prompts, "-o", out, *trained.args)
+    # Saves at every chance, so that the kill comes after one; it is no part of a run's identity.
+    command = tiny.cli_command(*args, "--save-minutes", "0")
+    code, err = stop_at(command, run, 40, signal.SIGTERM)
+    assert code == 130, err
+    assert "the same command resumes" in err
+    assert not out.exists()
+    stopped = json.loads((run / "state.json").read_text())["step"]
+    assert 40 < stopped < 300
+    code, _ = stop_at(command, run, stopped + 40, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not out.exists()
+    killed = json.loads((run / "state.json").read_text())["step"]
+    assert stopped < killed < 300
+
+    done = tiny.cli(*args, "--lr", "5e-3", code=1)
+    assert "hparams.lr" in done.stderr
+    assert "0.004" in done.stderr
+    assert done.stderr.count("error:") == 1
+
+    done = tiny.cli(*args)
+    assert f"resuming at step {killed}" in done.stderr
+    assert metric_steps(run) == list(range(300))
+    assert same_weights(out, trained.drafter)
+    a, b = (json.loads((d / "dflash_training.json").read_text()) for d in (out, trained.drafter))
+    assert a["tau_heldout"] == b["tau_heldout"]
+
+
+def short(trained, out: Path, *more: str, data: Path | None = None, steps: int = 40, **kwargs: Any):
+    args = (*TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", str(steps))
+    return tiny.cli(
+        "train", trained.verifier, "--data", data or trained.prompts, "-o", out, *args, *more, **kwargs
+    )
+
+
+def test_windows_and_cached_features(trained, folder) -> None:
+    """Too little memory for all features: extracted again by windows, or read from the cache.
+
+    A window's features are a matter of its batch, so a cached run may differ in the last bits.
+    """
+    small = ("--feature-gib", "0.0003")
+    short(trained, folder / "windowed", *small)
+    command = tiny.cli_command(
+        "train", trained.verifier, "--data", trained.prompts, "-o", folder / "windowed-2",
+        *TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", "40", *small,
+        "--save-minutes", "0",
+    )  # fmt: skip
+    code, _ = stop_at(command, folder / "windowed-2-run", 6, signal.SIGKILL, saved=True)
+    assert code == -signal.SIGKILL
+    done = tiny.cli(*command[1:])
+    assert "resuming at step" in done.stderr
+    assert done.stderr.count("extracting features:") > 2
+    assert same_weights(folder / "windowed", folder / "windowed-2")
+
+
+def test_feature_cache_is_used_again(trained, folder) -> None:
+    cache = ("--cache-features", str(folder / "cache"))
+    first = short(trained, folder / "cached", *cache)
+    assert "extracting features:" in first.stderr
+    assert list((folder / "cache").glob("*.safetensors"))
+    again = short(trained, folder / "cached-2", *cache)
+    assert "extracting features:" not in again.stderr
+    assert same_weights(folder / "cached", folder / "cached-2")
+    plain = short(trained, folder / "plain")
+    assert plain.returncode == 0
+    assert same_weights(folder / "plain", folder / "cached")
+
+
+def test_fine_tuning_goes_on_from_a_drafter(trained, folder) -> None:
+    """``--from`` keeps shape and draft vocabulary and starts where the drafter was."""
+    out = folder / "tuned"
+    short(trained, out, "--from", str(trained.drafter), "--holdout", "0", steps=20)
+    rows = (folder / "tuned-run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in rows]
+    first = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["loss"] < 0.7 * first[0]["loss"]
+    tuned, base = (load_file(d / "model.safetensors") for d in (out, trained.drafter))
+    assert torch.equal(tuned["d2t"], base["d2t"])
+    assert torch.equal(tuned["lm_head.weight"], base["lm_head.weight"])
+    assert not torch.equal(tuned["fc.weight"], base["fc.weight"])
+    assert json.loads((out / "dflash_training.json").read_text())["tau_heldout"] is None
+
+
+@pytest.mark.slow
+def test_on_policy_trusts_the_data(trained, folder, prompts) -> None:
+    rows = []
+    for line in trained.prompts.read_text().splitlines():
+        row = json.loads(line)
+        row["messages"].append({"role": "assistant", "content": "the cat sleeps under the old tree"})
+        rows.append(json.dumps(row))
+    rows.append(json.dumps({"messages": [{"role": "user", "content": "no answer"}]}))
+    rows.append("not json")
+    data = folder / "answered.jsonl"
+    data.write_text("\n".join(rows) + "\n")
+    done = short(trained, folder / "on-policy", "--on-policy", data=data, steps=120)
+    assert "responses:" not in done.stderr or "24" in done.stderr
+    rejected = (folder / "on-policy-run" / "rejected.jsonl").read_text().splitlines()
+    assert len(rejected) == 2
+    steps = metric_steps(folder / "on-policy-run")
+    assert steps == list(range(120))
+    summary = json.loads((folder / "on-policy" / "dflash_training.json").read_text())
+    assert summary["tau_heldout"]["tau"] > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--loss", "kl", "--optimizer", "muon", "--ema", "0.9"),
+        ("--loss", "ce", "--checkpoint-format", "speculators", "--draft-vocab", "128"),
+        ("--temperature", "1.0", "--top-k", "20", "--top-p", "0.9", "--autocast", "bfloat16"),
+    ],
+    ids=["kl-muon-ema", "ce-speculators", "sampled"],
+)
+def test_other_recipes(trained, folder, more) -> None:
+    out = folder / "-".join(more).replace("--", "").replace(".", "_")
+    short(trained, out, *more, steps=60)
+    steps = [
+        json.loads(line)
+        for line in out.with_name(out.name + "-run").joinpath("metrics.jsonl").read_text().splitlines()
+    ]
+    losses = [r["loss"] for r in steps if "loss" in r]
+    assert len(losses) == 60
+    assert sum(losses[-10:]) < sum(losses[:10])
+    tiny.cli("inspect", out, trained.verifier)
+
+
+@pytest.mark.slow
+def test_recipes_with_more_state_resume_too(trained, folder) -> None:
+    """Muon's momentum and the moving average are part of the state."""
+    more = ("--optimizer", "muon", "--ema", "0.95", "--loss", "kl")
+    short(trained, folder / "muon", *more, steps=200)
+    command = tiny.cli_command(
+        "train", trained.verifier, "--data", trained.prompts, "-o", folder / "muon-2",
+        *TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", "200", *more,
+    )  # fmt: skip
+    code, _ = stop_at(command, folder / "muon-2-run", 20, signal.SIGINT)
+    assert code == 130
+    tiny.cli(*command[1:])
+    assert same_weights(folder / "muon", folder / "muon-2")
+
+
+def test_environment_is_left_alone() -> None:
+    """The helpers above pass environments explicitly; nothing of them leaks into this process."""
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
