@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from vllm_dflash.training.responses import GenerationRequest, GenerationResult
 
 #: The engine's drafter only holds a place in the seam, so the smallest draft length will do.
 _SEAT_TOKENS = 1
+
+
+def fit_max_len(
+    options: EngineOptions, hf_config: Any, num_speculative_tokens: int = _SEAT_TOKENS
+) -> EngineOptions:
+    """Lowers ``max_len`` to what the verifier's positions allow beside a draft."""
+    text = hf_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit:
+        return options
+    room = int(limit) - num_speculative_tokens - 2
+    return replace(options, max_len=min(options.max_len, room))
 
 
 class VerifierEngine:

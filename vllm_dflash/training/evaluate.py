@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine
+from vllm_dflash.training.engine import VerifierEngine, fit_max_len
 from vllm_dflash.training.loop import verifier_config
 from vllm_dflash.training.prepare import prepare_examples
 from vllm_dflash.training.reporting import Reporter
@@ -56,7 +56,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ValueError: drafter, verifier or data cannot be used.
     """
-    info = VerifierInfo.from_hf_config(verifier_config(config.verifier), config.verifier)
+    hf_config = verifier_config(config.verifier)
+    info = VerifierInfo.from_hf_config(hf_config, config.verifier)
     drafter = DrafterConfig.from_dict(read_config(config.drafter))
     drafter.check_verifier(info)
     check_weights(config.drafter, drafter)
@@ -66,6 +67,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
             f"--num-speculative-tokens {tokens} is outside 1..{drafter.num_speculative_tokens}, what "
             "this drafter was trained for"
         )
+    config = replace(config, engine=fit_max_len(config.engine, hf_config, tokens))
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vllm_dflash.training.config import (
     SamplingOptions,
 )
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine, seat_drafter
+from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafter
 from vllm_dflash.training.plan import Window, epoch_steps, plan_windows
 from vllm_dflash.training.prepare import prepare_examples, verifier_eos
 from vllm_dflash.training.reporting import Reporter
@@ -135,7 +135,7 @@ def verifier_config(verifier: str) -> Any:
         raise ValueError(f"verifier {verifier} cannot be read: {first}") from error
 
 
-def _drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
+def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     """The drafter to train: of ``init_from``, or made for the verifier."""
     info = VerifierInfo.from_hf_config(hf_config, config.verifier)
     if config.init_from is not None:
@@ -161,7 +161,7 @@ def _drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     )
 
 
-def _write_seat(config: DrafterConfig, path: Path) -> Path:
+def write_seat(config: DrafterConfig, path: Path) -> Path:
     import torch
 
     from vllm_dflash.modeling.drafter import Drafter
@@ -182,7 +182,8 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     """
     # Everything that can be wrong is looked at before the engine takes its minutes to start.
     hf_config = verifier_config(config.verifier)
-    drafter = _drafter_config(config, hf_config)
+    config = replace(config, engine=fit_max_len(config.engine, hf_config))
+    drafter = drafter_config(config, hf_config)
     if config.restart and config.run_path.exists():
         shutil.rmtree(config.run_path)
     conversations, rejected = load_conversations(
@@ -202,7 +203,7 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     )
     with reporter.stage("starting the verifier"):
         engine = VerifierEngine(
-            config.verifier, _write_seat(drafter, folder.path / "seat"), config.engine
+            config.verifier, write_seat(drafter, folder.path / "seat"), config.engine
         )
     try:
         return _Run(config, drafter, folder, engine, reporter).run(

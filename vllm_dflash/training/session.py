@@ -40,6 +40,7 @@ class TrainingSession:
         "flush",
         "keep",
         "stored",
+        "digest",
         "train",
         "evaluate",
         "save_state",
@@ -150,6 +151,14 @@ class TrainingSession:
     def stored(self, keys: list[str]) -> list[str]:
         """Those of the keys whose features are at hand, in memory or in the cache folder."""
         return [k for k in keys if self._store_keys[k] in self.store]
+
+    def digest(self, keys: list[str]) -> dict[str, str]:
+        """SHA-256 of each sequence's features, to compare bits across runs and ways of recording."""
+        out = {}
+        for key in keys:
+            features, _ = self.store.get(self._store_keys[key])
+            out[key] = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
+        return out
 
     def _sample(self, key: str) -> Sample:
         token_ids, loss_mask, _ = self.examples[key]

@@ -1,0 +1,99 @@
+"""Are features cheaper taken while responses are generated than by a prefill afterwards? And are they equal?
+
+    python benchmarks/feature_capture.py VERIFIER --data prompts.jsonl [--num 64] [--repeats 3] [-o FILE]
+
+Times, alternating in one engine: plain generation, generation with features recorded, and the prefill of
+the finished conversations; and compares the features of the two ways row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+
+from vllm_dflash.bench.report import describe_machine, versions, write_json
+from vllm_dflash.cli import load_prompts
+from vllm_dflash.training.config import (
+    DrafterShape,
+    EngineOptions,
+    Hyperparameters,
+    SamplingOptions,
+)
+from vllm_dflash.training.engine import VerifierEngine
+from vllm_dflash.training.loop import TrainConfig, drafter_config, verifier_config, write_seat
+from vllm_dflash.training.responses import GenerationRequest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verifier")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+
+    prompts = load_prompts(args.verifier, args.data, {}, args.num)
+    config = TrainConfig(args.verifier, args.data, Path("unused"), shape=DrafterShape(layers=1))
+    drafter = drafter_config(config, verifier_config(args.verifier))
+    longest = max(map(len, prompts)) + args.max_tokens
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = VerifierEngine(
+            args.verifier,
+            write_seat(drafter, Path(scratch) / "seat"),
+            EngineOptions(dtype=args.dtype, max_len=longest),
+        )
+    engine.call("begin", drafter.to_dict(), Hyperparameters().as_dict(), None, 1, None, None)
+    generate = engine.generator(SamplingOptions(max_tokens=args.max_tokens))
+    seconds: dict[str, list[float]] = {"generate": [], "generate_recording": [], "prefill": []}
+    for repeat in range(args.repeats):
+        requests = {f"{repeat}-{i}": ids for i, ids in enumerate(prompts)}
+        began = time.perf_counter()
+        list(generate([GenerationRequest(f"plain-{k}", ids) for k, ids in requests.items()]))
+        seconds["generate"].append(time.perf_counter() - began)
+
+        began = time.perf_counter()
+        engine.call("watch", {k: len(ids) + args.max_tokens for k, ids in requests.items()})
+        results = list(generate([GenerationRequest(k, ids) for k, ids in requests.items()]))
+        whole = {r.key: [*requests[r.key], *r.token_ids] for r in results}
+        engine.call("register", [(k, ids, [True] * len(ids), "") for k, ids in whole.items()])
+        failed = engine.call("collect", {k: len(ids) - 1 for k, ids in whole.items()})
+        seconds["generate_recording"].append(time.perf_counter() - began)
+        if failed:
+            raise RuntimeError(f"features were not recorded: {failed}")
+        recorded = engine.call("digest", list(whole))
+
+        began = time.perf_counter()
+        for key, problem in engine.extract(whole):
+            if problem:
+                raise RuntimeError(f"{key}: {problem}")
+        seconds["prefill"].append(time.perf_counter() - began)
+        prefilled = engine.call("digest", list(whole))
+    tokens = sum(map(len, whole.values()))
+    report = {
+        "verifier": Path(args.verifier).name,
+        "sequences": len(whole),
+        "tokens": tokens,
+        "generated_tokens": tokens - sum(map(len, prompts)),
+        "seconds": seconds,
+        "recording_over_plain": median(seconds["generate_recording"]) / median(seconds["generate"]),
+        "prefill_tokens_per_s": tokens / median(seconds["prefill"]),
+        "prefill_over_generate": median(seconds["prefill"]) / median(seconds["generate"]),
+        "sequences_with_equal_bits": sum(recorded[k] == prefilled[k] for k in whole),
+        "versions": versions(),
+        "machine": describe_machine(),
+    }
+    Console().print(report)
+    if args.output:
+        write_json(report, args.output)
+
+
+if __name__ == "__main__":
+    main()
