@@ -150,9 +150,7 @@ def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
     for out in (ours, stock):
         counters = out["runs"]["run"]["counters"]
         assert counters["vllm:spec_decode_num_accepted_tokens_total"] > 0
-    # Stock vLLM on the CPU norms the context keys of every layer with the first layer's weight.
-    as_stock = Reference(trained.verifier, trained.drafter, first_k_norm=True)
-    assert stock["drafts"] == ours["drafts"] or check_drafts(stock, as_stock, 7) > 1000
+    assert stock["drafts"] == ours["drafts"]
 
 
 @pytest.mark.parametrize("where", ["ours", pytest.param("stock", marks=pytest.mark.slow)])
@@ -169,8 +167,7 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
         num_speculative_tokens=4,
     )
     assert out["plugin"] == (where == "ours")
-    reference = Reference(trained.verifier, trained.drafter, first_k_norm=where == "stock")
-    assert check_drafts(out, reference, 4) > 400
+    assert check_drafts(out, Reference(trained.verifier, trained.drafter), 4) > 400
 
 
 @pytest.mark.parametrize(
@@ -187,7 +184,7 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
     ids=["sliding", "causal", "one layer", "other heads"],
 )
 def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
-    """Untrained drafters, in chunked prefill."""
+    """Untrained drafters whose norms differ from layer to layer, in chunked prefill."""
     name = "-".join(changes)
     drafter = tiny.make_drafter(folder / name, verifier, **changes)
     engine = {"max_num_batched_tokens": 64}
@@ -196,13 +193,17 @@ def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
 
 
 @pytest.mark.slow
-def test_weights_of_an_own_embedding(verifier, prompts, folder) -> None:
-    """Two engines with different seeds give different drafts: the comparison can fail."""
-    one = tiny.make_drafter(folder / "seed-1", verifier, seed=1)
-    two = tiny.make_drafter(folder / "seed-2", verifier, seed=2)
-    out = drafted(verifier, one, prompts[:2], folder)
+def test_stock_vllm_norms_all_layers_like_the_first(verifier, prompts, folder) -> None:
+    """What serving/drafter_model.py mends: vLLM's CPU kernel takes the first k_norm for all layers.
+
+    Also shows that the comparison of this file can fail. When vLLM mends it, this test says so.
+    """
+    drafter = tiny.make_drafter(folder / "norms", verifier)
+    stock = {"env": {"VLLM_PLUGINS": ""}, "num_speculative_tokens": 7}
+    out = drafted(verifier, drafter, prompts[:4], folder, **stock)
+    check_drafts(out, Reference(verifier, drafter, first_k_norm=True), 7)
     with pytest.raises(AssertionError):
-        check_drafts(out, Reference(verifier, two), 7)
+        check_drafts(out, Reference(verifier, drafter), 7)
 
 
 def test_offline_tau_is_the_engines(trained, folder, capsys) -> None:

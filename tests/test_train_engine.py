@@ -33,14 +33,15 @@ options = EngineOptions(
 engine = VerifierEngine(job["verifier"], job["seat"], options)
 loss = Hyperparameters(loss="kl").as_dict()
 config = json.load(open(job["seat"] + "/config.json"))
-engine.call("begin", config, loss, None, 1, None, 2**30, None)
+engine.call("begin", config, loss, None, 1, None, None)
 examples = dict(job["examples"])
+engine.call("register", [(k, ids, [True] * len(ids), "test") for k, ids in examples.items()])
 problems = dict(engine.extract(examples))
 session = engine.engine.collective_rpc(lambda w: w.__dict__["_vllm_dflash_session"])[0]
 out = {}
 for key in examples:
-    features, final = session.store.get(key)
-    out[key], out["final/" + key] = features.contiguous(), final.contiguous()
+    sample = session._sample(key)
+    out[key], out["final/" + key] = sample.features_TF.contiguous(), sample.final_TH.contiguous()
 save_file(out, sys.argv[2])
 json.dump(problems, open(sys.argv[2] + ".json", "w"))
 """
@@ -235,7 +236,7 @@ def test_feature_cache_is_used_again(trained, folder) -> None:
     cache = ("--cache-features", str(folder / "cache"))
     first = short(trained, folder / "cached", *cache)
     assert "extracting features:" in first.stderr
-    assert list((folder / "cache").glob("*.safetensors"))
+    assert list((folder / "cache").rglob("*.safetensors"))
     again = short(trained, folder / "cached-2", *cache)
     assert "extracting features:" not in again.stderr
     assert same_weights(folder / "cached", folder / "cached-2")

@@ -135,6 +135,9 @@ def make_drafter(path: Path, verifier: Path, *, fmt: str = "zlab", seed: int = 1
     drafter = Drafter(config)
     generator = torch.Generator().manual_seed(seed)
     drafter.init_weights(std=0.15, generator=generator)
+    for name, weight in drafter.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight.data, 0.5, 1.5, generator=generator)
     weights = dict(drafter.state_dict())
     if config.has_draft_vocab:
         ids = torch.randperm(config.vocab_size, generator=generator)[: config.logits_vocab_size]

@@ -1,0 +1,53 @@
+"""The run folder: same settings resume, others are refused, killed writes cost only their last line."""
+
+import pytest
+
+from vllm_dflash.training.run_folder import RunFolder
+
+
+def test_the_same_settings_reopen_and_others_are_named(tmp_path):
+    RunFolder(tmp_path, {"lr": 0.1, "layers": (1, 2)})
+    RunFolder(tmp_path, {"lr": 0.1, "layers": [1, 2]})
+    with pytest.raises(ValueError, match=r"lr = 0\.1, not 0\.2"):
+        RunFolder(tmp_path, {"lr": 0.2, "layers": [1, 2]})
+
+
+def test_only_a_committed_state_counts_and_older_ones_go(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    assert folder.state() is None
+    folder.new_state_file(5).write_bytes(b"half")
+    assert folder.state() is None
+    folder.commit_state(5, {"bad": {}})
+    folder.new_state_file(9).write_bytes(b"x")
+    assert folder.state()["step"] == 5
+    folder.commit_state(9, {"bad": {"a": "nan"}})
+    assert folder.state() == {"step": 9, "file": "state-00000009.safetensors", "bad": {"a": "nan"}}
+    assert [f.name for f in tmp_path.glob("state-*.safetensors")] == ["state-00000009.safetensors"]
+
+
+def test_a_state_that_is_gone_is_an_error_with_the_way_out(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    folder.new_state_file(5).write_bytes(b"x")
+    folder.commit_state(5, {})
+    folder.new_state_file(5).unlink()
+    with pytest.raises(ValueError, match="--restart"):
+        folder.state()
+
+
+def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    folder.append_metrics([{"step": s, "loss": 1.0} for s in range(6)])
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')
+    folder.cut_metrics(4)
+    assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3]
+
+
+def test_curves_are_drawn(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    assert folder.draw_curves() is None
+    row = {"loss": 2.0, "accepted": 3, "anchors": 4, "right": [3, 1], "valid": [4, 2]}
+    folder.append_metrics([{"step": s, **row} for s in range(3)] + [{"step": 2, "tau": 1.7}])
+    path = folder.draw_curves()
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
