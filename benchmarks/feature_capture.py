@@ -16,8 +16,9 @@ from statistics import median
 
 from rich.console import Console
 
-from vllm_dflash.bench.report import describe_machine, versions, write_json
+from vllm_dflash.bench.report import write_json
 from vllm_dflash.cli import load_prompts
+from vllm_dflash.environment import describe_machine, versions
 from vllm_dflash.training.config import (
     DrafterShape,
     EngineOptions,

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fetch_verifier
 import tickets
 
-from vllm_dflash.bench.report import describe_machine, versions, write_json, write_png
+from vllm_dflash.bench.report import write_json, write_png
+from vllm_dflash.environment import describe_machine, versions
 
 HERE = Path(__file__).parent
 CONSOLE = Console(stderr=True)

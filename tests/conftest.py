@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-
 import tiny
+import torch
 
 # The tests share their cores with the engines they start.
 torch.set_num_threads(1)

@@ -6,9 +6,8 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
-
 import tiny
+import torch
 
 pytestmark = pytest.mark.engine
 MAX_LEN = 192

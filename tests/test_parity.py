@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
-import tiny
 from vllm_dflash.checkpoint import load_weights, read_config
 from vllm_dflash.config import SLIDING, DrafterConfig
 from vllm_dflash.modeling.blocks import BlockLayout

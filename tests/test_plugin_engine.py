@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
-
-import tiny
 
 pytestmark = pytest.mark.engine
 NGRAM = {

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-
 import tiny
+import torch
 from conftest import TRAIN_ARGS
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.engine
 
@@ -37,7 +36,7 @@ engine.call("begin", config, loss, None, 1, None, None)
 examples = dict(job["examples"])
 engine.call("register", [(k, ids, [True] * len(ids), "test") for k, ids in examples.items()])
 problems = dict(engine.extract(examples))
-session = engine.engine.collective_rpc(lambda w: w.__dict__["_vllm_dflash_session"])[0]
+session = engine.engine.collective_rpc(lambda w: w._vllm_dflash_session)[0]
 out = {}
 for key in examples:
     sample = session._sample(key)

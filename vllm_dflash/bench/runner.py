@@ -33,8 +33,8 @@ from vllm_dflash.bench.engine_process import (
     RunResult,
     SpecCounters,
 )
-from vllm_dflash.bench.report import describe_machine, versions
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.environment import describe_machine, versions
 
 MODES = ("none", "ngram", "stock", "ours")
 DRAFTER_MODES = frozenset({"stock", "ours"})

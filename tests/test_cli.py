@@ -1,0 +1,224 @@
+"""The command line: bad input ends in one clear line, a full disk harms nothing, small commands work.
+
+Only the full-disk test starts an engine; everything else is refused before one is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from conftest import TRAIN_ARGS
+from vllm_dflash.checkpoint import read_config
+from vllm_dflash.config import DrafterConfig
+
+#: Keeps vLLM from being imported: a command that needs no engine must not start one.
+NO_ENGINE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("vllm.engine.arg_utils", "vllm.v1.engine.llm_engine", "vllm.entrypoints.llm"):
+            raise RuntimeError("a command that should be refused began to start an engine")
+
+sys.meta_path.insert(0, Refuse())
+from vllm_dflash.cli import main
+main()
+"""
+
+
+def refused(*args: str | Path, code: int = 1) -> str:
+    """Runs a command that must fail without an engine; gives its one line of error."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ENGINE, *map(str, args)],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def drafter(models, verifier) -> Path:
+    return tiny.make_drafter(models / "cli-drafter", verifier, draft_vocab_size=64)
+
+
+def test_no_such_verifier(tmp_path, prompts_file) -> None:
+    line = refused("train", tmp_path / "nowhere", "--data", prompts_file, "-o", tmp_path / "out")
+    assert "nowhere" in line
+    assert "does not exist" in line
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "folder").mkdir()
+    line = refused("train", tmp_path / "folder", "--data", prompts_file, "-o", tmp_path / "out")
+    assert "config.json" in line
+
+
+def test_no_such_data_and_empty_data(tmp_path, verifier) -> None:
+    line = refused("train", verifier, "--data", tmp_path / "no.jsonl", "-o", tmp_path / "out")
+    assert "no.jsonl" in line
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    line = refused("train", verifier, "--data", empty, "-o", tmp_path / "out")
+    assert "empty.jsonl" in line
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\nnot json\n')
+    line = refused("train", verifier, "--data", bad, "-o", tmp_path / "out")
+    assert "bad.jsonl" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (("--loss", "mse"), ("loss", "mse", "dpace")),
+        (("--optimizer", "sgd"), ("optimizer", "sgd")),
+        (("--lr", "-1"), ("lr", "-1")),
+        (("--checkpoint-format", "gguf"), ("--checkpoint-format", "gguf", "zlab")),
+        (("--engine-args", "{bad"), ("--engine-args", "{bad", "JSON")),
+        (("--chat-template-kwargs", "[1]"), ("--chat-template-kwargs", "[1]", "object")),
+        (("--target-layer-ids", "1,x"), ("--target-layer-ids", "1,x")),
+        (("--target-layer-ids", "1,9"), ("target_layer_ids", "9", "0..3")),
+        (("--target-layer-ids", "2,1"), ("target_layer_ids", "ascending")),
+        (("--block-size", "1"), ("block_size", "1")),
+        (("--draft-vocab", "100000"), ("draft_vocab_size", "100000", "384")),
+        (("--mask-token-id", "0"), ("--mask-token-id", "0")),
+        (("--mask-token-id", "9999"), ("--mask-token-id", "9999", "383")),
+    ],
+    ids=lambda x: "=".join(x) if x and x[0].startswith("--") and len(x) == 2 else "",
+)
+def test_bad_settings(tmp_path, verifier, prompts_file, more, parts) -> None:
+    line = refused("train", verifier, "--data", prompts_file, "-o", tmp_path / "out", *more)
+    for part in parts:
+        assert part in line, (part, line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_option_and_command(verifier) -> None:
+    done = tiny.cli("train", verifier, "--no-such-option", code=2)
+    assert "--no-such-option" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "no-such-command" in tiny.cli("no-such-command", code=2).stderr
+
+
+def test_drafter_of_another_verifier(tmp_path, prompts_file, drafter) -> None:
+    other = tiny.make_verifier(tmp_path / "other", hidden=96, vocab=400)
+    data = ("--data", prompts_file)
+    for command in (
+        ("eval", other, drafter, *data),
+        ("train", other, *data, "-o", tmp_path / "out", "--from", drafter),
+        ("inspect", drafter, other),
+    ):
+        line = refused(*command)
+        assert "does not fit" in line
+        assert "hidden size is 96" in line
+
+
+def test_broken_checkpoints(tmp_path, verifier, prompts_file, drafter) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(drafter, half)
+    file = half / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    data = ("--data", prompts_file)
+    for command in (
+        ("eval", verifier, half, *data),
+        ("train", verifier, *data, "-o", tmp_path / "out", "--from", half),
+        ("inspect", half),
+        ("convert", half, "-o", tmp_path / "out", "--to", "zlab"),
+    ):
+        line = refused(*command)
+        assert "cut short" in line, command
+        assert "model.safetensors" in line
+    assert not (tmp_path / "out").exists()
+    (half / "config.json").write_text("{")
+    assert "not valid JSON" in refused("inspect", half)
+    assert "does not exist" in refused("inspect", tmp_path / "nothing")
+
+
+def test_eval_wants_tokens_within_the_block(verifier, prompts_file, drafter) -> None:
+    line = refused("eval", verifier, drafter, "--data", prompts_file, "-k", "8")
+    assert "8" in line
+    assert "1..7" in line
+
+
+def test_output_that_cannot_be_written(tmp_path, verifier, prompts_file) -> None:
+    (tmp_path / "file").write_text("in the way")
+    line = refused("train", verifier, "--data", prompts_file, "-o", tmp_path / "file" / "drafter")
+    assert "file" in line
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_inspect(verifier, drafter) -> None:
+    out = tiny.cli("inspect", drafter, verifier).stdout
+    for part in ("z-lab", "[0, 2, 3]", "[1, 3, 4]", "7 speculative tokens", "drafts from 64", "fits"):
+        assert part in out
+    assert "complete and finite" in out
+
+
+def test_convert_there_and_back(tmp_path, drafter) -> None:
+    tiny.cli("convert", drafter, "-o", tmp_path / "spec", "--to", "speculators")
+    assert read_config(tmp_path / "spec")["speculators_model_type"] == "dflash"
+    tiny.cli("convert", tmp_path / "spec", "-o", tmp_path / "back", "--to", "zlab")
+    a, b = (DrafterConfig.from_dict(read_config(p)) for p in (drafter, tmp_path / "back"))
+    assert a.with_(causal=b.causal) == b
+    weights = [(p / "model.safetensors").read_bytes() for p in (drafter, tmp_path / "back")]
+    assert weights[0] == weights[1]
+    line = refused("convert", drafter, "-o", tmp_path / "x", "--to", "gguf")
+    assert "gguf" in line
+    assert "itself" in refused("convert", drafter, "-o", drafter, "--to", "zlab")
+    assert "complete and finite" in tiny.cli("inspect", drafter).stdout
+
+
+@pytest.mark.engine
+def test_env() -> None:
+    out = tiny.cli("env").stdout
+    assert "vllm-dflash" in out
+    seams = [line for line in out.splitlines() if "vllm." in line and " ok" in line]
+    assert len(seams) >= 4, out
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_full_disk_leaves_the_old_drafter(tmp_path, trained) -> None:
+    """The run itself is on a disk with room, the finished drafter no longer fits on its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        run = tmp_path / "run"
+        run.mkdir()
+        (disk / "drafter-run").symlink_to(run)
+        shutil.copytree(trained.drafter, disk / "drafter")
+        before = (disk / "drafter" / "model.safetensors").read_bytes()
+        (disk / "filler").write_bytes(b"0" * (1024 * 1024 - len(before) - 100_000))
+        args = (
+            "train", trained.verifier, "--data", trained.prompts, "-o", disk / "drafter",
+            *TRAIN_ARGS, "--draft-vocab", "256", "--max-steps", "2",
+        )  # fmt: skip
+        done = tiny.cli(*args, code=1)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, done.stderr
+        assert "space" in errors[0].lower() or "enospc" in errors[0].lower(), errors
+        assert (disk / "drafter" / "model.safetensors").read_bytes() == before
+        assert sorted(p.name for p in disk.iterdir()) == ["drafter", "drafter-run", "filler"]
+        # With room again the same command only has to write the drafter.
+        (disk / "filler").unlink()
+        done = tiny.cli(*args)
+        assert "resuming at step 2" in done.stderr
+        summary = json.loads((disk / "drafter" / "dflash_training.json").read_text())
+        assert summary["steps"] == 2
+    finally:
+        subprocess.run(["umount", disk], check=True)
