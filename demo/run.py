@@ -43,7 +43,7 @@ def call(*command: str | Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "out")
-    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--model", type=Path, default=HERE / "model" / "SmolLM2-135M-Instruct")
     parser.add_argument("--train", type=int, default=700, help="training tickets")
     parser.add_argument("--heldout", type=int, default=32, help="held-out tickets")
     parser.add_argument("--steps", type=int, default=2400)

@@ -120,10 +120,10 @@ class RunFolder:
         left.plot(at, [sum(r["loss"] for r in g) / len(g) for g in groups])
         left.set(title="training loss", xlabel="step")
         taus = [1 + _ratio(g, "accepted", "anchors") for g in groups]
-        middle.plot(at, taus, label="training blocks", alpha=0.6)
+        middle.plot(at, taus, label="training, random anchors", alpha=0.6)
         if evals:
             middle.plot(
-                [r["step"] for r in evals], [r["tau"] for r in evals], "o-", label="held out"
+                [r["step"] for r in evals], [r["tau"] for r in evals], "o-", label="held out, as served"
             )
         middle.set(title="tau (tokens per verify step)", xlabel="step")
         middle.legend()
