@@ -17,37 +17,38 @@ import pytest
 import tiny
 from conftest import TRAIN_ARGS
 from vllm_dflash.checkpoint import read_config
-from vllm_dflash.config import DrafterConfig
-
-#: Keeps vLLM from being imported: a command that needs no engine must not start one.
-NO_ENGINE = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name in ("vllm.engine.arg_utils", "vllm.v1.engine.llm_engine", "vllm.entrypoints.llm"):
-            raise RuntimeError("a command that should be refused began to start an engine")
-
-sys.meta_path.insert(0, Refuse())
 from vllm_dflash.cli import main
-main()
-"""
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.training.engine import VerifierEngine
 
 
-def refused(*args: str | Path, code: int = 1) -> str:
-    """Runs a command that must fail without an engine; gives its one line of error."""
-    done = subprocess.run(
-        [sys.executable, "-c", NO_ENGINE, *map(str, args)],
-        env=tiny.environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+class Refused:
+    """Runs a command in this process that must fail before it starts an engine."""
+
+    def __init__(self, monkeypatch, capsys) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *args: str | Path, code: int = 1) -> str:
+        """Its one line of error."""
+
+        def engine(*_args, **_kwargs):
+            raise AssertionError("a command that should be refused began to start an engine")
+
+        self.monkeypatch.setattr(VerifierEngine, "__init__", engine)
+        self.monkeypatch.setattr(sys, "argv", ["vllm-dflash", *map(str, args)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = self.capsys.readouterr()
+        assert stop.value.code == code, out + err
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, err
+        return lines[0]
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys) -> Refused:
+    return Refused(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def drafter(models, verifier) -> Path:
     return tiny.make_drafter(models / "cli-drafter", verifier, draft_vocab_size=64)
 
 
-def test_no_such_verifier(tmp_path, prompts_file) -> None:
+def test_no_such_verifier(refused, tmp_path, prompts_file) -> None:
     line = refused("train", tmp_path / "nowhere", "--data", prompts_file, "-o", tmp_path / "out")
     assert "nowhere" in line
     assert "does not exist" in line
@@ -65,7 +66,7 @@ def test_no_such_verifier(tmp_path, prompts_file) -> None:
     assert "config.json" in line
 
 
-def test_no_such_data_and_empty_data(tmp_path, verifier) -> None:
+def test_no_such_data_and_empty_data(refused, tmp_path, verifier) -> None:
     line = refused("train", verifier, "--data", tmp_path / "no.jsonl", "-o", tmp_path / "out")
     assert "no.jsonl" in line
     empty = tmp_path / "empty.jsonl"
@@ -97,7 +98,7 @@ def test_no_such_data_and_empty_data(tmp_path, verifier) -> None:
     ],
     ids=lambda x: "=".join(x) if x and x[0].startswith("--") and len(x) == 2 else "",
 )
-def test_bad_settings(tmp_path, verifier, prompts_file, more, parts) -> None:
+def test_bad_settings(refused, tmp_path, verifier, prompts_file, more, parts) -> None:
     line = refused("train", verifier, "--data", prompts_file, "-o", tmp_path / "out", *more)
     for part in parts:
         assert part in line, (part, line)
@@ -111,7 +112,7 @@ def test_unknown_option_and_command(verifier) -> None:
     assert "no-such-command" in tiny.cli("no-such-command", code=2).stderr
 
 
-def test_drafter_of_another_verifier(tmp_path, prompts_file, drafter) -> None:
+def test_drafter_of_another_verifier(refused, tmp_path, prompts_file, drafter) -> None:
     other = tiny.make_verifier(tmp_path / "other", hidden=96, vocab=400)
     data = ("--data", prompts_file)
     for command in (
@@ -124,7 +125,7 @@ def test_drafter_of_another_verifier(tmp_path, prompts_file, drafter) -> None:
         assert "hidden size is 96" in line
 
 
-def test_broken_checkpoints(tmp_path, verifier, prompts_file, drafter) -> None:
+def test_broken_checkpoints(refused, tmp_path, verifier, prompts_file, drafter) -> None:
     half = tmp_path / "half"
     shutil.copytree(drafter, half)
     file = half / "model.safetensors"
@@ -145,13 +146,13 @@ def test_broken_checkpoints(tmp_path, verifier, prompts_file, drafter) -> None:
     assert "does not exist" in refused("inspect", tmp_path / "nothing")
 
 
-def test_eval_wants_tokens_within_the_block(verifier, prompts_file, drafter) -> None:
+def test_eval_wants_tokens_within_the_block(refused, verifier, prompts_file, drafter) -> None:
     line = refused("eval", verifier, drafter, "--data", prompts_file, "-k", "8")
     assert "8" in line
     assert "1..7" in line
 
 
-def test_output_that_cannot_be_written(tmp_path, verifier, prompts_file) -> None:
+def test_output_that_cannot_be_written(refused, tmp_path, verifier, prompts_file) -> None:
     (tmp_path / "file").write_text("in the way")
     line = refused("train", verifier, "--data", prompts_file, "-o", tmp_path / "file" / "drafter")
     assert "file" in line
@@ -165,7 +166,7 @@ def test_inspect(verifier, drafter) -> None:
     assert "complete and finite" in out
 
 
-def test_convert_there_and_back(tmp_path, drafter) -> None:
+def test_convert_there_and_back(refused, tmp_path, drafter) -> None:
     tiny.cli("convert", drafter, "-o", tmp_path / "spec", "--to", "speculators")
     assert read_config(tmp_path / "spec")["speculators_model_type"] == "dflash"
     tiny.cli("convert", tmp_path / "spec", "-o", tmp_path / "back", "--to", "zlab")
@@ -182,7 +183,7 @@ def test_convert_there_and_back(tmp_path, drafter) -> None:
 @pytest.mark.engine
 def test_env() -> None:
     out = tiny.cli("env").stdout
-    assert "vllm-dflash" in out
+    assert "plugin" in out
     seams = [line for line in out.splitlines() if "vllm." in line and " ok" in line]
     assert len(seams) >= 4, out
 

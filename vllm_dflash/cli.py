@@ -57,6 +57,14 @@ def _int_list(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name} is {text!r}; give whole numbers separated by commas") from error
 
 
+def _facts() -> Table:
+    """A table of names and values, whole also where the terminal is narrow."""
+    table = Table(show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    return table
+
+
 @app.command()
 def train(
     verifier: Verifier,
@@ -355,7 +363,7 @@ def inspect(
     raw = read_config(drafter)
     config = DrafterConfig.from_dict(raw)
     fmt = "speculators" if "speculators_model_type" in raw else "z-lab"
-    table = Table(show_header=False)
+    table = _facts()
     rows: dict[str, Any] = {
         "format": fmt,
         "verifier it names": config.verifier or "none",
@@ -407,7 +415,7 @@ def env() -> None:
     from vllm_dflash.options import plugin_disabled
     from vllm_dflash.serving.seams import probe
 
-    table = Table(show_header=False)
+    table = _facts()
     for name, value in (versions() | describe_machine()).items():
         table.add_row(name, str(value))
     plugins = os.environ.get("VLLM_PLUGINS")
@@ -425,7 +433,10 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("VLLM_DFLASH_TRACEBACK"):
             raise
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+        from safetensors import SafetensorError
+
+        # SafetensorError is what a full disk raises while weights are written.
+        if not isinstance(error, (ValueError, OSError, RuntimeError, SafetensorError)):
             from vllm_dflash.training.loop import Interrupted
 
             if isinstance(error, Interrupted):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import read_config, save_drafter
+from vllm_dflash.checkpoint import check_weights, read_config, save_drafter
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import versions
 from vllm_dflash.training.config import (
@@ -142,6 +142,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     if config.init_from is not None:
         drafter = DrafterConfig.from_dict(read_config(config.init_from))
         drafter.check_verifier(info)
+        check_weights(config.init_from, drafter)
         return drafter
     from transformers import AutoTokenizer
 
