@@ -98,7 +98,9 @@ def accept_all(module: Any) -> Any:
     original = module.rejection_sample
 
     def wrong(draft_token_ids, num_draft_tokens, max_spec_len, cu, probs, target, bonus, *a, **k):
-        out = original(draft_token_ids, num_draft_tokens, max_spec_len, cu, probs, target, bonus, *a, **k)
+        out = original(
+            draft_token_ids, num_draft_tokens, max_spec_len, cu, probs, target, bonus, *a, **k
+        )
         at = 0
         for row, count in enumerate(num_draft_tokens):
             out[row, :count] = draft_token_ids[at : at + count].to(out.dtype)

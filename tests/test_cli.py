@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import tiny
 from conftest import TRAIN_ARGS
+
 from vllm_dflash.checkpoint import read_config
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig
@@ -161,7 +161,14 @@ def test_output_that_cannot_be_written(refused, tmp_path, verifier, prompts_file
 
 def test_inspect(verifier, drafter) -> None:
     out = tiny.cli("inspect", drafter, verifier).stdout
-    for part in ("z-lab", "[0, 2, 3]", "[1, 3, 4]", "7 speculative tokens", "drafts from 64", "fits"):
+    for part in (
+        "z-lab",
+        "[0, 2, 3]",
+        "[1, 3, 4]",
+        "7 speculative tokens",
+        "drafts from 64",
+        "fits",
+    ):
         assert part in out
     assert "complete and finite" in out
 

@@ -134,7 +134,8 @@ def test_logprobs_are_the_verifiers(plain, ours) -> None:
 def test_prefix_caching_and_chunked_prefill(trained, prompts, folder, plain) -> None:
     """Long prompts in small chunks, and again with their prefix in the cache."""
     runs = [
-        {"name": n, "prompts": prompts, "params": GREEDY, "concurrency": 4} for n in ("cold", "warm")
+        {"name": n, "prompts": prompts, "params": GREEDY, "concurrency": 4}
+        for n in ("cold", "warm")
     ]
     engine = {
         "model": str(trained.verifier),

@@ -84,9 +84,17 @@ def test_bad_drafters_end_in_one_clear_error(trained, folder) -> None:
             {**base, "dflash_foo": 1},
             ("dflash_foo", "dflash_check"),
         ),
-        "option type": (trained.verifier, {**base, "dflash_check": "maybe"}, ("dflash_check", "maybe")),
+        "option type": (
+            trained.verifier,
+            {**base, "dflash_check": "maybe"},
+            ("dflash_check", "maybe"),
+        ),
         "other verifier": (other, base, ("does not fit", "hidden size is 96", "400")),
-        "cut weights": (trained.verifier, {**base, "model": str(cut)}, ("cut short", "model.safetensors")),
+        "cut weights": (
+            trained.verifier,
+            {**base, "model": str(cut)},
+            ("cut short", "model.safetensors"),
+        ),
         "too many tokens": (
             trained.verifier,
             {**base, "num_speculative_tokens": 9},
@@ -113,7 +121,11 @@ def test_bad_drafters_end_in_one_clear_error(trained, folder) -> None:
         "        out[name] = [type(error).__name__, str(error)]\n"
         "json.dump(out, open(sys.argv[2], 'w'))\n"
     )
-    good = (trained.verifier, {**base, "dflash_check": True, "dflash-greedy-draft-vocab": False}, ())
+    good = (
+        trained.verifier,
+        {**base, "dflash_check": True, "dflash-greedy-draft-vocab": False},
+        (),
+    )
     todo = {name: (str(c[0]), c[1]) for name, c in {**cases, "good": good}.items()}
     (folder / "bad.json").write_text(json.dumps(todo))
     subprocess.run(
@@ -177,11 +189,25 @@ def test_metrics_of_a_running_server(trained, folder) -> None:
     with log.open("wb") as out:
         server = subprocess.Popen(
             [
-                sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-                "--model", str(trained.verifier), "--dtype", "float32", "--enforce-eager",
-                "--max-model-len", "192", "--port", str(port), "--host", "127.0.0.1",
-                "--speculative-config", spec, "--served-model-name", "tiny",
-            ],  # fmt: skip
+                sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                "--model",
+                str(trained.verifier),
+                "--dtype",
+                "float32",
+                "--enforce-eager",
+                "--max-model-len",
+                "192",
+                "--port",
+                str(port),
+                "--host",
+                "127.0.0.1",
+                "--speculative-config",
+                spec,
+                "--served-model-name",
+                "tiny",
+            ],
             env=tiny.environment(),
             stdout=out,
             stderr=out,

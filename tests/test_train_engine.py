@@ -54,12 +54,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def conversations(prompts) -> dict[str, list[int]]:
     """Token sequences of very different lengths, two of them with a common prefix."""
-    rows = [p + [(7 * i + j * j) % 300 + 6 for j in range(5 + 7 * (i % 5))] for i, p in enumerate(prompts)]
+    rows = [
+        p + [(7 * i + j * j) % 300 + 6 for j in range(5 + 7 * (i % 5))]
+        for i, p in enumerate(prompts)
+    ]
     return {f"row/{i}": ids[:150] for i, ids in enumerate([*rows, rows[0] + [9, 8, 7], [11, 12]])}
 
 
 @pytest.mark.parametrize(
-    ("seqs", "budget"), [(4, 32), pytest.param(64, 4096, marks=pytest.mark.slow)], ids=["chunked", "at once"]
+    ("seqs", "budget"),
+    [(4, 32), pytest.param(64, 4096, marks=pytest.mark.slow)],
+    ids=["chunked", "at once"],
 )
 def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budget) -> None:
     """Features of the seam, and the final states of the kl loss, against ``hidden_states``."""
@@ -146,10 +151,16 @@ def metric_steps(run: Path) -> list[int]:
     return out
 
 
-def stop_at(command: list[str], run: Path, step: int, sig: int, saved: bool = False) -> tuple[int, str]:
+def stop_at(
+    command: list[str], run: Path, step: int, sig: int, saved: bool = False
+) -> tuple[int, str]:
     """Runs a training until it has done ``step`` (and saved a state), then sends a signal."""
     process = subprocess.Popen(
-        command, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        env=tiny.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 240
@@ -207,7 +218,15 @@ def test_killed_and_stopped_runs_resume_bit_for_bit(trained, folder) -> None:
 def short(trained, out: Path, *more: str, data: Path | None = None, steps: int = 40, **kwargs: Any):
     args = (*TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", str(steps))
     return tiny.cli(
-        "train", trained.verifier, "--data", data or trained.prompts, "-o", out, *args, *more, **kwargs
+        "train",
+        trained.verifier,
+        "--data",
+        data or trained.prompts,
+        "-o",
+        out,
+        *args,
+        *more,
+        **kwargs,
     )
 
 
@@ -264,7 +283,9 @@ def test_on_policy_trusts_the_data(trained, folder, prompts) -> None:
     rows = []
     for line in trained.prompts.read_text().splitlines():
         row = json.loads(line)
-        row["messages"].append({"role": "assistant", "content": "the cat sleeps under the old tree"})
+        row["messages"].append(
+            {"role": "assistant", "content": "the cat sleeps under the old tree"}
+        )
         rows.append(json.dumps(row))
     rows.append(json.dumps({"messages": [{"role": "user", "content": "no answer"}]}))
     rows.append("not json")
@@ -295,7 +316,10 @@ def test_other_recipes(trained, folder, more) -> None:
     short(trained, out, *more, steps=60)
     steps = [
         json.loads(line)
-        for line in out.with_name(out.name + "-run").joinpath("metrics.jsonl").read_text().splitlines()
+        for line in out.with_name(out.name + "-run")
+        .joinpath("metrics.jsonl")
+        .read_text()
+        .splitlines()
     ]
     losses = [r["loss"] for r in steps if "loss" in r]
     assert len(losses) == 60

@@ -118,7 +118,9 @@ def make_verifier(
     return path
 
 
-def make_drafter(path: Path, verifier: Path, *, fmt: str = "zlab", seed: int = 1, **changes) -> Path:
+def make_drafter(
+    path: Path, verifier: Path, *, fmt: str = "zlab", seed: int = 1, **changes
+) -> Path:
     """An untrained drafter for a verifier, in the given format."""
     from transformers import AutoConfig
 
@@ -187,7 +189,11 @@ def cli_command(*args: str | Path) -> list[str]:
 
 
 def cli(
-    *args: str | Path, code: int = 0, timeout: float = 600, env: dict[str, str] | None = None, **popen
+    *args: str | Path,
+    code: int = 0,
+    timeout: float = 600,
+    env: dict[str, str] | None = None,
+    **popen,
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``vllm-dflash``; its exit code must be ``code``."""
     done = subprocess.run(
@@ -225,5 +231,6 @@ def engine_job(
         timeout=timeout,
     )
     tail = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    assert done.returncode == 0 and out_file.is_file(), f"exit {done.returncode}\n{tail}"
+    assert done.returncode == 0, f"exit {done.returncode}\n{tail}"
+    assert out_file.is_file(), f"no {out_file}\n{tail}"
     return {**json.loads(out_file.read_text()), "log": done.stdout + done.stderr}

@@ -123,7 +123,10 @@ class RunFolder:
         middle.plot(at, taus, label="training, random anchors", alpha=0.6)
         if evals:
             middle.plot(
-                [r["step"] for r in evals], [r["tau"] for r in evals], "o-", label="held out, as served"
+                [r["step"] for r in evals],
+                [r["tau"] for r in evals],
+                "o-",
+                label="held out, as served",
             )
         middle.set(title="tau (tokens per verify step)", xlabel="step")
         middle.legend()
