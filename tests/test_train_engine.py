@@ -230,11 +230,9 @@ def short(trained, out: Path, *more: str, data: Path | None = None, steps: int =
     )
 
 
-def test_windows_and_cached_features(trained, folder) -> None:
-    """Too little memory for all features: extracted again by windows, or read from the cache.
-
-    A window's features are a matter of its batch, so a cached run may differ in the last bits.
-    """
+@pytest.mark.slow
+def test_windows_of_features_resume_too(trained, folder) -> None:
+    """Too little memory for all features: each window's are extracted again when it comes."""
     small = ("--feature-gib", "0.0003")
     short(trained, folder / "windowed", *small)
     command = tiny.cli_command(
@@ -250,6 +248,7 @@ def test_windows_and_cached_features(trained, folder) -> None:
     assert same_weights(folder / "windowed", folder / "windowed-2")
 
 
+@pytest.mark.slow
 def test_feature_cache_is_used_again(trained, folder) -> None:
     cache = ("--cache-features", str(folder / "cache"))
     first = short(trained, folder / "cached", *cache)
