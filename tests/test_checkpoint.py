@@ -400,3 +400,8 @@ def test_convert_onto_itself(saved):
     with pytest.raises(ValueError, match="onto itself"):
         convert(saved, saved.parent / "." / "drafter", "speculators")
     assert contents(saved) == before
+
+
+def test_the_weights_are_as_readable_as_the_config(saved):
+    modes = {f.name: f.stat().st_mode & 0o777 for f in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]

@@ -205,7 +205,9 @@ def small(models):
     return verifier, drafter
 
 
-def exact_probabilities(verifier, prompt: list[int]) -> torch.Tensor:
+def exact_probabilities(
+    verifier, prompt: list[int], temperature: float, top_k: int
+) -> torch.Tensor:
     """Probability ``[V, V, V]`` of the second, third and fourth token, summed over the first."""
     from transformers import AutoModelForCausalLM
 
@@ -214,7 +216,10 @@ def exact_probabilities(verifier, prompt: list[int]) -> torch.Tensor:
     with torch.no_grad():
         ids = torch.cat([torch.tensor(prompt).expand(len(prefixes), -1), prefixes], dim=1)
         logits = model(ids).logits[:, len(prompt) - 1 :].double()
-    probs = logits.softmax(-1)
+    if top_k:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = (logits / temperature).softmax(-1)
     joint = probs[:, NEW - 1]
     for k in range(NEW - 1):
         joint = joint * probs[:, k].gather(1, prefixes[:, k : k + 1])
@@ -261,13 +266,23 @@ def test_chi_square_is_calibrated() -> None:
     assert chi_square_p(torch.bincount(drawn, minlength=40), probabilities) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-def test_sampled_output_has_the_verifiers_distribution(small, folder, method) -> None:
+@pytest.mark.parametrize(
+    ("method", "temperature", "top_k"), [("greedy", 1.0, 0), ("probabilistic", 0.7, 5)]
+)
+def test_sampled_output_has_the_verifiers_distribution(
+    small, folder, method, temperature, top_k
+) -> None:
     verifier, drafter = small
     prompt = [1, 5, 3, 0, 4, 2, 7, 7]
     run: dict[str, Any] = {
         "prompts": [prompt] * (SAMPLES // 50),
-        "params": {"temperature": 1.0, "max_tokens": NEW, "n": 50, "detokenize": False},
+        "params": {
+            "temperature": temperature,
+            "top_k": top_k,
+            "max_tokens": NEW,
+            "n": 50,
+            "detokenize": False,
+        },
         "concurrency": 4,
     }
     job = {
@@ -289,7 +304,7 @@ def test_sampled_output_has_the_verifiers_distribution(small, folder, method) ->
         ],
     }
     out = tiny.engine_job(job, folder)["runs"]
-    exact = exact_probabilities(verifier, prompt)
+    exact = exact_probabilities(verifier, prompt, temperature, top_k)
     assert abs(float(exact.sum()) - 1) < 1e-9
     right, wrong = (
         [c["token_ids"] for o in out[name]["outputs"] for c in o] for name in ("right", "wrong")
@@ -298,6 +313,9 @@ def test_sampled_output_has_the_verifiers_distribution(small, folder, method) ->
     assert accepted(out["right"]) > 300
     assert accepted(out["right"]) < 0.9 * counters["vllm:spec_decode_num_draft_tokens_total"]
     assert len(right) == len(wrong) == SAMPLES
-    # Six tests a method: a false alarm in one of 10^5 runs.
+    # Tokens that top-k excludes have probability 0: not one may appear.
+    seen = torch.tensor(right)[:, 1:]
+    assert float(exact[tuple(seen.T)].min()) > 0
+    # Six tests a case: a false alarm in one of 10^5 runs.
     assert min(p_values(right, exact)) > 1e-6, p_values(right, exact)
     assert min(p_values(wrong, exact)) < 1e-12, "a sampler that accepts every draft went unnoticed"

@@ -252,6 +252,8 @@ def save_drafter(
     with atomic_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config.to_dict(fmt), indent=2) + "\n")
         save_file(out, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors writes 0600; the server that loads it may be another user.
+        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode & 0o777)
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text)
         check_weights(folder, config)
