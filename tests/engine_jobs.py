@@ -10,6 +10,8 @@ features and drafts that the proposer sees, ``config``: whether to return the en
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import sys
@@ -35,7 +37,11 @@ class Recorder:
         def recorded(proposer, *args, **kwargs):
             drafted = propose(proposer, *args, **kwargs)
             if self.recording and self.runner is not None:
-                self._observe(kwargs, drafted)
+                features = kwargs["target_hidden_states"]
+                tap = getattr(proposer, "tap", None)
+                if tap is not None and tap.given(features):
+                    features = tap.features[: features.shape[0]]
+                self._observe({**kwargs, "target_hidden_states": features}, drafted)
             return drafted
 
         cls.propose = recorded
@@ -59,6 +65,68 @@ class Recorder:
                     "key": request_id[:-9],
                     "anchor": int(positions[last]) + 1,
                     "token": int(kwargs["next_token_ids"][i]),
+                    "drafts": drafted[i].tolist(),
+                }
+            )
+
+
+def count_ops() -> dict[str, int]:
+    """Counts the calls of the plugin's ops from now on."""
+    from vllm_dflash import ops
+
+    counts: dict[str, int] = {}
+    call = ops._call
+
+    def counted(op, *args):
+        counts[op] = counts.get(op, 0) + 1
+        return call(op, *args)
+
+    ops._call = counted
+    return counts
+
+
+class RecorderV2:
+    """The same for the V2 runner: drafts of vLLM's own ``propose``, features from our class around it."""
+
+    def __init__(self) -> None:
+        from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+
+        from vllm_dflash.serving.features import FeatureRecorder
+
+        self.features = FeatureRecorder()
+        self.drafts: list[dict[str, Any]] = []
+        self.recording = False
+        self._runner: Any = None
+        stock = DFlashSpeculator.propose
+
+        @functools.wraps(stock)
+        def propose(speculator, batch, *args, **kwargs):
+            drafted = stock(speculator, batch, *args, **kwargs)
+            given = inspect.signature(stock).bind(speculator, batch, *args, **kwargs).arguments
+            if self.recording:
+                self._observe(batch, given["last_sampled"], given["num_rejected"], drafted)
+            return drafted
+
+        DFlashSpeculator.propose = propose
+
+    @property
+    def runner(self) -> Any:
+        return self._runner
+
+    @runner.setter
+    def runner(self, runner: Any) -> None:
+        self._runner = runner
+        runner.speculator.recorder = self.features
+
+    def _observe(self, batch: Any, last_sampled: Any, rejected: Any, drafted: Any) -> None:
+        starts = batch.query_start_loc_np
+        for i, request_id in enumerate(batch.req_ids):
+            last = int(starts[i + 1]) - 1 - int(rejected[i])
+            self.drafts.append(
+                {
+                    "key": request_id[:-9],
+                    "anchor": int(batch.positions[last]) + 1,
+                    "token": int(last_sampled[batch.idx_mapping[i]]),
                     "drafts": drafted[i].tolist(),
                 }
             )
@@ -163,12 +231,20 @@ def describe(engine: Any) -> dict[str, Any]:
 
 def main(job_file: str, out_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
+    v2 = job.get("runner") == "v2"
+    if v2:
+        import interpreted_v2
+
+        interpreted_v2.install()
     from vllm import EngineArgs
     from vllm.plugins import load_general_plugins
     from vllm.v1.engine.llm_engine import LLMEngine
 
     load_general_plugins()
-    recorder = Recorder() if job.get("record") else None
+    calls = count_ops()
+    recorder: Any = None
+    if job.get("record"):
+        recorder = RecorderV2() if v2 else Recorder()
     result: dict[str, Any] = {"plugin": "vllm_dflash.plugin" in sys.modules}
     args = {"enforce_eager": True, "dtype": "float32", "disable_log_stats": False, **job["engine"]}
     from vllm.v1.core import kv_cache_utils
@@ -193,7 +269,9 @@ def main(job_file: str, out_file: str) -> None:
         Path(out_file).write_text(json.dumps(result))
         return
     runner = engine.collective_rpc(lambda worker: worker.model_runner)[0]
-    drafter = getattr(runner, "drafter", None)
+    drafter = getattr(runner, "speculator" if v2 else "drafter", None)
+    result["runner"] = type(runner).__module__
+    result["tap"] = getattr(drafter, "tap", None) is not None
     result["proposer"] = f"{type(drafter).__module__}.{type(drafter).__name__}"
     result["drafter_model"] = type(getattr(drafter, "model", None)).__name__
     if job.get("config"):
@@ -224,6 +302,7 @@ def main(job_file: str, out_file: str) -> None:
         }
         result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
     result["counters"] = counters()
+    result["ops"] = calls
     if recorder is not None:
         from safetensors.torch import save_file
 

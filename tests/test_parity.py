@@ -26,7 +26,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 def drafted(
-    verifier: Path, drafter: Path, prompts: list, folder: Path, env=None, engine=None, **speculative
+    verifier: Path,
+    drafter: Path,
+    prompts: list,
+    folder: Path,
+    env=None,
+    engine=None,
+    runner="v1",
+    max_tokens=MAX_TOKENS,
+    **speculative,
 ) -> dict[str, Any]:
     """Serves the prompts and records every draft with the features it was made from."""
     record = folder / f"features-{len(list(folder.glob('features-*')))}.safetensors"
@@ -40,11 +48,12 @@ def drafted(
             **(engine or {}),
         },
         "record": str(record),
+        "runner": runner,
         "runs": [
             {
                 "name": "run",
                 "prompts": prompts,
-                "params": {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
+                "params": {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True},
                 "concurrency": 4,
             }
         ],
@@ -133,6 +142,8 @@ def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
     """The trained drafter (z-lab format, draft vocabulary), served by us and by vLLM without us."""
     ours = drafted(trained.verifier, trained.drafter, prompts, folder)
     assert ours["drafter_model"] == "DrafterModel"
+    assert ours["tap"]
+    assert set(ours["ops"]) == {"build_block", "store_context_kv"}
     reference = Reference(trained.verifier, trained.drafter)
     compared = check_drafts(ours, reference, 7)
     assert compared > 1000

@@ -410,13 +410,13 @@ def convert(
 
 @app.command()
 def env() -> None:
-    """Versions, machine, and the state of every seam in the installed vLLM."""
-    from vllm_dflash.environment import describe_machine, versions
+    """Versions, machine, the ops in use, and the state of every seam in the installed vLLM."""
+    from vllm_dflash.environment import describe_machine, describe_ops, versions
     from vllm_dflash.options import plugin_disabled
     from vllm_dflash.serving.seams import probe
 
     table = _facts()
-    for name, value in (versions() | describe_machine()).items():
+    for name, value in (versions() | describe_machine() | describe_ops()).items():
         table.add_row(name, str(value))
     plugins = os.environ.get("VLLM_PLUGINS")
     table.add_row("VLLM_PLUGINS", plugins if plugins is not None else "unset (all plugins)")

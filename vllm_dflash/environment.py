@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,40 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def describe_ops() -> dict[str, str]:
+    """Which implementation of the ops runs here and why no better one; may compile them."""
+    # Deferred: it imports torch.
+    from vllm_dflash.ops import jit
+    from vllm_dflash.ops.load import ENV_OPS, load
+
+    rows = {name: os.environ.get(name) or "unset" for name in (ENV_OPS, jit.ENV_JIT)}
+    try:
+        rows["ops compiled into"] = str(jit.cache_root())
+        loaded = load()
+    except (RuntimeError, ValueError) as error:
+        return {"ops": f"none: {error}", **rows}
+    reasons = {f"no {r.mode} {r.way}".rstrip(): r.text for r in loaded.reasons}
+    return {"ops": loaded.describe(), **reasons, **rows}
+
+
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities: of the current GPU if this process uses one, else of all there are."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return [torch.cuda.get_device_capability()]
+    found = [line.partition(".") for line in _nvidia_smi("compute_cap")]
+    return sorted({(int(major), int(minor)) for major, _, minor in found if minor.isdecimal()})
+
+
 def _gpu_names() -> list[str]:
-    """By nvidia-smi: asking torch would open a CUDA context in this process."""
+    return _nvidia_smi("name")
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """One line a GPU. Not by torch: that would open a CUDA context in this process."""
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -27,10 +27,13 @@ class Options:
             anything is allocated, and its values for NaN and infinity while they load.
         greedy_draft_vocab: take the greedy draft token inside the drafter's own vocabulary instead
             of scattering its logits over the verifier's first. The tokens are the same.
+        ops: build blocks, tap the verifier and store the context's K/V with the plugin's ops instead of
+            vLLM's sequences of calls. False to compare the two.
     """
 
     check: bool = True
     greedy_draft_vocab: bool = True
+    ops: bool = True
 
     @classmethod
     def from_speculative_config(cls, config: dict[str, Any]) -> tuple[Options, dict[str, Any]]:

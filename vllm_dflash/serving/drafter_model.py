@@ -12,6 +12,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 
 from vllm_dflash.options import Options
+from vllm_dflash.serving.context_kv import ContextKV
 
 
 class DrafterModel(DFlashQwen3ForCausalLM):
@@ -25,6 +26,21 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         on_cpu = vllm_config.device_config.device_type == "cpu"
         if on_cpu and hasattr(self.model, "_normalize_context_k"):
             self.model._normalize_context_k = functools.partial(_normalize_context_k, self.model)
+        self._context_kv = ContextKV(self.model)
+
+    def precompute_and_store_context_kv(
+        self,
+        context_states: Tensor,
+        context_positions: Tensor,
+        context_slot_mapping: Tensor | list[Tensor | None] | None = None,
+    ) -> None:
+        """As vLLM's; with ``dflash_ops`` through :class:`ContextKV`."""
+        if self._options.ops and self._context_kv.usable():
+            self._context_kv.store(context_states, context_positions, context_slot_mapping)
+        else:
+            super().precompute_and_store_context_kv(
+                context_states, context_positions, context_slot_mapping
+            )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]):
         """Loads a checkpoint; ValueError names the first tensor with NaN or infinity."""

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.logger import init_logger
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
+from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.drafter_model import DrafterModel
+from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 if TYPE_CHECKING:
     from vllm_dflash.serving.features import FeatureRecorder
+
+logger = init_logger("vllm.vllm_dflash")
 
 
 class Proposer(DFlashProposer):
@@ -25,6 +31,7 @@ class Proposer(DFlashProposer):
         recorder: gets the verifier's features of every step, or None.
         drafting: False makes every proposal empty, so that vLLM decodes plainly while features are
             recorded (the drafter under training is not served meanwhile).
+        tap: where the verifier's layers write their features, None where vLLM collects them.
     """
 
     def __init__(self, vllm_config, device: torch.device, runner=None) -> None:
@@ -34,10 +41,24 @@ class Proposer(DFlashProposer):
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
         self.drafting = True
+        self.tap: FeatureTap | None = None
         self._options = Options.from_additional_config(vllm_config.additional_config)
+        self._block_inputs: BlockInputs | None = None
+        if self._options.ops:
+            logger.info_once(ops.load().describe())
+            self._block_inputs = BlockInputs(self)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        super().load_model(target_model)
+        if self._options.ops and isinstance(self.model, DrafterModel):
+            width = self.model.model.fc.input_size
+            self.tap = install_tap(target_model, self.vllm_config, width, self.device)
 
     def propose(self, *args, **kwargs) -> Tensor:
         # vLLM's runner passes keywords only; the seam check in seams.py relies on their names.
+        features = kwargs["target_hidden_states"]
+        if self.tap is not None and self.tap.given(features):
+            kwargs["target_hidden_states"] = self.tap.features[: features.shape[0]]
         if self.recorder is not None:
             self.recorder.observe(
                 request_ids=self.runner.input_batch.req_ids,
@@ -50,6 +71,34 @@ class Proposer(DFlashProposer):
             batch_size = kwargs["common_attn_metadata"].batch_size()
             return torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
         return super().propose(*args, **kwargs)
+
+    def set_inputs_first_pass(
+        self,
+        target_token_ids: Tensor,
+        next_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        token_indices_to_sample: Tensor | None,
+        cad: Any,
+        num_rejected_tokens_gpu: Tensor | None,
+    ) -> tuple[int, Tensor, Any]:
+        # Without draft tokens (vLLM's batch-size table says 0) there is no block to build.
+        if self._block_inputs is None or self.num_speculative_tokens == 0:
+            return super().set_inputs_first_pass(
+                target_token_ids,
+                next_token_ids,
+                target_positions,
+                target_hidden_states,
+                token_indices_to_sample,
+                cad,
+                num_rejected_tokens_gpu,
+            )
+        # What build_model_inputs_first_pass of vLLM reads.
+        self._dflash_num_context = target_token_ids.shape[0]
+        self._dflash_hidden_states = target_hidden_states
+        return self._block_inputs.build(
+            self, next_token_ids, target_positions, cad, num_rejected_tokens_gpu
+        )
 
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
         plain = not (self.use_local_argmax_reduction or self.use_heterogeneous_vocab)

@@ -77,12 +77,23 @@ def _patch_v2_speculator(module: ModuleType) -> None:
         speculator = original(vllm_config, *args, **kwargs)
         spec_config = vllm_config.speculative_config
         if spec_config is not None and spec_config.method == "dflash":
+            from vllm_dflash.options import Options
             from vllm_dflash.serving.speculator_v2 import adopt
 
-            adopt(speculator)
+            adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
         return speculator
 
     module.init_speculator = init_speculator  # type: ignore[attr-defined]
+
+
+def _patch_prepare_inputs(module: ModuleType) -> None:
+    from vllm_dflash.serving.speculator_v2 import PREPARE_PARAMETERS, patch_prepare_inputs
+
+    # By position: another order would put tensors in the wrong place.
+    have = tuple(inspect.signature(module.prepare_dflash_inputs).parameters)
+    if have != PREPARE_PARAMETERS:
+        raise ValueError(f"prepare_dflash_inputs has the parameters {', '.join(have)}")
+    patch_prepare_inputs(module)
 
 
 def _patch_engine_args(module: ModuleType) -> None:
@@ -117,6 +128,12 @@ SEAMS = (
         "init_speculator",
         ("vllm_config", "device"),
         _patch_v2_speculator,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.dflash.speculator",
+        "prepare_dflash_inputs",
+        ("input_buffers", "input_batch", "context_slot_mapping", "cp_size"),
+        _patch_prepare_inputs,
     ),
     Seam(
         "vllm.v1.metrics.loggers",

