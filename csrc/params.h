@@ -49,7 +49,7 @@ struct BlockTable {
   // Cache slot of a request's token; kPadSlot where its block is none or outside the table.
   VD_HOST_DEVICE int64_t slot(int64_t request, int64_t position) const {
     const int64_t block = position / kv_block_size;
-    if (block >= width) return kPadSlot;
+    if (position < 0 || block >= width) return kPadSlot;
     const int64_t id = data[request * row_stride + block];
     return id <= kNullBlock ? kPadSlot : id * kv_block_size + position % kv_block_size;
   }

@@ -270,6 +270,7 @@ def main(job_file: str, out_file: str) -> None:
         return
     runner = engine.collective_rpc(lambda worker: worker.model_runner)[0]
     drafter = getattr(runner, "speculator" if v2 else "drafter", None)
+    result["config_hash"] = engine.vllm_config.compute_hash()
     result["runner"] = type(runner).__module__
     result["tap"] = getattr(drafter, "tap", None) is not None
     result["proposer"] = f"{type(drafter).__module__}.{type(drafter).__name__}"

@@ -238,3 +238,19 @@ def test_offline_tau_is_the_engines(trained, folder, capsys) -> None:
     assert engine["num_drafts"] == offline["num_drafts"]
     assert "offline" in done.stdout
     assert "engine" in done.stdout
+
+
+@pytest.mark.slow
+def test_drafts_under_torch_compile(trained, prompts, folder) -> None:
+    """The tap's op inside vLLM's compiled verifier; the options are part of the compile-cache key."""
+    engine = {"enforce_eager": False}
+    out = drafted(trained.verifier, trained.drafter, prompts[:8], folder, engine=engine)
+    assert out["tap"]
+    assert check_drafts(out, Reference(trained.verifier, trained.drafter), 7) > 400
+    stock = drafted(
+        trained.verifier, trained.drafter, prompts[:8], folder, engine=engine, dflash_ops=False
+    )
+    assert not stock["tap"]
+    assert not stock["ops"]
+    assert stock["drafts"] == out["drafts"]
+    assert stock["config_hash"] != out["config_hash"]

@@ -49,13 +49,12 @@ void store_token(const StoreContextKvParams& p, const std::vector<float>& weight
     load_row(p.dtype, keys, row, width);
     norm_rope_row(row, p.num_heads, p.head_size, weights.data() + layer * p.head_size, p.eps, scratch.cos_sin.data(),
                   p.rotary_dim, p.is_neox);
-    if (p.key_scales) scale_row(row, 1.0f / p.key_scales[layer], width);
+    if (p.key_scales) divide_row(row, p.key_scales[layer], width);
     write_row(p, p.keys[layer], slot, row);
 
     load_row(p.dtype, keys + p.kv_value_offset * size, row, width);
-    float factor = p.value_scale;
-    if (p.value_scales) factor /= p.value_scales[layer];
-    if (factor != 1.0f) scale_row(row, factor, width);
+    if (p.value_scale != 1.0f) scale_row(row, p.value_scale, width);
+    if (p.value_scales) divide_row(row, p.value_scales[layer], width);
     write_row(p, p.values[layer], slot, row);
   }
 }

@@ -170,6 +170,10 @@ void scale_row(float* x, float factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
+void divide_row(float* x, float divisor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
+}
+
 void norm_rope_row(float* x, int64_t heads, int64_t head_size, const float* weight, float eps, const float* cos_sin,
                    int64_t rotary_dim, bool is_neox) {
   const int64_t half = rotary_dim / 2;

@@ -20,6 +20,7 @@ void store_row(Float dtype, const float* in, void* out, int64_t n);
 void add_row(Float dtype, const void* hidden, const void* residual, void* out, int64_t n);
 
 void scale_row(float* x, float factor, int64_t n);
+void divide_row(float* x, float divisor, int64_t n);
 
 // RMS norm and rotary embedding of `heads` heads of `head_size` elements, in place.
 //   weight [head_size]; cos_sin [rotary_dim], the cosines first.

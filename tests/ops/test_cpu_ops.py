@@ -63,6 +63,12 @@ BLOCKS = {
     "int64": {"context_lens": [4, 9], "rejected": [2, 0], "wide": True, "states": True},
     "evicted blocks": {"context_lens": [60, 40], "rejected": [0, 3], "null_blocks": True},
     "end of the model": {"context_lens": [4, 4], "rejected": [0, 3], "starts": [252, 251]},
+    "end of the model inside a block": {
+        "context_lens": [4, 4],
+        "rejected": [0, 3],
+        "starts": [243, 249],
+        "max_model_len": 250,
+    },
     "block boundary": {
         "context_lens": [1, 2, 16, 17],
         "rejected": None,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_dflash.ops.load import Loaded, load
+from vllm_dflash.ops.load import Loaded, forced, load
 from vllm_dflash.ops.reference import NULL_BLOCK, PAD_SLOT
 
 __all__ = [
@@ -27,7 +27,18 @@ __all__ = [
     "load",
     "store_context_kv",
     "tap_hidden_states",
+    "worthwhile",
 ]
+
+
+def worthwhile(device: torch.device) -> bool:
+    """Whether serving on this device should use the ops.
+
+    Not where only plain PyTorch is left: vLLM's own kernels are faster then. ``VLLM_DFLASH_OPS`` overrules that.
+    """
+    loaded = load()
+    mode = {"cpu": loaded.cpu, "cuda": loaded.cuda}.get(device.type)
+    return mode is not None and (mode != "torch" or forced() is not None)
 
 
 def build_block(

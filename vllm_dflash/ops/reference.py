@@ -131,7 +131,7 @@ def _slots(
     if table.shape[1] == 0 or position.numel() == 0:
         return torch.full_like(position, PAD_SLOT)
     block = position // kv_block_size
-    inside = writable & (block < table.shape[1])
+    inside = writable & (position >= 0) & (block < table.shape[1])
     block_id = table[row, block.clamp(0, table.shape[1] - 1)].long()
     slot = block_id * kv_block_size + position % kv_block_size
     return torch.where(inside & (block_id > NULL_BLOCK), slot, PAD_SLOT)

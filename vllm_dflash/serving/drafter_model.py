@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops as ops
+from vllm import _custom_ops as vllm_ops
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 
+from vllm_dflash import ops
 from vllm_dflash.options import Options
 from vllm_dflash.serving.context_kv import ContextKV
 
@@ -26,7 +27,10 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         on_cpu = vllm_config.device_config.device_type == "cpu"
         if on_cpu and hasattr(self.model, "_normalize_context_k"):
             self.model._normalize_context_k = functools.partial(_normalize_context_k, self.model)
-        self._context_kv = ContextKV(self.model)
+        use_ops = self._options.ops and ops.worthwhile(
+            torch.device(vllm_config.device_config.device_type)
+        )
+        self._context_kv = ContextKV(self.model) if use_ops else None
 
     def precompute_and_store_context_kv(
         self,
@@ -35,7 +39,7 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         context_slot_mapping: Tensor | list[Tensor | None] | None = None,
     ) -> None:
         """As vLLM's; with ``dflash_ops`` through :class:`ContextKV`."""
-        if self._options.ops and self._context_kv.usable():
+        if self._context_kv is not None and self._context_kv.usable():
             self._context_kv.store(context_states, context_positions, context_slot_mapping)
         else:
             super().precompute_and_store_context_kv(
@@ -81,5 +85,5 @@ def _normalize_context_k(model: Any, all_k: Tensor) -> Tensor:
     """
     out = torch.empty_like(all_k)
     for normed, k, weight in zip(out, all_k, model._k_norm_weights, strict=True):
-        ops.rms_norm(normed, k, weight, model._rms_norm_eps)
+        vllm_ops.rms_norm(normed, k, weight, model._rms_norm_eps)
     return out

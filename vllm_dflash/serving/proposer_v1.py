@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
@@ -19,8 +18,6 @@ from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 if TYPE_CHECKING:
     from vllm_dflash.serving.features import FeatureRecorder
-
-logger = init_logger("vllm.vllm_dflash")
 
 
 class Proposer(DFlashProposer):
@@ -44,13 +41,13 @@ class Proposer(DFlashProposer):
         self.tap: FeatureTap | None = None
         self._options = Options.from_additional_config(vllm_config.additional_config)
         self._block_inputs: BlockInputs | None = None
-        if self._options.ops:
-            logger.info_once(ops.load().describe())
+        self._use_ops = self._options.ops and ops.worthwhile(device)
+        if self._use_ops:
             self._block_inputs = BlockInputs(self)
 
     def load_model(self, target_model: nn.Module) -> None:
         super().load_model(target_model)
-        if self._options.ops and isinstance(self.model, DrafterModel):
+        if self._use_ops and isinstance(self.model, DrafterModel):
             width = self.model.model.fc.input_size
             self.tap = install_tap(target_model, self.vllm_config, width, self.device)
 

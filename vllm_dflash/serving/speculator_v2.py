@@ -35,11 +35,11 @@ def observed(cls: type) -> type:
     class Observed(cls):  # type: ignore[valid-type,misc]
         recorder: Any = None
         tap: FeatureTap | None = None
-        _options = Options(ops=False)
+        _use_ops = False
 
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             model = super().load_draft_model(target_model, *args, **kwargs)
-            if self._options.ops and isinstance(model, DrafterModel):
+            if self._use_ops and isinstance(model, DrafterModel):
                 width = model.model.fc.input_size
                 self.tap = install_tap(target_model, self.vllm_config, width, self.device)
             return model
@@ -52,7 +52,7 @@ def observed(cls: type) -> type:
                 aux = given["aux_hidden_states"] = [self.tap.features[: aux[0].shape[0]]]
             if self.recorder is not None and not given.get("dummy_run", False):
                 self._observe(input_batch, aux, given["num_rejected"])
-            _proposing = self if self._options.ops else None
+            _proposing = self if self._use_ops else None
             try:
                 return super().propose(input_batch, **given)
             finally:
@@ -77,7 +77,7 @@ def observed(cls: type) -> type:
 def adopt(speculator: Any, options: Options) -> None:
     """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
     speculator.__class__ = observed(type(speculator))
-    speculator._options = options
+    speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
 
 
 #: Parameters of vLLM's ``prepare_dflash_inputs``, in order; with others it stays as it is.
