@@ -31,9 +31,9 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
-# Every way to install, the CUDA compiler where there is one, and the ABI audits.
+# Every way to install, and the CUDA kernels where there is an nvcc.
 test-install: setup
-	$(BIN)/python -m pytest tests/install
+	$(BIN)/python -m pytest -m slow tests/install
 
 lint: setup
 	$(BIN)/ruff check .

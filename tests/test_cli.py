@@ -191,6 +191,7 @@ def test_convert_there_and_back(refused, tmp_path, drafter) -> None:
 def test_env() -> None:
     out = tiny.cli("env").stdout
     assert "plugin" in out
+    assert "vllm-dflash ops: " in out
     seams = [line for line in out.splitlines() if "vllm." in line and " ok" in line]
     assert len(seams) >= 4, out
 

@@ -116,7 +116,7 @@ def _recipe() -> build.Recipe:
 
 
 def cuda_include() -> Path:
-    """Headers of a CUDA toolkit or of NVIDIA's wheels; nothing of it is run, so the version hardly matters."""
+    """Headers of a CUDA toolkit or of NVIDIA's wheels; nothing of it is run, so any version does."""
     home = (os.environ.get("CUDA_HOME") or "").strip(":")
     packages = build.find_torch(os.environ).root.parent
     places = [Path(home)] if home else []

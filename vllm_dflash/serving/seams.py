@@ -87,12 +87,8 @@ def _patch_v2_speculator(module: ModuleType) -> None:
 
 
 def _patch_prepare_inputs(module: ModuleType) -> None:
-    from vllm_dflash.serving.speculator_v2 import PREPARE_PARAMETERS, patch_prepare_inputs
+    from vllm_dflash.serving.speculator_v2 import patch_prepare_inputs
 
-    # By position: another order would put tensors in the wrong place.
-    have = tuple(inspect.signature(module.prepare_dflash_inputs).parameters)
-    if have != PREPARE_PARAMETERS:
-        raise ValueError(f"prepare_dflash_inputs has the parameters {', '.join(have)}")
     patch_prepare_inputs(module)
 
 

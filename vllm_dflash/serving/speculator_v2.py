@@ -80,8 +80,8 @@ def adopt(speculator: Any, options: Options) -> None:
     speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
 
 
-#: Parameters of vLLM's ``prepare_dflash_inputs``, in order; with others it stays as it is.
-PREPARE_PARAMETERS = (
+#: What vLLM's ``prepare_dflash_inputs`` must take, in this order; 0.33 has ``num_reqs_override`` behind them.
+_PREPARE_PARAMETERS = (
     "input_buffers",
     "query_slot_mapping",
     "context_positions",
@@ -117,15 +117,22 @@ def patch_prepare_inputs(module: ModuleType) -> None:
     """Puts ``build_block`` in place of ``prepare_dflash_inputs``: one launch for all KV-cache groups.
 
     vLLM calls it once a group; the first call does the work of all.
+
+    Raises:
+        ValueError: its parameters are not those known; by position they would land in the wrong place.
     """
     original = module.prepare_dflash_inputs
+    names = tuple(inspect.signature(original).parameters)
+    known = len(_PREPARE_PARAMETERS)
+    if names[:known] != _PREPARE_PARAMETERS or set(names[known:]) - {"num_reqs_override"}:
+        raise ValueError(f"prepare_dflash_inputs has the parameters {', '.join(names)}")
 
     @functools.wraps(original)
     def prepare_dflash_inputs(*args: Any, **kwargs: Any) -> None:
         speculator = _proposing
         if speculator is None or args[0] is not speculator.input_buffers:
             return original(*args, **kwargs)
-        given = dict(zip(PREPARE_PARAMETERS, args, strict=False)) | kwargs
+        given = dict(zip(names, args, strict=False)) | kwargs
         if given["cp_size"] != 1:
             return original(*args, **kwargs)
         if given["context_slot_mapping"].data_ptr() == speculator._context_slot_mappings.data_ptr():
@@ -138,13 +145,15 @@ def patch_prepare_inputs(module: ModuleType) -> None:
 def _build_block(speculator: Any, given: dict[str, Any]) -> None:
     batch, buffers, tables = given["input_batch"], given["input_buffers"], speculator.block_tables
     groups = speculator.draft_kv_cache_group_ids
+    requests = given.get("num_reqs_override")
+    num_reqs = batch.num_reqs if requests is None else requests
     ops.build_block(
         anchor_ids=given["last_sampled"].view(-1),
         prefill_ids=given["next_prefill_tokens"].view(-1),
         num_sampled=given["num_sampled"],
         request_index=batch.idx_mapping,
         target_positions=batch.positions[: batch.num_tokens],
-        query_start_loc=batch.query_start_loc[: batch.num_reqs + 1],
+        query_start_loc=batch.query_start_loc[: num_reqs + 1],
         num_rejected=given["num_rejected"],
         temperature=given["input_temperature"],
         seeds=given["input_seeds"],

@@ -1,0 +1,86 @@
+"""Adopting V2 speculators and vLLM's ``prepare_dflash_inputs``; the real runner is in test_v2_runner.py."""
+
+from __future__ import annotations
+
+from abc import ABC
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_dflash.options import Options
+from vllm_dflash.serving import speculator_v2
+
+
+class Plain:
+    device = torch.device("cpu")
+
+    def propose(self, input_batch, attn_metadata, aux_hidden_states, num_rejected, dummy_run=False):
+        return aux_hidden_states
+
+
+class Abstract(Plain, ABC):
+    """vLLM's speculators derive from ABC, whose instances Python gives another layout."""
+
+
+@pytest.mark.parametrize("cls", [Plain, Abstract])
+def test_adopted_speculators_hand_on_what_they_see(cls) -> None:
+    speculator = cls()
+    speculator_v2.adopt(speculator, Options(ops=False))
+    assert isinstance(speculator, cls)
+    seen = []
+    speculator.recorder = SimpleNamespace(observe=lambda **given: seen.append(given))
+    batch = SimpleNamespace(
+        num_tokens=3,
+        num_reqs=1,
+        req_ids=["a"],
+        query_start_loc_np=torch.tensor([0, 3, 3]).numpy(),
+        positions=torch.arange(8),
+    )
+    aux = [torch.ones(4, 2), torch.zeros(4, 2)]
+    assert speculator.propose(batch, None, aux, num_rejected=torch.tensor([1, 0])) is aux
+    assert speculator.propose(batch, None, aux, torch.tensor([1]), dummy_run=True) is aux
+    (given,) = seen
+    assert given["features_TF"].shape == (3, 4)
+    assert given["num_rejected"].tolist() == [1]
+
+
+def test_features_of_the_tap_replace_its_mark() -> None:
+    speculator = Abstract()
+    speculator_v2.adopt(speculator, Options(ops=False))
+    features = torch.randn(8, 6)
+    speculator.tap = SimpleNamespace(features=features, given=lambda aux: aux.shape[-1] == 1)
+    (got,) = speculator.propose(None, None, [torch.zeros(5, 1)], None)
+    assert torch.equal(got, features[:5])
+    whole = [torch.zeros(5, 6)]
+    assert speculator.propose(None, None, whole, None) is whole
+
+
+def module_with(*names: str) -> ModuleType:
+    module = ModuleType("speculator")
+    code = f"def prepare_dflash_inputs({', '.join(names)}):\n    calls.append('stock')\n"
+    exec(code, module.__dict__)
+    module.calls = []
+    return module
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        speculator_v2._PREPARE_PARAMETERS[1:],
+        ("device", *speculator_v2._PREPARE_PARAMETERS),
+        (*speculator_v2._PREPARE_PARAMETERS, "something_new"),
+    ],
+    ids=["fewer", "another first", "one more"],
+)
+def test_other_parameters_are_refused(names) -> None:
+    with pytest.raises(ValueError, match="prepare_dflash_inputs has the parameters"):
+        speculator_v2.patch_prepare_inputs(module_with(*names))
+
+
+@pytest.mark.parametrize("more", [(), ("num_reqs_override",)], ids=["0.32", "0.33"])
+def test_speculators_that_are_not_ours_keep_vllms(more) -> None:
+    module = module_with(*speculator_v2._PREPARE_PARAMETERS, *more)
+    speculator_v2.patch_prepare_inputs(module)
+    module.prepare_dflash_inputs(*range(len(speculator_v2._PREPARE_PARAMETERS) + len(more)))
+    assert module.calls == ["stock"]
