@@ -30,13 +30,6 @@ class Trained:
         return json.loads((self.drafter / "dflash_training.json").read_text())
 
 
-#: Common to every tiny training run: fp32 throughout, short conversations.
-TRAIN_ARGS = (
-    "--dtype", "float32", "--autocast", "float32", "--max-len", "160", "--max-tokens", "48",
-    "--features", "3", "--layers", "2", "--block-size", "8",
-)  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
@@ -56,7 +49,7 @@ def prompts_file(models) -> Path:
 def trained(models, verifier, prompts_file) -> Trained:
     """Two layers, block 8, a draft vocabulary; learned its 24 prompts by heart."""
     out = models / "drafter"
-    args = (*TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48")
+    args = (*tiny.TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48")
     args += ("--sequences", "2", "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150")
     done = tiny.cli("train", verifier, "--data", prompts_file, "-o", out, *args)
     return Trained(verifier, prompts_file, out, models / "drafter-run", args, done.stderr)

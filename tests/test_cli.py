@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import TRAIN_ARGS
 
 from vllm_dflash.checkpoint import read_config
 from vllm_dflash.cli import main
@@ -215,7 +214,7 @@ def test_full_disk_leaves_the_old_drafter(tmp_path, trained) -> None:
         (disk / "filler").write_bytes(b"0" * (1024 * 1024 - len(before) - 100_000))
         args = (
             "train", trained.verifier, "--data", trained.prompts, "-o", disk / "drafter",
-            *TRAIN_ARGS, "--draft-vocab", "256", "--max-steps", "2",
+            *tiny.TRAIN_ARGS, "--draft-vocab", "256", "--max-steps", "2",
         )  # fmt: skip
         done = tiny.cli(*args, code=1)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -7,9 +7,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from vllm_dflash.options import Options
 from vllm_dflash.serving import speculator_v2
+from vllm_dflash.serving.tap import FeatureTap
 
 
 class Plain:
@@ -49,11 +51,22 @@ def test_features_of_the_tap_replace_its_mark() -> None:
     speculator = Abstract()
     speculator_v2.adopt(speculator, Options(ops=False))
     features = torch.randn(8, 6)
-    speculator.tap = SimpleNamespace(features=features, given=lambda aux: aux.shape[-1] == 1)
+    speculator.tap = FeatureTap(nn.Module(), features)
     (got,) = speculator.propose(None, None, [torch.zeros(5, 1)], None)
     assert torch.equal(got, features[:5])
+    features.zero_()
+    speculator.propose(
+        None, None, [torch.zeros(5, 1)], None
+    )  # once real, it is not looked at again
     whole = [torch.zeros(5, 6)]
     assert speculator.propose(None, None, whole, None) is whole
+
+
+def test_a_tap_that_nothing_writes_is_an_error() -> None:
+    tap = FeatureTap(nn.Module(), torch.zeros(8, 6))
+    assert tap.take(5, real=False).shape == (5, 6)
+    with pytest.raises(RuntimeError, match=r"wrote no features.*dflash_ops"):
+        tap.take(5)
 
 
 def module_with(*names: str) -> ModuleType:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import TRAIN_ARGS
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.engine
@@ -216,7 +215,7 @@ def test_killed_and_stopped_runs_resume_bit_for_bit(trained, folder) -> None:
 
 
 def short(trained, out: Path, *more: str, data: Path | None = None, steps: int = 40, **kwargs: Any):
-    args = (*TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", str(steps))
+    args = (*tiny.TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", str(steps))
     return tiny.cli(
         "train",
         trained.verifier,
@@ -237,7 +236,7 @@ def test_windows_of_features_resume_too(trained, folder) -> None:
     short(trained, folder / "windowed", *small)
     command = tiny.cli_command(
         "train", trained.verifier, "--data", trained.prompts, "-o", folder / "windowed-2",
-        *TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", "40", *small,
+        *tiny.TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", "40", *small,
         "--save-minutes", "0",
     )  # fmt: skip
     code, _ = stop_at(command, folder / "windowed-2-run", 6, signal.SIGKILL, saved=True)
@@ -333,7 +332,7 @@ def test_recipes_with_more_state_resume_too(trained, folder) -> None:
     short(trained, folder / "muon", *more, steps=200)
     command = tiny.cli_command(
         "train", trained.verifier, "--data", trained.prompts, "-o", folder / "muon-2",
-        *TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", "200", *more,
+        *tiny.TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--max-steps", "200", *more,
     )  # fmt: skip
     code, _ = stop_at(command, folder / "muon-2-run", 20, signal.SIGINT)
     assert code == 130

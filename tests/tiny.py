@@ -32,6 +32,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCAB = 384
+#: Common to every tiny training run: fp32 throughout, short conversations.
+TRAIN_ARGS = (
+    "--dtype", "float32", "--autocast", "float32", "--max-len", "160", "--max-tokens", "48",
+    "--features", "3", "--layers", "2", "--block-size", "8",
+)  # fmt: skip
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -40,7 +40,7 @@ def check_abi(library: Path) -> None:
     env = installs.environment()
     audit = installs.run(installs.tool("torch-abi-audit"), "--check", "both", library, env=env)
     assert "Min torch:   2.10.0" in audit, audit
-    report = installs.run(installs.tool("abi3audit"), "--strict", library, env=env)
+    report = installs.run(installs.tool("abi3audit"), "--strict", "-v", library, env=env)
     assert "0 ABI version mismatches and 0 ABI violations" in " ".join(report.split()), report
 
 

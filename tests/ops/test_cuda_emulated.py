@@ -171,9 +171,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "rejected": [i % 2 for i in range(2500)],
         "num_draft_tokens": 1,
     },
-    "many empty requests first": {"context_lens": [0] * 1500 + [300], "rejected": None, "num_draft_tokens": 1},
-    "shared memory full": {"context_lens": [1] * 1024 + [0, 1], "rejected": None, "num_draft_tokens": 1},
-    "long": {"context_lens": [5000, 3000], "rejected": [0, 3], "max_model_len": 40000},
+    "many empty requests first": {"context_lens": [0] * 1500 + [300], "rejected": None, "num_draft_tokens":
+    1}, "shared memory full": {"context_lens": [1] * 1024 + [0, 1], "rejected": None, "num_draft_tokens":
+    1}, "long": {"context_lens": [5000, 3000], "rejected": [0, 3], "max_model_len": 40000},
 }  # fmt: skip
 
 

@@ -34,7 +34,8 @@ __all__ = [
 def worthwhile(device: torch.device) -> bool:
     """Whether serving on this device should use the ops.
 
-    Not where only plain PyTorch is left: vLLM's own kernels are faster then. ``VLLM_DFLASH_OPS`` overrules that.
+    Not where only plain PyTorch is left: vLLM's own kernels are faster then. ``VLLM_DFLASH_OPS`` overrules
+    that.
     """
     loaded = load()
     mode = {"cpu": loaded.cpu, "cuda": loaded.cuda}.get(device.type)

@@ -55,7 +55,7 @@ class Proposer(DFlashProposer):
         # vLLM's runner passes keywords only; the seam check in seams.py relies on their names.
         features = kwargs["target_hidden_states"]
         if self.tap is not None and self.tap.given(features):
-            kwargs["target_hidden_states"] = self.tap.features[: features.shape[0]]
+            kwargs["target_hidden_states"] = self.tap.take(features.shape[0])
         if self.recorder is not None:
             self.recorder.observe(
                 request_ids=self.runner.input_batch.req_ids,

@@ -47,10 +47,11 @@ def observed(cls: type) -> type:
         def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> Tensor:
             global _proposing
             given = dict(zip(names, args, strict=False)) | kwargs
+            real = not given.get("dummy_run", False)
             aux: Any = given.get("aux_hidden_states")
             if self.tap is not None and aux and self.tap.given(aux[0]):
-                aux = given["aux_hidden_states"] = [self.tap.features[: aux[0].shape[0]]]
-            if self.recorder is not None and not given.get("dummy_run", False):
+                aux = given["aux_hidden_states"] = [self.tap.take(aux[0].shape[0], real)]
+            if self.recorder is not None and real:
                 self._observe(input_batch, aux, given["num_rejected"])
             _proposing = self if self._use_ops else None
             try:

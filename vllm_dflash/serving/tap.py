@@ -30,12 +30,36 @@ class FeatureTap:
 
     def __init__(self, inner: nn.Module, features: Tensor) -> None:
         self.features = features
-        inner._dflash_features = features
+        # A buffer, so that a compiled verifier that comes from a cache looks it up and writes to this one.
+        inner.register_buffer("_dflash_features", features, persistent=False)
+        self._written = False
         inner._maybe_add_hidden_state = MethodType(_tap_layer, inner)  # type: ignore[assignment]
 
     def given(self, aux_hidden_states: Tensor) -> bool:
         """Whether the verifier's step went through the tap: then it returned the mark, one column wide."""
         return aux_hidden_states.shape[-1] == 1
+
+    def take(self, num_tokens: int, real: bool = True) -> Tensor:
+        """Features of the verifier's step ``[num_tokens, L * H]``: a view, valid until its next step.
+
+        Args:
+            num_tokens: rows of the step.
+            real: False for vLLM's dummy steps, which may run nothing.
+
+        Raises:
+            RuntimeError: the first real step left the buffer as it was allocated.
+        """
+        features = self.features[:num_tokens]
+        if real and not self._written:
+            # Once, since it waits for the device. With zeros the drafter drafts, but nothing is accepted.
+            if not features.any():
+                raise RuntimeError(
+                    "the verifier's layers wrote no features into vllm-dflash's tap "
+                    '(vllm_dflash::tap_hidden_states was not called); serve with "dflash_ops": false in '
+                    "--speculative-config and report it with the verifier's name"
+                )
+            self._written = True
+        return features
 
 
 def _tap_layer(
