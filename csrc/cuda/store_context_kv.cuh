@@ -22,8 +22,12 @@
 
 namespace vllm_dflash::cuda {
 
-// Below this many warps the GPU is not full: passes are spread over blocks, too.
-constexpr int64_t kStoreFewWarps = 4096;
+// Below this many warps the GPU is not full: passes are spread over blocks, too. (The tests' batches are small, so
+// their emulation sets another number.)
+#if !defined(VD_STORE_FEW_WARPS)
+#define VD_STORE_FEW_WARPS 4096
+#endif
+constexpr int64_t kStoreFewWarps = VD_STORE_FEW_WARPS;
 // Thread blocks that share a multiprocessor: caps the registers of a thread, at 96 without a spill. Before Hopper
 // float8 is rounded in software, which takes more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

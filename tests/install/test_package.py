@@ -167,7 +167,8 @@ def test_isolated(tree, tmp_path):
 @pytest.mark.slow
 def test_sdist(tree, tmp_path):
     env = installs.environment(VLLM_DFLASH_BUILD="off")
-    installs.run(sys.executable, "-m", "build", "--sdist", "-o", tmp_path / "sdist", tree, env=env)
+    command = (installs.tool("pyproject-build"), "--sdist", "-o", tmp_path / "sdist", tree)
+    installs.run(*command, env=env)
     sdist = next((tmp_path / "sdist").glob("*.tar.gz"))
     wheel, output = installs.pip_wheel(sdist, tmp_path, VLLM_DFLASH_BUILD="require")
     assert wheel is not None

@@ -162,6 +162,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "int64": {"context_lens": [4, 9], "rejected": [2, 0], "wide": True, "states": True},
     "evicted blocks": {"context_lens": [60, 40], "rejected": [0, 3], "null_blocks": True},
     "end of the model": {"context_lens": [4, 4], "rejected": [0, 3], "starts": [252, 251]},
+    "end inside a cache block": {
+        "context_lens": [4, 4],
+        "rejected": [0, 3],
+        "starts": [246, 245],
+        "max_model_len": 250,
+    },
     "cache block boundary": {"context_lens": [1, 2, 16, 17], "rejected": None, "starts": [15, 15, 16, 31]},
     "thread block boundary": {"context_lens": [255, 1, 256, 1, 255, 2], "rejected": [0, 1, 9, 0, 255, 0]},
     "one thread block": {"context_lens": [256], "rejected": [3], "max_model_len": 600},
@@ -436,7 +442,7 @@ def test_vectors_where_they_fit(options, vectors, cache_dtype):
     assert emulation.load().last.startswith(VECTORS) == vectors
 
 
-@pytest.mark.parametrize("what", ["kv", "cache", "weights", "rope"])
+@pytest.mark.parametrize("what", ["kv", "values", "cache", "weights", "rope"])
 def test_misaligned_tensors(what):
     """One element off: right all the same, without vectors."""
     case = cases.kv_case(9, dtype=torch.bfloat16, layout="split")
@@ -447,6 +453,9 @@ def test_misaligned_tensors(what):
 
     if what == "kv":
         case["kv"] = moved(case["kv"])
+    elif what == "values":
+        wide = torch.empty(9 * 1024, dtype=torch.bfloat16)
+        case["kv"] = wide.as_strided((9, 2, 2, 2, 64), (1024, 512, 257, 64, 1)).copy_(case["kv"])
     elif what == "cache":
         case["value_caches"][1] = moved(case["value_caches"][1])
     elif what == "weights":
@@ -464,11 +473,29 @@ def test_strides_of_single_rows_do_not_matter():
     assert emulation.load().last.startswith(VECTORS)
 
 
-def test_store_of_many_tokens():
-    """Enough that a warp goes over all heads and waits for the slots before it reads."""
-    case = cases.kv_case(4100, num_layers=1, num_heads=9, head_size=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 9])
+def test_keys_and_values_in_different_layouts(heads, cache_dtype):
+    options = {
+        "num_heads": heads,
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "cache_dtype": cache_dtype,
+    }
+    case = cases.kv_case(70, layout="HND", value_scale=0.7, **options)
+    case["value_caches"] = cases.kv_case(70, layout="split", **options)["value_caches"]
     run("store_context_kv", case)
-    assert emulation.load().last == f"{VECTORS} {4100 // 4}x1x128"
+
+
+@pytest.mark.parametrize(("tokens", "splits"), [(11, 2), (12, 1)])
+def test_large_batches_go_over_all_heads(tokens, splits):
+    """Warps of a large batch take all heads in turn and wait for the slots before they read."""
+    run("store_context_kv", cases.kv_case(tokens, num_heads=9, head_size=64, dtype=torch.bfloat16))
+    assert emulation.load().last == f"{VECTORS} {3 * 2 * splits}x1x128"
+
+
+def test_store_of_many_tokens():
+    run("store_context_kv", cases.kv_case(4100, num_layers=1, num_heads=1, dtype=torch.bfloat16))
 
 
 def test_slots_outside_the_caches_are_skipped():

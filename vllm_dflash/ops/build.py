@@ -506,7 +506,7 @@ def _run_command(command: Sequence[str], cwd: Path, timeout: float | None) -> No
         raise BuildError(f"{command[0]} does not run: {error}") from error
     if done.returncode == 0:
         return
-    errors = (line for line in done.stdout.splitlines() if "error" in line.lower())
+    errors = (x for x in done.stdout.splitlines() if re.search(r"\b(error|fatal)\b", x, re.I))
     reason = next(errors, f"exit code {done.returncode}").strip()
     if done.returncode in (-9, 137):
         reason += " (killed; with too little memory set MAX_JOBS=1)"

@@ -12,6 +12,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
@@ -46,8 +47,9 @@ class Proposer(DFlashProposer):
             self._block_inputs = BlockInputs(self)
 
     def load_model(self, target_model: nn.Module) -> None:
+        self.tap = adapt_verifier(target_model, self.vllm_config, self.device)
         super().load_model(target_model)
-        if self._use_ops and isinstance(self.model, DrafterModel):
+        if self.tap is None and self._use_ops and isinstance(self.model, DrafterModel):
             width = self.model.model.fc.input_size
             self.tap = install_tap(target_model, self.vllm_config, width, self.device)
 

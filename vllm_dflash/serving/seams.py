@@ -71,10 +71,13 @@ def _patch_v1_proposer(module: ModuleType) -> None:
 
 def _patch_v2_speculator(module: ModuleType) -> None:
     original = module.init_speculator
+    set_layers = module.set_eagle3_aux_hidden_state_layers
+    serving: list[Any] = []
 
     @functools.wraps(original)
     def init_speculator(vllm_config, *args, **kwargs):
         speculator = original(vllm_config, *args, **kwargs)
+        serving[:] = [vllm_config, speculator]
         spec_config = vllm_config.speculative_config
         if spec_config is not None and spec_config.method == "dflash":
             from vllm_dflash.options import Options
@@ -83,7 +86,18 @@ def _patch_v2_speculator(module: ModuleType) -> None:
             adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
         return speculator
 
+    @functools.wraps(set_layers)
+    def set_eagle3_aux_hidden_state_layers(model, spec_config, *args, **kwargs):
+        # Called when the verifier is loaded, before the drafter; refuses those without the interface.
+        if serving and spec_config.method == "dflash":
+            from vllm_dflash.serving.adapter import adapt_verifier
+
+            vllm_config, speculator = serving
+            adapt_verifier(model, vllm_config, speculator.device)
+        return set_layers(model, spec_config, *args, **kwargs)
+
     module.init_speculator = init_speculator  # type: ignore[attr-defined]
+    module.set_eagle3_aux_hidden_state_layers = set_eagle3_aux_hidden_state_layers  # type: ignore[attr-defined]
 
 
 def _patch_prepare_inputs(module: ModuleType) -> None:

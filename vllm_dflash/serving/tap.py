@@ -29,11 +29,16 @@ class FeatureTap:
     """
 
     def __init__(self, inner: nn.Module, features: Tensor) -> None:
+        ops.load()  # the op must exist before the verifier is traced
         self.features = features
         # A buffer, so that a compiled verifier that comes from a cache looks it up and writes to this one.
         inner.register_buffer("_dflash_features", features, persistent=False)
         self._written = False
-        inner._maybe_add_hidden_state = MethodType(_tap_layer, inner)  # type: ignore[assignment]
+
+    @staticmethod
+    def mark(states: Tensor) -> Tensor:
+        """What a tapped verifier returns as its auxiliary hidden states: one column, as many rows."""
+        return states[:, :1]
 
     def given(self, aux_hidden_states: Tensor) -> bool:
         """Whether the verifier's step went through the tap: then it returned the mark, one column wide."""
@@ -78,7 +83,7 @@ def _tap_layer(
         )
         if layer_idx == layers[-1]:
             # The mark that this step's features are in the buffer. Models return the list if it is not empty.
-            aux_hidden_states.append(hidden_states[:, :1])
+            aux_hidden_states.append(FeatureTap.mark(hidden_states))
     return aux_hidden_states
 
 
@@ -104,14 +109,16 @@ def install_tap(
         return None
     if type(inner[0])._maybe_add_hidden_state is not EagleModelMixin._maybe_add_hidden_state:
         return None
-    ops.load()
+    tap = FeatureTap(inner[0], feature_buffer(vllm_config, width, device))
+    inner[0]._maybe_add_hidden_state = MethodType(_tap_layer, inner[0])  # type: ignore[assignment]
+    logger.info("vllm-dflash taps %s", type(inner[0]).__name__)
+    return tap
+
+
+def feature_buffer(vllm_config: Any, width: int, device: torch.device) -> Tensor:
+    """Room for the features of the largest step ``[tokens, width]``, in the verifier's dtype."""
     rows = max(
         vllm_config.scheduler_config.max_num_batched_tokens,
         vllm_config.compilation_config.max_cudagraph_capture_size or 0,
     )
-    dtype = vllm_config.model_config.dtype
-    features = torch.zeros(rows, width, dtype=dtype, device=device)
-    logger.info(
-        "vllm-dflash taps %s into %.0f MiB", type(inner[0]).__name__, features.nbytes / 2**20
-    )
-    return FeatureTap(inner[0], features)
+    return torch.zeros(rows, width, dtype=vllm_config.model_config.dtype, device=device)

@@ -34,6 +34,11 @@ def _find(model: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
+def find_embedding(text: nn.Module) -> nn.Module | None:
+    """The token embedding of a language model, None where the layout is not known."""
+    return _find(text, _EMBEDDINGS)
+
+
 def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Embedding and lm_head ``[V, H]`` of the verifier, without vLLM's padding rows.
 
@@ -41,7 +46,7 @@ def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
         ValueError: the layout is unknown, the weights are sharded over ranks, or quantised.
     """
     text = language_model(model)
-    embedding = _find(text, _EMBEDDINGS)
+    embedding = find_embedding(text)
     if embedding is None:
         raise ValueError(
             f"cannot find the token embedding of {type(model).__name__}; looked for "

@@ -1,0 +1,169 @@
+"""Verifiers without vLLM's Eagle3 interface, adapted at load: hooks on their decoder layers."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
+
+from vllm_dflash.serving.tap import FeatureTap, feature_buffer
+from vllm_dflash.serving.verifier import find_embedding, language_model
+
+logger = logging.getLogger("vllm.vllm_dflash")
+#: Decoder layers that return (states, residual) where the states have the residual in them already.
+_SUMMED = frozenset({"CohereDecoderLayer", "Cohere2DecoderLayer", "StablelmDecoderLayer"})
+
+
+def adapt_verifier(
+    verifier: nn.Module, vllm_config: Any, device: torch.device
+) -> FeatureTap | None:
+    """Gives a verifier what vLLM asks of one for dflash; nothing is done to those that have it.
+
+    The instance's class becomes a subclass of its own with the Eagle3 interface, an embedding where vLLM
+    looks for one, and a ``forward`` that returns the tap's mark. Works eager and compiled, in worker
+    processes, and on every rank of a tensor parallel verifier, whose states are replicated between its
+    layers.
+
+    Returns:
+        The tap, also of a verifier adapted before; None for those with an interface of their own.
+
+    Raises:
+        ValueError: the layers or the embedding cannot be found, or the layout cannot be tapped; it names
+            the way out.
+    """
+    if supports_eagle3(verifier):
+        return getattr(verifier, "_dflash_tap", None)
+    name = type(verifier).__name__
+    out = (
+        "; vLLM's Transformers backend may serve it: --model-impl transformers "
+        '(`vllm-dflash train`: --engine-args \'{"model_impl": "transformers"}\')'
+    )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"{name} has no Eagle3 interface, and vllm-dflash taps no verifiers over pipeline stages; "
+            "use --tensor-parallel-size instead of --pipeline-parallel-size"
+        )
+    if getattr(vllm_config.parallel_config, "use_ubatching", False) or getattr(
+        vllm_config.speculative_config, "disable_padded_drafter_batch", False
+    ):
+        raise ValueError(
+            f"{name} has no Eagle3 interface; vllm-dflash taps it, but not with micro-batches (DBO) nor with "
+            "disable_padded_drafter_batch: leave them off"
+        )
+    text = language_model(verifier)
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    layers = _decoder_layers(text, num_layers)
+    if layers is None:
+        raise ValueError(f"cannot find the {num_layers} decoder layers of {name}" + out)
+    if any(getattr(m, "use_sequence_parallel", False) for m in text.modules()):
+        raise ValueError(
+            f"the layers of {name} hold parts of the tokens between them (sequence parallel)" + out
+        )
+    embedding = find_embedding(text)
+    if embedding is None:
+        raise ValueError(f"cannot find the token embedding of {name}" + out)
+    # vLLM's ids: i is the state behind i decoder layers.
+    layer_ids = get_eagle3_aux_layers_from_config(vllm_config.speculative_config) or ()
+    if not layer_ids or min(layer_ids) < 0 or max(layer_ids) > num_layers:
+        raise ValueError(
+            f"the drafter reads the states behind layers {layer_ids} of {name}, which has {num_layers}"
+        )
+    hidden_size = vllm_config.model_config.get_hidden_size()
+    columns = {layer: i * hidden_size for i, layer in enumerate(sorted(set(layer_ids)))}
+    features = feature_buffer(vllm_config, len(columns) * hidden_size, device)
+    tap = FeatureTap(text, features)
+    for layer, column in columns.items():
+        if layer == 0:
+            layers[0].register_forward_pre_hook(_InputHook(text, column), with_kwargs=True)
+        else:
+            layers[layer - 1].register_forward_hook(_OutputHook(text, column, hidden_size))
+    _change_class(text, embedding, tap if text is verifier else None)
+    if text is not verifier:
+        _change_class(verifier, None, tap)
+    logger.info("vllm-dflash taps %d layers of %s by hooks", len(columns), name)
+    return tap
+
+
+def _decoder_layers(text: nn.Module, num_layers: int) -> nn.ModuleList | None:
+    """The one list of decoder layers: the outermost of that length."""
+    found = [
+        (path.count("."), module)
+        for path, module in text.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    outermost = [m for depth, m in found if depth == min(d for d, _ in found)]
+    return outermost[0] if len(outermost) == 1 else None
+
+
+class _OutputHook:
+    """Writes what a decoder layer returns: states, or (states, residual), whose sum is the layer's output."""
+
+    def __init__(self, text: nn.Module, column: int, hidden_size: int) -> None:
+        self.text, self.column, self.hidden_size = text, column, hidden_size
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        residual = None
+        if isinstance(output, (tuple, list)):
+            states = output[0]
+            second = output[1] if len(output) > 1 else None
+            summed = type(layer).__name__ in _SUMMED
+            if isinstance(second, Tensor) and second.shape == states.shape and not summed:
+                residual = second
+        else:
+            states = output
+        torch.ops.vllm_dflash.tap_hidden_states(
+            self.text._dflash_features, states, residual, self.column
+        )
+
+
+class _InputHook:
+    """Writes what the first decoder layer gets: the embeddings."""
+
+    def __init__(self, text: nn.Module, column: int) -> None:
+        self.text, self.column = text, column
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        states = kwargs.get("hidden_states")
+        if states is None:
+            states = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        torch.ops.vllm_dflash.tap_hidden_states(
+            self.text._dflash_features, states, None, self.column
+        )
+
+
+def _change_class(model: nn.Module, embedding: nn.Module | None, tap: FeatureTap | None) -> None:
+    """Puts a subclass with the missing members under an instance; the one vLLM calls gets the ``tap``."""
+    cls = type(model)
+    members: dict[str, Any] = {"__module__": cls.__module__}
+    if embedding is not None:
+        inner = getattr(model, "model", None)
+        if not any(hasattr(inner, name) for name in ("embed_tokens", "embedding")):
+            # vLLM shares `model.embed_tokens` with the drafter; a property adds no second name to the
+            # weights.
+            members["model"] = property(lambda self: SimpleNamespace(embed_tokens=embedding))
+        if not hasattr(model, "lm_head"):
+            members["lm_head"] = property(lambda self: embedding)
+    if tap is not None:
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = cls.forward(self, *args, **kwargs)
+            if isinstance(output, IntermediateTensors):
+                return output
+            return output, [tap.mark(output)]
+
+        members |= {
+            "forward": forward,
+            "supports_eagle3": True,
+            "has_own_lm_head": False,
+            "has_own_embed_tokens": False,
+            "set_aux_hidden_state_layers": lambda self, layers: None,
+            "get_eagle3_default_aux_hidden_state_layers": lambda self: (),
+            "_dflash_tap": tap,
+        }
+    model.__class__ = type(cls.__name__, (cls,), members)
