@@ -5,9 +5,9 @@
 First every op is compared with float64 arithmetic (integers: with the reference) over shapes and dtypes. Then
 the machine's copy bandwidth is measured, and ours and the stock sequence take turns: called from Python
 ("eager"), replayed from a CUDA graph ("graph"), and replayed behind a write of half a GiB that leaves nothing
-useful in the L2 cache ("cold"). Stock is vLLM's own kernels where vLLM imports, else the same steps in PyTorch;
-our Triton fallback is timed, too. Reported are medians over the rounds, and the median and the range of stock's
-time divided by ours in the same round. GB/s counts every input read once and every output written once.
+useful in the L2 cache ("cold"). Stock is vLLM's own kernels where vLLM imports, else the same steps in
+PyTorch; our Triton fallback is timed, too. Reported are medians over the rounds, and the median and the range
+of stock's time divided by ours in the same round. GB/s counts every input once and every output once.
 
 Without a GPU the checks and small timings run on the CPU, and nothing is said about a GPU. A second run under
 compute-sanitizer with --checks-only finds bad memory accesses.
@@ -95,7 +95,7 @@ def kv_case(
     value_scale: float = 1.0,
     skipped: float = 0.0,
 ) -> dict[str, Any]:
-    """Arguments of store_context_kv: caches as FlashAttention has them, [2, blocks, kv_block, heads, head]."""
+    """Arguments of store_context_kv; caches as FlashAttention has them, [2, blocks, 16, heads, head_size]."""
     cache_dtype, rotary_dim = cache_dtype or dtype, head_size if rotary_dim is None else rotary_dim
     generator = torch.Generator().manual_seed(tokens)
     blocks = -(-tokens // KV_BLOCK) + 3
@@ -140,9 +140,15 @@ def kv_case(
 
 
 def block_case(
-    lens: list[int], rejected: list[int], *, draft_tokens: int = 15, groups: int = 1, room: int = 0
+    lens: list[int],
+    rejected: list[int],
+    *,
+    draft_tokens: int = 15,
+    groups: int = 1,
+    max_tokens: int = 0,
+    max_requests: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of build_block as the V2 runner gives them; outputs hold -77. ``room``: their size at least."""
+    """Arguments of build_block as the V2 runner gives them; outputs hold -77 and have room for the maxima."""
     generator = torch.Generator().manual_seed(len(lens))
     B, T, K = len(lens), sum(lens), draft_tokens
     starts = torch.randint(0, 1000, (B,), generator=generator).tolist()
@@ -153,8 +159,10 @@ def block_case(
     def ints(*shape: int, high: int) -> Tensor:
         return torch.randint(0, high, shape, generator=generator, dtype=torch.int32).to(DEVICE)
 
+    most = max(B, max_requests)
+
     def out(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.full((max(n, room),), -77, dtype=dtype, device=DEVICE)
+        return torch.full((n,), -77, dtype=dtype, device=DEVICE)
 
     positions = [torch.arange(s, s + n) for s, n in zip(starts, lens, strict=True)]
     return {
@@ -173,17 +181,17 @@ def block_case(
         "mask_token_id": 151669,
         "max_model_len": longest,
         "sample_from_anchor": False,
-        "input_ids": out(B * (K + 1), torch.int32),
-        "query_positions": out(B * (K + 1)),
-        "query_slots": torch.full((groups, max(B * (K + 1), room)), -77, device=DEVICE),
+        "input_ids": out(max(B * (K + 1), max_tokens), torch.int32),
+        "query_positions": out(max(B * (K + 1), max_tokens)),
+        "query_slots": torch.full((groups, max(B * (K + 1), max_tokens)), -77, device=DEVICE),
         "query_slot_rows": list(range(groups)),
-        "context_positions": out(T),
-        "context_slots": torch.full((groups, max(T, room)), -77, device=DEVICE),
-        "sample_indices": out(B * K),
-        "block_start_loc": out(B + 1, torch.int32),
-        "block_seq_lens": out(B, torch.int32),
-        "sample_positions": out(B * K),
-        "sample_requests": out(B * K),
+        "context_positions": out(max(T, max_tokens)),
+        "context_slots": torch.full((groups, max(T, max_tokens)), -77, device=DEVICE),
+        "sample_indices": out(most * K),
+        "block_start_loc": out(most + 1, torch.int32),
+        "block_seq_lens": out(most, torch.int32),
+        "sample_positions": out(most * K),
+        "sample_requests": out(most * K),
         "temperature_out": torch.full((states,), -77.0, device=DEVICE),
         "seeds_out": torch.full((states,), -77, device=DEVICE),
     }
@@ -219,8 +227,14 @@ def check_build_block() -> Iterator[Check]:
         "3000 small": [i % 3 for i in range(3000)],
         "empty": [],
     }
-    for (name, lens), groups, room in itertools.product(batches.items(), (1, 3), (0, 50000)):
-        case = block_case(lens, [n * 2 // 3 for n in lens], groups=groups, room=room)
+    for (name, lens), groups, room in itertools.product(batches.items(), (1, 3), (0, 60000)):
+        case = block_case(
+            lens,
+            [n * 2 // 3 for n in lens],
+            groups=groups,
+            max_tokens=room,
+            max_requests=room // 15,
+        )
         want = {k: _cpu(v) for k, v in case.items()}
         call(reference.build_block, want)
         run(case)
@@ -303,7 +317,7 @@ def check_store_case(tokens: int, options: dict[str, Any]) -> Check:
         want = exact[token]
         info = torch.finfo(got.dtype)
         want = want.clamp(-info.max, info.max)
-        # Half a unit in the last place, half a step of the subnormals, and the error of float32 before rounding.
+        # Half a unit in the last place, half a step of the subnormals, and float32's error before rounding.
         float32 = 3e-6 if got.dtype in FLOAT8 else 1e-6
         bound = (
             (0.5 * info.eps + float32) * want.abs()
@@ -436,9 +450,9 @@ def stock_build_block(case: dict[str, Any], kernel: Any) -> Call:
     longest = case["target_positions"].numel() // max(B, 1) + K + 1
     size = min(256, 1 << (longest - 1).bit_length())
     order = (
-        "input_ids query_positions block_start_loc block_seq_lens @query context_positions @context sample_indices "
-        "sample_positions sample_requests temperature_out seeds_out target_positions query_start_loc request_index "
-        "anchor_ids prefill_ids num_sampled num_rejected temperature seeds @table"
+        "input_ids query_positions block_start_loc block_seq_lens @query context_positions @context "
+        "sample_indices sample_positions sample_requests temperature_out seeds_out target_positions "
+        "query_start_loc request_index anchor_ids prefill_ids num_sampled num_rejected temperature seeds @table"
     ).split()
 
     def run() -> None:
@@ -698,7 +712,7 @@ def time_build_block(
     """1 token: one request; 16: one; then 16 and 256 requests of 16, and one prompt of 32768."""
     requests = {256: 16, 4096: 256}.get(tokens, 1)
     lens = [tokens // requests] * requests
-    case = block_case(lens, [n // 2 for n in lens], room=max(8192, tokens))
+    case = block_case(lens, [n // 2 for n in lens], max_tokens=max(8192, tokens), max_requests=256)
     ours = our_op("build_block")
     contenders: dict[str, Call] = {
         "ours": lambda: ours(case),

@@ -1,8 +1,5 @@
 // vllm_dflash._C: the schemas of every op, and the CPU kernels. CUDA kernels live in _C_cuda, so that
 // importing this one needs no CUDA library. docs/architecture.md says what each op is for.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
@@ -34,7 +31,12 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_dflash, CPU, m) {
   m.impl("store_context_kv", TORCH_BOX(&vllm_dflash::cpu::store_context_kv));
 }
 
-extern "C" PyObject* PyInit__C(void) {
+// For `import vllm_dflash._C`; the plugin loads it as a library, so it also builds where Python.h is missing.
+#if __has_include(<Python.h>)
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
+#endif

@@ -39,12 +39,16 @@ class Checker {
   // Every tensor must be on one device: the first one seen decides.
   void device(const Tensor& tensor, const std::string& name) {
     const bool ok = place_ == Place::kCpu ? tensor.is_cpu() : tensor.is_cuda();
-    require(ok, name, " is on the ", ok ? "" : (tensor.is_cuda() ? "GPU" : tensor.is_cpu() ? "CPU" : "wrong device"),
+    require(ok, name, " is on the ",
+            ok ? ""
+               : (tensor.is_cuda()  ? "GPU"
+                  : tensor.is_cpu() ? "CPU"
+                                    : "wrong device"),
             ", the other arguments on the ", place_ == Place::kCpu ? "CPU" : "GPU");
     const int index = tensor.get_device_index();
     if (index_ < 0 && place_ == Place::kCuda) index_ = index;
-    require(place_ == Place::kCpu || index == index_, name, " is on cuda:", index, ", the other arguments on cuda:",
-            index_);
+    require(place_ == Place::kCpu || index == index_, name, " is on cuda:", index,
+            ", the other arguments on cuda:", index_);
   }
 
   int device_index() const { return index_; }
@@ -202,8 +206,8 @@ inline BuildBlockParams check_build_block(
     const std::string name = "block_tables[" + std::to_string(g) + "]";
     check.device(table, name);
     check.require(table.dim() == 2, name, " has ", table.dim(), " dimensions, needs 2");
-    check.require(table.scalar_type() == ScalarType::Int, name, " has dtype ",
-                  Checker::dtype_name(table.scalar_type()), ", needs int32");
+    check.require(table.scalar_type() == ScalarType::Int, name, " has dtype ", Checker::dtype_name(table.scalar_type()),
+                  ", needs int32");
     check.require(table.size(0) >= B, name, " has ", table.size(0), " rows, needs ", B);
     check.inner_contiguous(table, name);
     check.require(kv_block_sizes[g] >= 1, "kv_block_sizes[", g, "] is ", kv_block_sizes[g], ", needs at least 1");
@@ -334,8 +338,7 @@ inline StoreContextKvParams check_store_context_kv(
         p.kv_block_size = cache.size(1);
         check.require(p.kv_block_size >= 1, name, " has blocks of ", p.kv_block_size, " tokens");
         const bool float8 = dtype == Float::kFloat8E4M3 || dtype == Float::kFloat8E5M2;
-        check.require(float8 || dtype == p.dtype, name, " has dtype ", float_name(dtype), ", kv ",
-                      float_name(p.dtype));
+        check.require(float8 || dtype == p.dtype, name, " has dtype ", float_name(dtype), ", kv ", float_name(p.dtype));
       }
       check.require(dtype == p.cache_dtype && cache.size(0) == p.num_blocks && cache.size(1) == p.kv_block_size, name,
                     " differs from key_caches[0] in dtype, number of blocks or block size");

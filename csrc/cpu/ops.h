@@ -25,7 +25,6 @@ void tap_hidden_states(Tensor features, Tensor hidden, OptionalTensor residual, 
 
 void store_context_kv(Tensor kv, Tensor k_norm_weights, double eps, Tensor positions, Tensor cos_sin_cache,
                       bool is_neox, double value_scale, std::vector<Tensor> slots, std::vector<Tensor> key_caches,
-                      std::vector<Tensor> value_caches, OptionalTensor key_scales,
-                      OptionalTensor value_scales);
+                      std::vector<Tensor> value_caches, OptionalTensor key_scales, OptionalTensor value_scales);
 
 }  // namespace vllm_dflash::cpu

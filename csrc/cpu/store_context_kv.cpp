@@ -38,8 +38,8 @@ void store_token(const StoreContextKvParams& p, const std::vector<float>& weight
   const int64_t width = p.num_heads * p.head_size;
   const int64_t size = element_size(p.dtype);
   const auto* kv = static_cast<const char*>(p.kv) + token * p.kv_token_stride * size;
-  const auto* rope = static_cast<const char*>(p.cos_sin_cache) +
-                     p.positions.get(token) * p.rotary_dim * element_size(p.rope_dtype);
+  const auto* rope =
+      static_cast<const char*>(p.cos_sin_cache) + p.positions.get(token) * p.rotary_dim * element_size(p.rope_dtype);
   load_row(p.rope_dtype, rope, scratch.cos_sin.data(), p.rotary_dim);
   for (int64_t layer = 0; layer < p.num_layers; ++layer) {
     const int64_t slot = p.slots[layer] ? p.slots[layer][token] : token;

@@ -86,9 +86,13 @@ def wrap_create_speculative_config(original):
                 )
                 check_weights(model, drafter)
         self.speculative_config = rest
+        carried = {"version": __version__, **options.as_dict()}
+        if drafter is not None:
+            # The verifier is compiled with its taps: other layers must not find this one in the cache.
+            carried["target_layer_ids"] = list(drafter.target_layer_ids)
         self.additional_config = {
             **(self.additional_config or {}),
-            ADDITIONAL_CONFIG_KEY: {"version": __version__, **options.as_dict()},
+            ADDITIONAL_CONFIG_KEY: carried,
         }
         return original(self, target_model_config, *args, **kwargs)
 
