@@ -206,7 +206,9 @@ def main() -> None:
         ]
         table.add_row(str(point["batch"]), point["arm"], *cells, str(point["same_output_as_stock"]))
     if args.output:
-        config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        config = {k: v for k, v in vars(args).items() if k != "output"}
+        for key in ("verifier", "drafter", "data"):  # names, not this machine's folders
+            config[key] = Path(config[key]).name
         report = {"versions": versions(), "machine": describe_machine(), "config": config}
         write_json({**report, "points": points}, args.output)
     console.print(table)

@@ -452,7 +452,8 @@ def stock_build_block(case: dict[str, Any], kernel: Any) -> Call:
     order = (
         "input_ids query_positions block_start_loc block_seq_lens @query context_positions @context "
         "sample_indices sample_positions sample_requests temperature_out seeds_out target_positions "
-        "query_start_loc request_index anchor_ids prefill_ids num_sampled num_rejected temperature seeds @table"
+        "query_start_loc request_index anchor_ids prefill_ids num_sampled num_rejected temperature seeds "
+        "@table"
     ).split()
 
     def run() -> None:

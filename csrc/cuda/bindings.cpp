@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_dflash, CUDA, m) {
 
 // PyMODINIT_FUNC, not a plain extern "C": everything else is built with hidden visibility.
 PyMODINIT_FUNC PyInit__C_cuda(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                               nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
 #endif

@@ -1,5 +1,4 @@
 #include "build_block.cuh"
-
 #include "launch.h"
 #include "ops.h"
 

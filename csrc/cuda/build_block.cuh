@@ -32,8 +32,8 @@ inline int64_t build_block_context_size(const BuildBlockParams& p) {
 inline LaunchShape build_block_shape(const BuildBlockParams& p) {
   LaunchShape shape;
   shape.threads = kBuildThreads;
-  shape.blocks_x = ceil_div(build_block_query_size(p), kBuildThreads) +
-                   ceil_div(build_block_context_size(p), kBuildThreads);
+  shape.blocks_x =
+      ceil_div(build_block_query_size(p), kBuildThreads) + ceil_div(build_block_context_size(p), kBuildThreads);
   shape.blocks_y = p.num_groups;
   return shape;
 }

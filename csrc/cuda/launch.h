@@ -31,7 +31,9 @@ class Launcher {
   void operator()(void (*kernel)(Params...), const LaunchShape& shape, const Params&... params) const {
     if (shape.empty()) return;
     const dim3 grid(static_cast<unsigned>(shape.blocks_x), static_cast<unsigned>(shape.blocks_y));
+    // clang-format off
     kernel<<<grid, shape.threads, 0, stream_>>>(params...);
+    // clang-format on
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ void write_word(Word* to, const Word& word) {
 // N elements as they lie in memory; one access, at an address that is a multiple of its size.
 template <typename T, int N>
 struct Packed {
-  using Word = typename WordOf<N * static_cast<int>(sizeof(T))>::Type;
+  using Word = typename WordOf<static_cast<int>(sizeof(T)) * N>::Type;
   Word word;
 
   static __device__ __forceinline__ Packed load(const T* from) { return {*reinterpret_cast<const Word*>(from)}; }

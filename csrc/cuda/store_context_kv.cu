@@ -1,7 +1,6 @@
-#include "store_context_kv.cuh"
-
 #include "launch.h"
 #include "ops.h"
+#include "store_context_kv.cuh"
 
 namespace vllm_dflash::cuda {
 

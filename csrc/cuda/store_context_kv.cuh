@@ -56,8 +56,7 @@ inline bool store_vector_fits(const StoreContextKvParams& p, int element_size, i
   if (p.rotary_dim / 2 % vector_size != 0) return false;
   const auto fits = [=](int64_t stride, int64_t size) { return size == 1 || stride % vector_size == 0; };
   if (!is_multiple(p.kv, 16) || !is_multiple(p.k_norm_weights, 16) || !is_multiple(p.cos_sin_cache, 16) ||
-      !fits(p.kv_token_stride, p.num_tokens) || !fits(p.kv_layer_stride, p.num_layers) ||
-      !fits(p.kv_value_offset, 2)) {
+      !fits(p.kv_token_stride, p.num_tokens) || !fits(p.kv_layer_stride, p.num_layers) || !fits(p.kv_value_offset, 2)) {
     return false;
   }
   for (int64_t layer = 0; layer < p.num_layers; ++layer) {

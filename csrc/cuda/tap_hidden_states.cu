@@ -1,7 +1,6 @@
-#include "tap_hidden_states.cuh"
-
 #include "launch.h"
 #include "ops.h"
+#include "tap_hidden_states.cuh"
 
 namespace vllm_dflash::cuda {
 

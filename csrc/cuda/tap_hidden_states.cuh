@@ -116,10 +116,11 @@ template <typename T, typename Launch>
 void launch_tap_of(const TapParams& p, const Launch& launch) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(T));
   const TapShape shape = tap_shape(p, sizeof(T));
-  const auto kernel = shape.vector_size == 1 ? (shape.rows == 1 ? tap_hidden_states_kernel<T, 1, 1>
-                                                                : tap_hidden_states_kernel<T, 1, kTapRows>)
-                                             : (shape.rows == 1 ? tap_hidden_states_kernel<T, kVector, 1>
-                                                                : tap_hidden_states_kernel<T, kVector, kTapRows>);
+  const auto kernel =
+      shape.vector_size == 1
+          ? (shape.rows == 1 ? tap_hidden_states_kernel<T, 1, 1> : tap_hidden_states_kernel<T, 1, kTapRows>)
+          : (shape.rows == 1 ? tap_hidden_states_kernel<T, kVector, 1>
+                             : tap_hidden_states_kernel<T, kVector, kTapRows>);
   launch(kernel, shape.launch, p, shape.num_chunks, shape.vectors_per_row);
 }
 

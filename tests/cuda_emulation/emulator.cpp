@@ -157,8 +157,8 @@ void run_block(const std::function<void()>& kernel, const std::vector<int>& orde
 
 void run(const Grid& grid, const std::function<void()>& kernel) {
   ++launches;
-  if (grid.threads < 1 || grid.threads > 1024 || grid.blocks_x < 1 || grid.blocks_x > 2147483647 ||
-      grid.blocks_y < 1 || grid.blocks_y > 65535) {
+  if (grid.threads < 1 || grid.threads > 1024 || grid.blocks_x < 1 || grid.blocks_x > 2147483647 || grid.blocks_y < 1 ||
+      grid.blocks_y > 65535) {
     throw std::logic_error("CUDA refuses this grid: " + std::to_string(grid.blocks_x) + " x " +
                            std::to_string(grid.blocks_y) + " blocks of " + std::to_string(grid.threads));
   }

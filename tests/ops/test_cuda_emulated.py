@@ -223,7 +223,7 @@ def test_rows_before_the_first_request_are_padding():
 
 def test_positions_outside_the_table_are_padding():
     case = cases.block_case([6], [0], max_model_len=64)
-    case["target_positions"] = torch.tensor([0, 63, 64, 1000, 2**31 - 1, 2**40])
+    case["target_positions"] = torch.tensor([0, 63, -1, 1000, 2**31 - 1, 2**40])
     run("build_block", case)
 
 
