@@ -113,12 +113,9 @@ void check_data(const BuildBlockParams& p) {
     check.require(value >= 0, "target_positions[", t, "] is ", value, ", must not be negative");
   }
   if (p.request_index.data == nullptr) return;
-  int64_t rows = p.anchor_ids.size;
-  if (p.prefill_ids.data) rows = std::min(rows, p.prefill_ids.size);
-  if (p.seeds.data) rows = std::min(rows, p.seeds.size);
   for (int64_t i = 0; i < p.num_requests; ++i) {
     const int64_t value = p.request_index.get(i);
-    check.require(value >= 0 && value < rows, "request_index[", i, "] is ", value, ", there are ", rows,
+    check.require(value >= 0 && value < p.num_states, "request_index[", i, "] is ", value, ", there are ", p.num_states,
                   " request states");
   }
 }

@@ -263,6 +263,7 @@ BAD_BLOCKS = {
     "target_positions has 2 dimensions": {"target_positions": torch.zeros(2, 4, dtype=torch.int64)},
     "target_positions has stride 2": {"target_positions": torch.zeros(16, dtype=torch.int64)[::2]},
     "kv_block_sizes[0] is 0": {"kv_block_sizes": [0]},
+    "request_index[1] is 9, there are 2": {"request_index": torch.tensor([1, 9])},
     "kv_block_sizes has 2 entries, block_tables 1": {"kv_block_sizes": [16, 16]},
     "block_tables[0] has dtype Long": {"block_tables": [torch.zeros(2, 16, dtype=torch.int64)]},
     "block_tables[0] has 1 rows, needs 2": {
