@@ -143,7 +143,7 @@ def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
     ours = drafted(trained.verifier, trained.drafter, prompts, folder)
     assert ours["drafter_model"] == "DrafterModel"
     assert ours["tap"]
-    assert set(ours["ops"]) == {"build_block", "store_context_kv"}
+    assert set(ours["ops"]) == {"build_block", "tap_hidden_states", "store_context_kv"}
     reference = Reference(trained.verifier, trained.drafter)
     compared = check_drafts(ours, reference, 7)
     assert compared > 1000

@@ -11,6 +11,7 @@ import tiny
 from test_parity import Reference, check_drafts, drafted
 
 from vllm_dflash.config import FULL, SLIDING
+from vllm_dflash.ops.schemas import SCHEMAS
 
 pytestmark = pytest.mark.engine
 MAX_TOKENS = 16
@@ -83,7 +84,7 @@ def test_drafts_and_outputs(trained, mixed, prompts, folder, plain, layout, ops,
     assert out["proposer"] == "vllm_dflash.serving.speculator_v2.DFlashSpeculator"
     assert out["drafter_model"] == "DrafterModel"
     assert out["tap"] == ops
-    assert set(out["ops"]) == ({"build_block", "store_context_kv"} if ops else set())
+    assert set(out["ops"]) == (set(SCHEMAS) if ops else set())
     outputs = [o[0]["token_ids"] for o in out["runs"]["run"]["outputs"]]
     assert outputs == plain
     assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_accepted_tokens_total"] > 0

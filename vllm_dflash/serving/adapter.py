@@ -12,7 +12,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
-from vllm_dflash.serving.tap import FeatureTap, feature_buffer
+from vllm_dflash.serving.tap import FeatureTap, cannot_tap, feature_buffer, write_features
 from vllm_dflash.serving.verifier import find_embedding, language_model
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -26,9 +26,7 @@ def adapt_verifier(
     """Gives a verifier what vLLM asks of one for dflash; nothing is done to those that have it.
 
     The instance's class becomes a subclass of its own with the Eagle3 interface, an embedding where vLLM
-    looks for one, and a ``forward`` that returns the tap's mark. Works eager and compiled, in worker
-    processes, and on every rank of a tensor parallel verifier, whose states are replicated between its
-    layers.
+    looks for one, and a ``forward`` that returns the tap's mark. Works eager and compiled.
 
     Returns:
         The tap, also of a verifier adapted before; None for those with an interface of their own.
@@ -44,17 +42,10 @@ def adapt_verifier(
         "; vLLM's Transformers backend may serve it: --model-impl transformers "
         '(`vllm-dflash train`: --engine-args \'{"model_impl": "transformers"}\')'
     )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+    reason = cannot_tap(vllm_config)
+    if reason:
         raise ValueError(
-            f"{name} has no Eagle3 interface, and vllm-dflash taps no verifiers over pipeline stages; "
-            "use --tensor-parallel-size instead of --pipeline-parallel-size"
-        )
-    if getattr(vllm_config.parallel_config, "use_ubatching", False) or getattr(
-        vllm_config.speculative_config, "disable_padded_drafter_batch", False
-    ):
-        raise ValueError(
-            f"{name} has no Eagle3 interface; vllm-dflash taps it, but not with micro-batches (DBO) nor with "
-            "disable_padded_drafter_batch: leave them off"
+            f"{name} has no Eagle3 interface, so vllm-dflash must tap it, which it does not with {reason}"
         )
     text = language_model(verifier)
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
@@ -76,13 +67,12 @@ def adapt_verifier(
         )
     hidden_size = vllm_config.model_config.get_hidden_size()
     columns = {layer: i * hidden_size for i, layer in enumerate(sorted(set(layer_ids)))}
-    features = feature_buffer(vllm_config, len(columns) * hidden_size, device)
-    tap = FeatureTap(text, features)
+    tap = FeatureTap(text, feature_buffer(vllm_config, len(columns) * hidden_size, device))
     for layer, column in columns.items():
         if layer == 0:
             layers[0].register_forward_pre_hook(_InputHook(text, column), with_kwargs=True)
         else:
-            layers[layer - 1].register_forward_hook(_OutputHook(text, column, hidden_size))
+            layers[layer - 1].register_forward_hook(_OutputHook(text, column))
     _change_class(text, embedding, tap if text is verifier else None)
     if text is not verifier:
         _change_class(verifier, None, tap)
@@ -104,8 +94,8 @@ def _decoder_layers(text: nn.Module, num_layers: int) -> nn.ModuleList | None:
 class _OutputHook:
     """Writes what a decoder layer returns: states, or (states, residual), whose sum is the layer's output."""
 
-    def __init__(self, text: nn.Module, column: int, hidden_size: int) -> None:
-        self.text, self.column, self.hidden_size = text, column, hidden_size
+    def __init__(self, text: nn.Module, column: int) -> None:
+        self.text, self.column = text, column
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         residual = None
@@ -117,9 +107,7 @@ class _OutputHook:
                 residual = second
         else:
             states = output
-        torch.ops.vllm_dflash.tap_hidden_states(
-            self.text._dflash_features, states, residual, self.column
-        )
+        write_features(self.text, states, residual, self.column)
 
 
 class _InputHook:
@@ -132,9 +120,7 @@ class _InputHook:
         states = kwargs.get("hidden_states")
         if states is None:
             states = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
-        torch.ops.vllm_dflash.tap_hidden_states(
-            self.text._dflash_features, states, None, self.column
-        )
+        write_features(self.text, states, None, self.column)
 
 
 def _change_class(model: nn.Module, embedding: nn.Module | None, tap: FeatureTap | None) -> None:

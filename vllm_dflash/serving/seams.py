@@ -77,12 +77,12 @@ def _patch_v2_speculator(module: ModuleType) -> None:
     @functools.wraps(original)
     def init_speculator(vllm_config, *args, **kwargs):
         speculator = original(vllm_config, *args, **kwargs)
-        serving[:] = [vllm_config, speculator]
         spec_config = vllm_config.speculative_config
         if spec_config is not None and spec_config.method == "dflash":
             from vllm_dflash.options import Options
             from vllm_dflash.serving.speculator_v2 import adopt
 
+            serving[:] = [vllm_config, speculator]
             adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
         return speculator
 

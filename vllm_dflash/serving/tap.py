@@ -67,6 +67,31 @@ class FeatureTap:
         return features
 
 
+def write_features(
+    tapped: Any, hidden_states: Tensor, residual: Tensor | None, column: int
+) -> None:
+    """A layer's columns of the buffer of a tapped module."""
+    if torch.compiler.is_compiling():
+        # The op itself: what the wrapper adds to an error cannot be traced.
+        torch.ops.vllm_dflash.tap_hidden_states(
+            tapped._dflash_features, hidden_states, residual, column
+        )
+    else:
+        ops.tap_hidden_states(tapped._dflash_features, hidden_states, residual, column=column)
+
+
+def cannot_tap(vllm_config: Any) -> str | None:
+    """Why this engine's verifier cannot be tapped, whatever it is, and the way out; None if it can."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "pipeline stages; use --tensor-parallel-size instead of --pipeline-parallel-size"
+    if getattr(vllm_config.parallel_config, "use_ubatching", False):
+        return "micro-batches, which would write the same rows; leave DBO off"
+    if getattr(vllm_config.speculative_config, "disable_padded_drafter_batch", False):
+        # The rejected rows are taken out of the features before the drafter sees them.
+        return "disable_padded_drafter_batch; leave it off"
+    return None
+
+
 def _tap_layer(
     self: Any,
     aux_hidden_states: list[Tensor],
@@ -78,9 +103,7 @@ def _tap_layer(
     layers = self.aux_hidden_state_layers
     if layer_idx in layers:
         column = layers.index(layer_idx) * hidden_states.shape[-1]
-        torch.ops.vllm_dflash.tap_hidden_states(
-            self._dflash_features, hidden_states, residual, column
-        )
+        write_features(self, hidden_states, residual, column)
         if layer_idx == layers[-1]:
             # The mark that this step's features are in the buffer. Models return the list if it is not empty.
             aux_hidden_states.append(FeatureTap.mark(hidden_states))
@@ -93,17 +116,13 @@ def install_tap(
     """Puts a tap into a verifier with vLLM's Eagle3 mixin; None where vLLM's own way must stay.
 
     That is: verifiers with a collection of their own (the Transformers backend), layers that hold shards of
-    the tokens between them (sequence parallel), pipeline stages, and micro-batches, which would write the
-    same rows.
+    the tokens between them (sequence parallel), and what :func:`cannot_tap` names.
 
     Args:
         width: features of a token, the input size of the drafter's ``fc``.
     """
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1 or getattr(parallel, "use_ubatching", False):
+    if cannot_tap(vllm_config):
         return None
-    if getattr(vllm_config.speculative_config, "disable_padded_drafter_batch", False):
-        return None  # the rejected rows are taken out of the features before the drafter sees them
     inner = [m for m in verifier.modules() if isinstance(m, EagleModelMixin)]
     if len(inner) != 1 or getattr(inner[0], "use_sequence_parallel", False):
         return None
