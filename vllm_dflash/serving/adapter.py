@@ -17,7 +17,18 @@ from vllm_dflash.serving.verifier import find_embedding, language_model
 
 logger = logging.getLogger("vllm.vllm_dflash")
 #: Decoder layers that return (states, residual) where the states have the residual in them already.
-_SUMMED = frozenset({"CohereDecoderLayer", "Cohere2DecoderLayer", "StablelmDecoderLayer"})
+_SUMMED = frozenset(
+    {
+        "CohereDecoderLayer",
+        "Cohere2DecoderLayer",
+        "Exaone4DecoderLayer",
+        "GraniteMoeHybridAttentionDecoderLayer",
+        "GraniteMoeHybridMambaDecoderLayer",
+        "HyperCLOVAXDecoderLayer",
+        "PhiMoEDecoderLayer",
+        "StablelmDecoderLayer",
+    }
+)
 
 
 def adapt_verifier(

@@ -14,6 +14,7 @@ from vllm_dflash import ops
 from vllm_dflash.options import Options
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
+from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
@@ -36,6 +37,8 @@ class Proposer(DFlashProposer):
         super().__init__(vllm_config, device, runner)
         if device.type == "cpu":
             _mend_cpu_sampling()
+            if vllm_config.model_config.is_hybrid:
+                mend_recurrent_layers()
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
         self.drafting = True
