@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vllm_dflash.serving.features import FeatureRecorder, feature_problem
+from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder, check_features
 from vllm_dflash.serving.verifier import FinalStates
 
 WIDTH = 3
@@ -254,21 +254,96 @@ def test_final_states_are_cut_with_the_features():
 # ---- features that cannot be real ----
 
 
+LAYERS = (1, 9, 17)
+
+
+def good(length: int = 40, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Features of three layers of 16."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(length, 3 * 16, generator=generator).to(dtype)
+
+
+def columns(layer: int) -> slice:
+    return slice(LAYERS.index(layer) * 16, LAYERS.index(layer) * 16 + 16)
+
+
+def zero_layer(x):
+    x[:, columns(9)] = 0
+
+
+def zero_rows(x):
+    x[30:, columns(17)] = 0
+
+
+def one_zero_row(x):
+    x[8, columns(1)] = 0
+
+
+def constant_layer(x):
+    x[:, columns(9)] = x[0, columns(9)]
+
+
+def constant_run(x):
+    x[20:28, columns(17)] = 0.5
+
+
+def chunk_twice(x):
+    x[16:32, columns(9)] = x[:16, columns(9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("features", "problem"),
+    ("fault", "message"),
     [
-        (rows_of("a", 5), None),
-        (torch.zeros(4, 3), "all zero"),
-        (torch.ones(4, 3), "the same at every position"),
-        (torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]), "not finite"),
-        (torch.tensor([[1.0, float("-inf")]]), "not finite"),
-        (torch.ones(1, 3), None),
-        (torch.ones(2, 3), None),
-        (torch.cat((torch.zeros(3, 3), torch.ones(1, 3))), None),
+        (zero_layer, "^zero behind verifier layer 9 \\(40 of 40 rows"),
+        (zero_rows, "^zero behind verifier layer 17 \\(10 of 40 rows, 30 to 39"),
+        (one_zero_row, "^zero behind verifier layer 1 \\(1 of 40 rows, 8 to 8"),
+        (constant_layer, "^the same at every position behind verifier layer 9$"),
+        (constant_run, "^repeated behind verifier layer 17 .7 of 40 rows, 21 to 27.: row 21 is row 20"),
+        (chunk_twice, "^repeated behind verifier layer 9 .16 of 40 rows, 16 to 31.: row 16 is row 0"),
     ],
 )
-def test_feature_problem(features, problem):
-    assert feature_problem(features) == problem
+def test_broken_features(fault, message, dtype):
+    features = good(dtype=dtype)
+    check_features(features, LAYERS, range(40))
+    fault(features)
+    with pytest.raises(BrokenFeatures, match=message):
+        check_features(features, LAYERS, range(40))
+
+
+def test_states_of_equal_tokens_may_be_equal():
+    features = good()
+    features[1:12, columns(1)] = features[0, columns(1)]  # a prompt that repeats one token
+    features[24:32, columns(1)] = features[32:40, columns(1)]  # a phrase twice, behind a convolution
+    tokens = [7] * 12 + list(range(100, 120)) + list(range(112, 120))
+    check_features(features, LAYERS, tokens)
+    check_features(features[:12, columns(1)], (1,), tokens)
+    features[33, columns(1)] = features[0, columns(1)]  # two tokens with one embedding
+    check_features(features, LAYERS, tokens)
+
+
+def test_a_first_token_without_embedding():
+    features = good()
+    features[0] = 0
+    check_features(features, LAYERS, range(40))
+
+
+def test_short_sequences():
+    for length in (1, 2):
+        check_features(torch.ones(length, 3))
+    with pytest.raises(BrokenFeatures, match="^the same at every position$"):
+        check_features(torch.ones(4, 3))
+    with pytest.raises(BrokenFeatures, match="^zero"):
+        check_features(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_features_that_are_not_finite_fail_their_sequence_only(value):
+    features = good()
+    features[3, 20] = value
+    with pytest.raises(ValueError, match="^not finite behind verifier layer 9 .1 of 40 rows") as caught:
+        check_features(features, LAYERS, range(40))
+    assert not isinstance(caught.value, BrokenFeatures)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, float("nan")])

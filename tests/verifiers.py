@@ -23,6 +23,14 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_GDN = {
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4,
+}
 #: model_type -> changes to the common configuration.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -42,6 +50,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": True, "logit_scale": 1.0, "num_key_value_heads": 2},
     "starcoder2": {"tie_word_embeddings": False},
     "stablelm": {"partial_rotary_factor": 0.5, "num_key_value_heads": 2},
+    # Hybrids: recurrent layers and attention. Hugging Face clamps Nemotron-H's time steps to at least
+    # time_step_min, vLLM does not.
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-M*-", "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "n_groups": 2, "chunk_size": 16, "time_step_min": 1e-9,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64, "attention_multiplier": 0.2, "position_embedding_type": "rope",
+        **_MAMBA, "mamba_n_groups": 1,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
+    "qwen3_next": {
+        **_MOE, "shared_expert_intermediate_size": 64, **_GDN,
+        "layer_types": ["linear_attention", "full_attention"] * 2, "full_attention_interval": 2,
+    },
 }  # fmt: skip
 
 

@@ -83,17 +83,24 @@ class FeatureRecorder:
                     self._finals[key] = final.new_empty(length, final.shape[-1])
                 self._finals[key][at] = final
 
-    def take(self, key: str, length: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def take(
+        self,
+        key: str,
+        length: int | None = None,
+        layers: Sequence[int] = (),
+        token_ids: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Hands over a request's features ``[T, F]`` (and final states ``[T, H]``); forgets them.
 
         Args:
             key: as given to :meth:`watch`.
             length: rows expected, for requests that ended before the watched length.
+            layers, token_ids: see :func:`check_features`.
 
         Raises:
+            BrokenFeatures: the features cannot be real: zero, constant or repeated.
             ValueError: rows are missing (a prefix-cache hit, or a batch too close to max_model_len
-                for vLLM to call the proposer), or the features cannot be real: non-finite, zero or
-                constant.
+                for vLLM to call the proposer), or not finite.
         """
         watched = self._lengths.pop(key, 0)
         if key not in self._buffers:
@@ -109,9 +116,16 @@ class FeatureRecorder:
             raise ValueError(
                 f"{int((~filled).sum())} of {len(filled)} feature rows of {key} were not recorded"
             )
-        problem = feature_problem(features)
-        if problem:
-            raise ValueError(f"features of {key} are {problem}")
+        try:
+            check_features(features, layers, token_ids)
+        except BrokenFeatures as error:
+            raise BrokenFeatures(
+                f"features of {key} are {error}. The verifier's hidden states do not reach the drafter; "
+                "vLLM's Transformers backend may extract them (--engine-args "
+                '\'{"model_impl": "transformers"}\'). Please report it with the verifier\'s name'
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"features of {key} are {error}") from None
         return features, final
 
     def clear(self) -> None:
@@ -121,16 +135,73 @@ class FeatureRecorder:
         self._finals.clear()
 
 
-def feature_problem(features_TF: Tensor) -> str | None:
-    """Why features cannot be those of a working verifier, None if they can.
+class BrokenFeatures(ValueError):
+    """Features that no working extraction gives: zero, constant or repeated. Training must stop."""
+
+
+#: Columns that decide which rows are compared in full.
+_PROBES = 8
+#: Rows with equal states and different tokens before they count: tokens may share an embedding.
+_MIN_REPEATED = 4
+
+
+def check_features(
+    features_TF: Tensor,
+    layers: Sequence[int] = (),
+    token_ids: Sequence[int] | None = None,
+) -> None:
+    """Looks for features that cannot be those of a working verifier.
 
     All-zero and repeated states are what broken extraction produced elsewhere (vLLM #46301), and a
-    drafter trained on them looks fine until it is served.
+    drafter trained on them looks fine until it is served. Each layer's columns are looked at by themselves.
+
+    Args:
+        features_TF: features of one sequence, the layers side by side.
+        layers: the verifier layers, ascending, for messages; without them all columns are one layer.
+        token_ids: the sequence's tokens. States of equal tokens may be equal (behind a convolution, or where
+            nothing but one token precedes them); those of different tokens are not. Without them only
+            features that are the same at every position count as repeated.
+
+    Raises:
+        BrokenFeatures: a layer is zero in a row after the first, the same in all rows, or repeats rows.
+        ValueError: not finite, which a verifier may produce on odd input.
     """
-    if not torch.isfinite(features_TF).all():
-        return "not finite"
-    if not features_TF.any():
-        return "all zero"
-    if features_TF.shape[0] > 2 and torch.equal(features_TF[1:], features_TF[:-1]):
-        return "the same at every position"
-    return None
+    for i, x_TH in enumerate(features_TF.chunk(max(1, len(layers)), dim=-1)):
+        where = f" behind verifier layer {layers[i]}" if layers else ""
+        finite_T = torch.isfinite(x_TH).all(-1)
+        if not finite_T.all():
+            raise ValueError(f"not finite{where} ({_rows(~finite_T)})")
+        zero_T = ~x_TH.any(-1)
+        # A first token with a zero embedding has nothing else to attend to.
+        if zero_T[1:].any() or zero_T.all():
+            raise BrokenFeatures(f"zero{where} ({_rows(zero_T)})")
+        same = len(x_TH) > 2 and torch.equal(x_TH[1:], x_TH[:-1])
+        if same and (token_ids is None or len(set(token_ids[: len(x_TH)])) > 1):
+            raise BrokenFeatures(f"the same at every position{where}")
+        if token_ids is not None:
+            repeated_T, first_T = _repeated(x_TH, token_ids)
+            if int(repeated_T.sum()) >= _MIN_REPEATED:
+                row = int(repeated_T.nonzero()[0])
+                raise BrokenFeatures(
+                    f"repeated{where} ({_rows(repeated_T)}): row {row} is row {int(first_T[row])}, of "
+                    "another token"
+                )
+
+
+def _rows(bad_T: Tensor) -> str:
+    rows = bad_T.nonzero().flatten().tolist()
+    return f"{len(rows)} of {len(bad_T)} rows, {rows[0]} to {rows[-1]}"
+
+
+def _repeated(x_TH: Tensor, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows equal to an earlier row of another token, bool ``[T]``, and those rows, int ``[T]``."""
+    probes = torch.linspace(0, x_TH.shape[1] - 1, _PROBES, device=x_TH.device).long()
+    _, group_T = x_TH[:, probes].unique(dim=0, return_inverse=True)
+    rows_T = torch.arange(len(x_TH), device=x_TH.device)
+    first = torch.full_like(rows_T, len(x_TH)).scatter_reduce_(0, group_T, rows_T, "amin")
+    first_T = first[group_T]
+    tokens_T = torch.tensor(list(token_ids[: len(x_TH)]), device=x_TH.device)
+    repeated_T = tokens_T != tokens_T[first_T]
+    at = repeated_T.nonzero().flatten()
+    repeated_T[at] = (x_TH[at] == x_TH[first_T[at]]).all(-1)
+    return repeated_T, first_T

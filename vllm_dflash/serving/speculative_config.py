@@ -39,6 +39,21 @@ def _drafter_config(model: str, revision: str | None) -> DrafterConfig | None:
     return DrafterConfig.from_dict(raw)
 
 
+def _check_prefix_caching(engine_args: Any, verifier: Any) -> None:
+    """Refuses what ends vLLM's CPU engine in its first step, whatever the speculative method."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON or not current_platform.is_cpu():
+        return
+    # Already resolved: vLLM switches it on for most models.
+    if verifier.is_hybrid and engine_args.enable_prefix_caching:
+        raise ValueError(
+            f"{verifier.model} has recurrent layers, whose prefix caching beside speculation needs a Triton "
+            "kernel that vLLM's CPU backend lacks; switch it off: --no-enable-prefix-caching"
+        )
+
+
 def wrap_create_speculative_config(original):
     """Wraps ``EngineArgs.create_speculative_config``; other methods pass through untouched.
 
@@ -56,6 +71,7 @@ def wrap_create_speculative_config(original):
         if not given or not _is_dflash(given):
             return original(self, target_model_config, *args, **kwargs)
 
+        _check_prefix_caching(self, target_model_config)
         options, rest = Options.from_speculative_config(self.speculative_config or {})
         if len(rest) == len(self.speculative_config or {}):
             # No key of ours: all defaults, unless an earlier call on these arguments took them out.

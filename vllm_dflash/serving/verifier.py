@@ -60,7 +60,9 @@ def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
         weight: Any = module.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
             raise ValueError(
-                f"the verifier's {name} is quantised; training needs it in full precision"
+                f"the verifier's {name} is quantised, and the drafter learns through it: train with the "
+                f"unquantised verifier (its drafter serves beside the quantised one too), or quantise with "
+                f"the {name} left out"
             )
         if weight.shape[0] < vocab_size:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vllm_dflash import checkpoint
 from vllm_dflash.config import CheckpointFormat, DrafterConfig
 from vllm_dflash.modeling.acceptance import Acceptance
-from vllm_dflash.serving.features import FeatureRecorder
+from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder
 from vllm_dflash.serving.proposer_v1 import Proposer
 from vllm_dflash.serving.verifier import FinalStates, shared_weights, verifier_dtype
 from vllm_dflash.training.config import Hyperparameters
@@ -62,6 +62,8 @@ class TrainingSession:
         self.learner: Learner | None = None
         self.store = FeatureStore(_UNBOUNDED)
         self._own_embedding: dict[str, Tensor] = {}
+        #: The verifier layers of the features, in their order.
+        self.layers: list[int] = []
 
     def drafting(self, enabled: bool) -> None:
         """Whether the engine's own (untrained) drafter drafts; off while features are recorded."""
@@ -87,6 +89,7 @@ class TrainingSession:
             cache_dir: folder for features on disk, or None.
         """
         config = DrafterConfig.from_dict(drafter_config)
+        self.layers = sorted(set(config.target_layer_ids))
         hp = Hyperparameters.from_dict(hparams)
         embedding, lm_head = shared_weights(self.verifier, config.vocab_size)
         ids = torch.tensor(draft_token_ids) if draft_token_ids is not None else None
@@ -124,12 +127,19 @@ class TrainingSession:
         self.recorder.watch(lengths)
 
     def collect(self, wanted: dict[str, int]) -> dict[str, str]:
-        """Moves recorded features to the store; returns the keys that failed, with the reason."""
+        """Moves recorded features to the store; returns the keys that failed, with the reason.
+
+        Raises:
+            BrokenFeatures: not this sequence failed but the extraction.
+        """
         failed = {}
         for key, length in wanted.items():
             try:
                 # Recorded under inference mode; autograd needs an ordinary tensor.
-                features, final = self.recorder.take(key, length)
+                token_ids = self.examples[key][0] if key in self.examples else None
+                features, final = self.recorder.take(key, length, self.layers, token_ids)
+            except BrokenFeatures:
+                raise
             except ValueError as error:
                 failed[key] = str(error)
                 continue
