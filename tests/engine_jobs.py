@@ -3,7 +3,7 @@
     python tests/engine_jobs.py job.json out.json
 
 The job: ``engine`` (EngineArgs), ``runs`` (each ``name``, ``prompts`` as token ids, ``params`` of
-SamplingParams for all or per prompt, ``concurrency``, ``abort``: [prompt index, after how many steps],
+SamplingParams for all or per prompt, ``lora``: per prompt the folder of an adapter or null, ``concurrency``, ``abort``: [prompt index, after how many steps],
 ``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
 features and drafts that the proposer sees, ``config``: whether to return the engine's configuration.
 """
@@ -195,6 +195,12 @@ def completion(output: Any) -> dict[str, Any]:
     return out
 
 
+def adapter(path: str | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, path) if path else None
+
+
 def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
     """Closed loop with ``concurrency`` requests in flight; an aborted request gives None."""
     prompts, name = job["prompts"], job["name"]
@@ -207,7 +213,10 @@ def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
         while todo and len(running) < job.get("concurrency", 8):
             i, prompt = todo.pop(0)
             engine.add_request(
-                f"{name}:{i}", {"prompt_token_ids": prompt}, sampling_params(params[i])
+                f"{name}:{i}",
+                {"prompt_token_ids": prompt},
+                sampling_params(params[i]),
+                lora_request=adapter(job["lora"][i]) if "lora" in job else None,
             )
             running.add(f"{name}:{i}")
         for output in engine.step():

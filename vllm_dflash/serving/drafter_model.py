@@ -64,6 +64,17 @@ class DrafterModel(DFlashQwen3ForCausalLM):
 
         return super().load_weights(checked())
 
+    def leave_out_lora(self) -> None:
+        """Takes the layers below the verifier's LoRA, which vLLM puts around what it shares.
+
+        An adapter's layers work on the rows of the verifier's step, not on the draft's; and no drafter is
+        trained with one.
+        """
+        for owner, name in ((self.model, "embed_tokens"), (self, "lm_head")):
+            shared = getattr(owner, name, None)
+            if hasattr(shared, "base_layer"):
+                setattr(owner, name, shared.base_layer)
+
     def greedy_draft_tokens(self, hidden_states: Tensor) -> Tensor:
         """Most likely verifier token id of each row ``[T, H]``, int64 ``[T]``.
 

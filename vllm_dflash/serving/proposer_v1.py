@@ -52,6 +52,8 @@ class Proposer(DFlashProposer):
     def load_model(self, target_model: nn.Module) -> None:
         self.tap = adapt_verifier(target_model, self.vllm_config, self.device)
         super().load_model(target_model)
+        if isinstance(self.model, DrafterModel):
+            self.model.leave_out_lora()
         if self.tap is None and self._use_ops and isinstance(self.model, DrafterModel):
             width = self.model.model.fc.input_size
             self.tap = install_tap(target_model, self.vllm_config, width, self.device)

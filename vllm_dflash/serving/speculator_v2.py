@@ -39,6 +39,8 @@ def observed(cls: type) -> type:
 
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             model = super().load_draft_model(target_model, *args, **kwargs)
+            if isinstance(model, DrafterModel):
+                model.leave_out_lora()
             self.tap = getattr(target_model, "_dflash_tap", None)
             if self.tap is None and self._use_ops and isinstance(model, DrafterModel):
                 width = model.model.fc.input_size

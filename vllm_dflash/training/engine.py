@@ -43,6 +43,12 @@ class VerifierEngine:
         options: EngineOptions,
         num_speculative_tokens: int = _SEAT_TOKENS,
     ) -> None:
+        if options.extra.get("enable_lora"):
+            raise ValueError(
+                "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into the "
+                "verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. The "
+                "drafter serves beside the unmerged verifier and its adapter"
+            )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Features are recorded by the V1 proposer; see docs/architecture.md.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
