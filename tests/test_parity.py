@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dflash.checkpoint import load_weights, read_config
-from vllm_dflash.config import SLIDING, DrafterConfig
+from vllm_dflash.config import FULL, SLIDING, DrafterConfig
 from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter
 
@@ -92,12 +92,14 @@ class Reference:
     @torch.no_grad()
     def draft(self, token: int, anchor: int, features_TF: torch.Tensor, count: int):
         """Tokens and the logit lead of each over the runner-up."""
-        layout = BlockLayout.build([[anchor]], [anchor], count + 1)
-        ids = torch.tensor([[token] + [self.config.mask_token_id] * count])
+        # The anchor's own output predicts nothing, unless the drafter was trained so.
+        first = 0 if self.config.sample_from_anchor else 1
+        layout = BlockLayout.build([[anchor]], [anchor], count + first)
+        ids = torch.tensor([[token] + [self.config.mask_token_id] * (count + first - 1)])
         hidden = self.drafter(
             self.embedding[ids], features_TF[:anchor], layout.context_positions_T, layout
         )
-        top = (hidden[0, 1:] @ self.head.T).topk(2, dim=-1)
+        top = (hidden[0, first:] @ self.head.T).topk(2, dim=-1)
         tokens = top.indices[:, 0]
         tokens = tokens if self.ids is None else self.ids[tokens]
         return tokens.tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
@@ -181,10 +183,32 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
     assert check_drafts(out, Reference(trained.verifier, trained.drafter), 4) > 400
 
 
+MIXED: dict[str, Any] = {
+    "layer_types": (SLIDING, FULL, SLIDING),
+    "sliding_window": 24,
+    "num_hidden_layers": 3,
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layer_types": (SLIDING, SLIDING), "sliding_window": 24},
+        MIXED,
+        {"sample_from_anchor": True, "draft_block_size": 7},
+        pytest.param({**MIXED, "causal": False}, marks=pytest.mark.slow),
+        pytest.param({**MIXED, "sample_from_anchor": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"layer_types": (SLIDING, SLIDING), "sliding_window": 24, "causal": False},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"hidden_size": 96, "intermediate_size": 64}, marks=pytest.mark.slow),
+        pytest.param(
+            {"layer_types": (SLIDING, SLIDING), "sliding_window": 24}, marks=pytest.mark.slow
+        ),
         pytest.param({"causal": True}, marks=pytest.mark.slow),
         pytest.param({"num_hidden_layers": 1, "num_features": 1}, marks=pytest.mark.slow),
         pytest.param(
@@ -192,7 +216,19 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["sliding", "causal", "one layer", "other heads"],
+    ids=[
+        "mixed",
+        "from anchor",
+        "mixed not causal",
+        "mixed from anchor",
+        "sliding not causal",
+        "head size",
+        "hidden size",
+        "sliding",
+        "causal",
+        "one layer",
+        "other heads",
+    ],
 )
 def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
     """Untrained drafters whose norms differ from layer to layer, in chunked prefill."""
