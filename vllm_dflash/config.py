@@ -221,6 +221,11 @@ class DrafterConfig:
         return len(self.target_layer_ids) * (self.target_hidden_size or self.hidden_size)
 
     @property
+    def has_own_vocab_weights(self) -> bool:
+        """Whether it cannot share the verifier's embedding and lm_head, being of another width."""
+        return self.target_hidden_size not in (None, self.hidden_size)
+
+    @property
     def logits_vocab_size(self) -> int:
         return self.draft_vocab_size or self.vocab_size
 
@@ -551,10 +556,14 @@ class DrafterConfig:
         target_layer_ids: tuple[int, ...] | None = None,
         num_features: int = 5,
         draft_vocab_size: int | None = None,
-        intermediate_size: int | None = None,
         dtype: str = "bfloat16",
+        **changes: Any,
     ) -> DrafterConfig:
-        """A drafter of the verifier's own width and head shape, with the paper's defaults."""
+        """A drafter of the verifier's own width and head shape, with the paper's defaults.
+
+        Args:
+            changes: other fields to set (``hidden_size``, ``layer_types``, ...); None leaves the default.
+        """
         info = VerifierInfo.from_hf_config(hf_config, name or "verifier")
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
         heads = int(text.num_attention_heads)
@@ -573,8 +582,7 @@ class DrafterConfig:
             num_attention_heads=heads,
             num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
             head_dim=head_dim,
-            intermediate_size=intermediate_size
-            or int(getattr(text, "intermediate_size", None) or 4 * info.hidden_size),
+            intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * info.hidden_size),
             vocab_size=info.vocab_size,
             draft_block_size=draft_block_size,
             target_layer_ids=target_layer_ids
@@ -591,6 +599,7 @@ class DrafterConfig:
             verifier=name,
             dtype=dtype,
         )
+        config = config.with_(**{k: v for k, v in changes.items() if v is not None})
         config.check_verifier(info)
         return config
 

@@ -46,8 +46,10 @@ class KVGroups:
 
     def block_tables(self, runner: Any, metadata: Any) -> list[Tensor]:
         """int32 ``[B, blocks]`` per cache group, for the step that ``metadata`` is of."""
-        tables = runner.input_batch.block_table
-        others = [tables[gid].get_device_tensor(metadata.num_reqs) for gid in self.ids[1:]]
+        others = [
+            runner.input_batch.block_table[gid].get_device_tensor(metadata.num_reqs)
+            for gid in self.ids[1:]
+        ]
         return [metadata.block_table_tensor, *others]
 
     def attention_metadata(

@@ -76,14 +76,14 @@ def _patch_v2_speculator(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def init_speculator(vllm_config, *args, **kwargs):
-        speculator = original(vllm_config, *args, **kwargs)
+        make = functools.partial(original, vllm_config, *args, **kwargs)
         spec_config = vllm_config.speculative_config
-        if spec_config is not None and spec_config.method == "dflash":
-            from vllm_dflash.options import Options
-            from vllm_dflash.serving.speculator_v2 import adopt
+        if spec_config is None or spec_config.method != "dflash":
+            return make()
+        from vllm_dflash.serving.speculator_v2 import make_speculator
 
-            serving[:] = [vllm_config, speculator]
-            adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
+        speculator = make_speculator(vllm_config, make)
+        serving[:] = [vllm_config, speculator]
         return speculator
 
     @functools.wraps(set_layers)
