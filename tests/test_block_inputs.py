@@ -89,7 +89,9 @@ def test_equal_to_vllms(lens, rejected, plain) -> None:
     want = Stock.set_inputs_first_pass(
         stock, positions, anchors, positions, states, None, make_metadata(lens, seq_lens), given
     )
-    got = BlockInputs(ours, plain).build(ours, anchors, positions, make_metadata(lens, seq_lens), given)
+    got = BlockInputs(ours, plain).build(
+        ours, anchors, positions, make_metadata(lens, seq_lens), given
+    )
 
     assert got[0] == want[0]
     assert torch.equal(got[1], want[1])

@@ -347,9 +347,7 @@ def test_head_maps_back_and_forth():
 
 
 def test_drafter_of_another_width_learns_its_own_embedding_and_head(tmp_path):
-    config = CONFIG.with_(
-        hidden_size=16, target_hidden_size=HIDDEN, draft_vocab_size=VOCAB - 1
-    )
+    config = CONFIG.with_(hidden_size=16, target_hidden_size=HIDDEN, draft_vocab_size=VOCAB - 1)
     head = make_head([*range(VOCAB - 1)])
     learner = make_learner(config, head)
     own = snapshot(learner)

@@ -83,7 +83,9 @@ class Reference:
             for layer in self.drafter.layers[1:]:
                 norms_of_context(layer.self_attn, first)
         base = load_file(verifier / "model.safetensors")
-        self.embedding = weights.get("embed_tokens.weight", base["model.embed_tokens.weight"])
+        self.embedding = weights.get(
+            "embed_tokens.weight", base["model.embed_tokens.weight"]
+        ).float()
         self.head = weights.get("lm_head.weight", base["lm_head.weight"]).float()
         self.ids = None
         if self.config.has_draft_vocab:
@@ -238,6 +240,15 @@ def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
     out = drafted(verifier, drafter, prompts[:8], folder, engine=engine)
     reference = Reference(verifier, drafter)
     assert check_drafts(out, reference, reference.config.num_speculative_tokens) > 800
+
+
+@pytest.mark.slow
+def test_mixed_layers_without_the_ops(verifier, prompts, folder) -> None:
+    """vLLM's kernel fills one group's slots; with the ops off plain PyTorch fills them all."""
+    drafter = tiny.make_drafter(folder / "mixed-plain", verifier, **MIXED)
+    out = drafted(verifier, drafter, prompts[:8], folder, dflash_ops=False)
+    assert not out["ops"]
+    assert check_drafts(out, Reference(verifier, drafter), 7) > 800
 
 
 @pytest.mark.slow

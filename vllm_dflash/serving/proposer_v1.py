@@ -144,9 +144,7 @@ class Proposer(DFlashProposer):
             # vLLM's would store to the first group's slots for all layers: it gets no tokens to store.
             self._dflash_num_context = 0
             self._dflash_hidden_states = self._dflash_hidden_states[:0]
-        return super().build_model_inputs_first_pass(
-            num_tokens, num_input_tokens, mm_embed_inputs
-        )
+        return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
 
     def propose(self, *args, **kwargs) -> Tensor:
         # vLLM's runner passes keywords only; the seam check in seams.py relies on their names.

@@ -111,9 +111,7 @@ class SharedHead:
         own = drafter.embed_tokens
         return F.embedding(token_ids, self.embedding if own is None else own.weight)
 
-    def logits(
-        self, drafter: Drafter, hidden: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def logits(self, drafter: Drafter, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Draft-vocabulary logits ``[..., V]`` of the drafter's hidden states ``[..., H]``."""
         weight = self.lm_head if drafter.lm_head is None else drafter.lm_head.weight
         weight = weight if dtype is None else weight.to(dtype)
