@@ -28,7 +28,10 @@ def hidden_states(verifier: Path, token_ids: list[int], layers: list[int]) -> to
     """Hugging Face's states behind the given layers ``[T, L * H]``."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32).eval()
+    # sdpa leaves out Gemma 2's soft cap.
+    model = AutoModelForCausalLM.from_pretrained(
+        verifier, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         states = model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
     return torch.cat([states[i + 1] for i in layers], dim=-1)[0]
