@@ -274,6 +274,9 @@ def main(job_file: str, out_file: str) -> None:
     result["runner"] = type(runner).__module__
     result["tap"] = getattr(drafter, "tap", None) is not None
     result["proposer"] = f"{type(drafter).__module__}.{type(drafter).__name__}"
+    verifier = runner.model if v2 else runner.get_model()
+    result["verifier"] = type(verifier).__name__
+    result["adapted"] = getattr(verifier, "_dflash_tap", None) is not None
     result["drafter_model"] = type(getattr(drafter, "model", None)).__name__
     if job.get("config"):
         result["config"] = describe(engine)
