@@ -51,6 +51,7 @@ class Recorder:
         starts = kwargs["common_attn_metadata"].query_start_loc_cpu.tolist()
         rejected = kwargs.get("num_rejected_tokens_gpu")
         positions = kwargs["target_positions"]
+        positions = positions[0] if positions.dim() == 2 else positions
         self.features.observe(
             request_ids,
             kwargs["common_attn_metadata"].query_start_loc_cpu,

@@ -36,7 +36,10 @@ def drafted(
     max_tokens=MAX_TOKENS,
     **speculative,
 ) -> dict[str, Any]:
-    """Serves the prompts and records every draft with the features it was made from."""
+    """Serves the prompts and records every draft with the features it was made from.
+
+    An engine that could not be built gives its ``error``.
+    """
     record = folder / f"features-{len(list(folder.glob('features-*')))}.safetensors"
     job = {
         "engine": {
@@ -59,6 +62,8 @@ def drafted(
         ],
     }
     out = tiny.engine_job(job, folder, env=env)
+    if "error" in out:
+        return out
     outputs = [o[0]["token_ids"] for o in out["runs"]["run"]["outputs"]]
     out["sequences"] = {
         f"run:{i}": p + o for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))

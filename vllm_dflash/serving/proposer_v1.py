@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
@@ -59,6 +60,10 @@ class Proposer(DFlashProposer):
         self.max_query_len = self.num_speculative_tokens + (not self.sample_from_anchor)
 
     def load_model(self, target_model: nn.Module) -> None:
+        config: Any = getattr(target_model, "config", None)
+        if supports_multimodal(target_model) and not hasattr(config, "image_token_index"):
+            # vLLM copies it to the drafter, which has no use for it, from models that have none.
+            config.image_token_index = getattr(config, "image_token_id", None)
         self.tap = adapt_verifier(target_model, self.vllm_config, self.device)
         super().load_model(target_model)
         if self.tap is None and self._use_ops and isinstance(self.model, DrafterModel):
