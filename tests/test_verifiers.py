@@ -13,7 +13,7 @@ from test_parity import drafted
 
 pytestmark = pytest.mark.engine
 #: Without vLLM's Eagle3 interface; the others are native or come through the Transformers backend.
-TAPPED = ("glm4", "gpt2", "gemma3_text", "mixtral", "olmoe", "cohere", "stablelm")
+TAPPED = ("glm4", "gpt2", "gemma3_text", "mixtral", "olmoe", "cohere", "stablelm", "idefics3")
 NATIVE = ("qwen3", "phi3", "qwen3_moe", "olmo2", "starcoder2", "gemma2")
 DEFAULT = ("glm4", "gpt2")
 

@@ -118,7 +118,37 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
         "tie_word_embeddings": False, "eos_token_id": 2,
     },
+    "idefics3": {
+        "text_config": {**_COMMON, "model_type": "llama"},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        "image_token_id": 5, "scale_factor": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
+_TAG = "<|reserved_0|>"
+#: What vLLM reads beside the configuration to start a multimodal model: file -> contents, or changes to it.
+PROCESSORS: dict[str, dict[str, dict[str, Any]]] = {
+    "idefics3": {
+        "preprocessor_config.json": {
+            "image_processor_type": "Idefics3ImageProcessorPil",
+            "size": {"longest_edge": 28}, "max_image_size": {"longest_edge": 28},
+        },
+        "processor_config.json": {"processor_class": "Idefics3Processor", "image_seq_len": 1},
+        "tokenizer_config.json": {
+            "extra_special_tokens": dict.fromkeys(
+                ("image_token", "fake_image_token", "global_image_tag", "end_of_utterance_token"), _TAG
+            ),
+        },
+    }
+}  # fmt: skip
+
+
+def auto_class(model_type: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if model_type in PROCESSORS else AutoModelForCausalLM
 
 
 def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
@@ -126,17 +156,18 @@ def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
 
     Weights as in ``tiny.make_verifier``: large enough that greedy output wanders.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     changes = ARCHITECTURES[model_type]
-    given = changes if {"n_embd", "d_model"} & set(changes) else {**_COMMON, **changes}
+    own = {"n_embd", "d_model", "text_config"}
+    given = changes if own & set(changes) else {**_COMMON, **changes}
     given = {k: v for k, v in given.items() if (k, v) != ("head_dim", None)}
     config = AutoConfig.for_model(model_type, dtype="float32", **given)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(model_type).from_config(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name or "ln_" in name or weight.dim() < 2:
+            if "norm" in name or "ln_" in name or weight.dim() != 2:
                 continue
             if weight.shape[0] == 384:
                 # Tied embeddings predict the token they embed unless the layers outweigh them.
@@ -153,15 +184,18 @@ def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
     ):
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, path / name)
+    for name, contents in PROCESSORS.get(model_type, {}).items():
+        file = path / name
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(old | contents))
     return path
 
 
 def hidden_states(verifier: Path, token_ids: list[int], layers: list[int]) -> torch.Tensor:
     """Hugging Face's states behind the given layers ``[T, L * H]``."""
-    from transformers import AutoModelForCausalLM
-
+    model_type = json.loads((verifier / "config.json").read_text())["model_type"]
     # sdpa leaves out Gemma 2's soft cap.
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(model_type).from_pretrained(
         verifier, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
@@ -193,8 +227,11 @@ def examine(
         "params": {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
         "concurrency": 4,
     }
-    engine = {"model": str(verifier), "max_model_len": 192, "max_num_seqs": 4}
-    plain = tiny.engine_job({"engine": engine, "runs": [run]}, folder)
+    engine: dict[str, Any] = {}
+    if model_type in PROCESSORS:
+        engine["limit_mm_per_prompt"] = {"image": 0}
+    same = {"model": str(verifier), "max_model_len": 192, "max_num_seqs": 4}
+    plain = tiny.engine_job({"engine": same | engine, "runs": [run]}, folder)
     if "error" in plain:
         return {**row, "path": "refused", "reason": f"vLLM alone: {first_line(plain['error'])}"}
     # Prompts in chunks and several requests a step.
@@ -203,7 +240,7 @@ def examine(
         drafter,
         prompts,
         folder,
-        engine={"max_num_batched_tokens": 64},
+        engine=engine | {"max_num_batched_tokens": 64},
         max_tokens=MAX_TOKENS,
     )
     if "error" in out:
@@ -227,7 +264,7 @@ def examine(
         largest = max(largest, float(want.abs().max()))
     row |= {"feature_max_abs_diff": max(differences), "feature_max_abs": largest}
     if train:
-        args = (*tiny.TRAIN_ARGS, "--max-steps", "20", "--lr", "2e-3", "--anchors", "16")
+        args = (*tiny.TRAIN_ARGS, "--engine-args", json.dumps(engine), "--max-steps", "20", "--lr", "2e-3", "--anchors", "16")
         trained = folder / f"{model_type}-trained"
         try:
             tiny.cli("train", verifier, "--data", prompts_file, "-o", trained, *args)
