@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,26 +95,16 @@ def main() -> None:
         tiny.make_verifier(base / "tokenizer")
         prompts_file = tiny.write_prompts(base / "prompts.jsonl", 24)
         prompts = tiny.prompt_ids(base / "tokenizer", prompts_file, 6)
-
-        def work(model_type: str) -> dict[str, Any]:
-            return row_of(model_type, base, prompts_file, prompts)
-
-        with ThreadPoolExecutor(args.jobs) as pool:
+        work = partial(row_of, base=base, prompts_file=prompts_file, prompts=prompts)
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
             for row in pool.map(work, args.model_types or verifiers.ARCHITECTURES):
                 rows.append(row)
                 console.print(row)
     have = versions()
     where = f"vLLM {have['vllm']}, transformers {have['transformers']}, CPU, float32"
     if args.output:
-        write_json(
-            args.output,
-            {
-                "benchmark": "architectures",
-                "machine": describe_machine(),
-                "versions": have,
-                "rows": rows,
-            },
-        )
+        result = {"benchmark": "architectures", "machine": describe_machine(), "versions": have}
+        write_json({**result, "rows": rows}, args.output)
     if args.docs:
         replace_table(args.docs, table(rows, where))
     console.print(table(rows, where), markup=False)

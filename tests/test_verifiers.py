@@ -36,7 +36,7 @@ def table(folder, verifier) -> Path:
 def test_features_and_output(model_type, prompts_file, prompts, table) -> None:
     row = verifiers.examine(model_type, table, prompts_file, prompts[:6], train=False)
     assert row["path"] == ("tap" if model_type in TAPPED else "native"), row
-    assert row["feature_max_abs_diff"] < 3e-5, row
+    assert row["feature_max_abs_diff"] < 1e-4, row
     assert row["lossless"], row
 
 

@@ -70,6 +70,16 @@ def default_target_layer_ids(num_verifier_layers: int, num_features: int = 5) ->
     return tuple(sorted({round(start + i * step) for i in range(count)}))
 
 
+def _setting(config: Any, name: str) -> Any:
+    """One value of a transformers config, None where absent; the largest where layers have their own."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        # transformers will not say which layer's is meant; the file has the common one.
+        value = config.to_dict().get(name)
+    return max(value) if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
 class VerifierInfo:
     """What a drafter must agree with, read from the verifier's ``config.json``.
@@ -566,8 +576,8 @@ class DrafterConfig:
         """
         info = VerifierInfo.from_hf_config(hf_config, name or "verifier")
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-        heads = int(text.num_attention_heads)
-        head_dim = int(getattr(text, "head_dim", None) or info.hidden_size // heads)
+        heads = int(_setting(text, "num_attention_heads"))
+        head_dim = int(_setting(text, "head_dim") or info.hidden_size // heads)
         rope = dict(getattr(text, "rope_parameters", None) or {})
         theta = rope.get("rope_theta")
         if theta is None:
@@ -580,9 +590,9 @@ class DrafterConfig:
             hidden_size=info.hidden_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            num_key_value_heads=int(_setting(text, "num_key_value_heads") or heads),
             head_dim=head_dim,
-            intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * info.hidden_size),
+            intermediate_size=int(_setting(text, "intermediate_size") or 4 * info.hidden_size),
             vocab_size=info.vocab_size,
             draft_block_size=draft_block_size,
             target_layer_ids=target_layer_ids

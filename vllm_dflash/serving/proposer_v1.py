@@ -40,6 +40,13 @@ class Proposer(DFlashProposer):
         max_query_len: queries of a request.
     """
 
+    _dflash_hidden_states: Tensor
+    _dflash_num_context: int
+    _draft_attn_layer_names: set[str]
+    draft_attn_groups: list[Any]
+    block_size: int
+    _slot_mapping_buffer: Tensor
+    _context_slot_mapping_buffer: Tensor
     kv_groups: KVGroups
     kv_block_sizes: list[int]
     query_slots: Tensor
@@ -76,7 +83,8 @@ class Proposer(DFlashProposer):
         """As vLLM's, for draft layers in several KV-cache groups (sliding and full attention, or a
         verifier whose groups are small) and of both causalities: its method runs once for each."""
         every = self._draft_attn_layer_names
-        names, causal = sorted(every), dict.fromkeys(every, self.dflash_causal)
+        names = sorted(every)
+        causal: dict[str, bool] = dict.fromkeys(names, self.dflash_causal)
         if hasattr(self.model, "get_draft_attn_causal"):
             names = self.model.get_draft_kv_cache_layer_names()
             causal = dict(zip(names, self.model.get_draft_attn_causal(), strict=True))
