@@ -43,8 +43,8 @@ def first_output_is_whole(
         hidden_size = vllm_config.model_config.get_hidden_size()
         if states.shape != (_TOKENS, hidden_size):
             raise ValueError(
-                f"{type(layers[-1]).__name__} returns {list(states.shape)} for {_TOKENS} tokens, not a state of "
-                f"{hidden_size} for each"
+                f"{type(layers[-1]).__name__} returns {list(states.shape)} for {_TOKENS} tokens, "
+                f"not a state of {hidden_size} for each"
             )
         if residual is None:
             return True
