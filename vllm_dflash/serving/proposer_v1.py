@@ -84,7 +84,7 @@ class Proposer(DFlashProposer):
         verifier whose groups are small) and of both causalities: its method runs once for each."""
         every = self._draft_attn_layer_names
         names = sorted(every)
-        causal = dict.fromkeys(names, self.dflash_causal)
+        causal = dict.fromkeys(names, bool(self.dflash_causal))
         if hasattr(self.model, "get_draft_attn_causal"):
             names = self.model.get_draft_kv_cache_layer_names()
             causal = dict(zip(names, self.model.get_draft_attn_causal(), strict=True))
