@@ -299,8 +299,14 @@ def chunk_twice(x):
         (zero_rows, "^zero behind verifier layer 17 \\(10 of 40 rows, 30 to 39"),
         (one_zero_row, "^zero behind verifier layer 1 \\(1 of 40 rows, 8 to 8"),
         (constant_layer, "^the same at every position behind verifier layer 9$"),
-        (constant_run, "^repeated behind verifier layer 17 .7 of 40 rows, 21 to 27.: row 21 is row 20"),
-        (chunk_twice, "^repeated behind verifier layer 9 .16 of 40 rows, 16 to 31.: row 16 is row 0"),
+        (
+            constant_run,
+            "^repeated behind verifier layer 17 .7 of 40 rows, 21 to 27.: row 21 is row 20",
+        ),
+        (
+            chunk_twice,
+            "^repeated behind verifier layer 9 .16 of 40 rows, 16 to 31.: row 16 is row 0",
+        ),
     ],
 )
 def test_broken_features(fault, message, dtype):
@@ -314,7 +320,9 @@ def test_broken_features(fault, message, dtype):
 def test_states_of_equal_tokens_may_be_equal():
     features = good()
     features[1:12, columns(1)] = features[0, columns(1)]  # a prompt that repeats one token
-    features[24:32, columns(1)] = features[32:40, columns(1)]  # a phrase twice, behind a convolution
+    features[24:32, columns(1)] = features[
+        32:40, columns(1)
+    ]  # a phrase twice, behind a convolution
     tokens = [7] * 12 + list(range(100, 120)) + list(range(112, 120))
     check_features(features, LAYERS, tokens)
     check_features(features[:12, columns(1)], (1,), tokens)
@@ -341,7 +349,9 @@ def test_short_sequences():
 def test_features_that_are_not_finite_fail_their_sequence_only(value):
     features = good()
     features[3, 20] = value
-    with pytest.raises(ValueError, match="^not finite behind verifier layer 9 .1 of 40 rows") as caught:
+    with pytest.raises(
+        ValueError, match="^not finite behind verifier layer 9 .1 of 40 rows"
+    ) as caught:
         check_features(features, LAYERS, range(40))
     assert not isinstance(caught.value, BrokenFeatures)
 

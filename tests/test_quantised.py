@@ -1,4 +1,4 @@
-"""Quantised verifiers: output is theirs alone, features are those of the weights they stand for, training runs."""
+"""Quantised verifiers: output is theirs alone, features are of the weights they stand for, training runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import quantised
 import tiny
 import torch
 from test_parity import drafted
-from test_verifiers import reference
+from verifiers import reference
 
 from vllm_dflash.serving.verifier import shared_weights
 
@@ -31,7 +31,11 @@ def base(folder) -> Path:
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "scheme",
-    ["int8", pytest.param("int4", marks=pytest.mark.slow), pytest.param("awq", marks=pytest.mark.slow)],
+    [
+        "int8",
+        pytest.param("int4", marks=pytest.mark.slow),
+        pytest.param("awq", marks=pytest.mark.slow),
+    ],
 )
 def test_serving_and_training(scheme, base, prompts, prompts_file, folder) -> None:
     exact = folder / f"{scheme}-exact"
@@ -68,5 +72,7 @@ def test_a_quantised_head_names_the_way_out() -> None:
     verifier = torch.nn.Module()
     verifier.model = SimpleNamespace(embed_tokens=embedding)
     verifier.lm_head = SimpleNamespace(weight=packed)
-    with pytest.raises(ValueError, match="lm_head is quantised.*train with the unquantised verifier"):
+    with pytest.raises(
+        ValueError, match="lm_head is quantised.*train with the unquantised verifier"
+    ):
         shared_weights(verifier, 8)

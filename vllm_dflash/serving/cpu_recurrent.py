@@ -1,10 +1,10 @@
-"""Recurrent layers beside a drafter on vLLM's CPU backend: states that can go back to the last accepted token.
+"""Recurrent layers beside a drafter on vLLM's CPU backend: states that go back to the last accepted token.
 
-With K draft tokens a request has 1 + K recurrent states, one behind each token of the step, and its convolution
-of width W keeps W - 1 + K tokens. The next step goes on from the state of whichever token was accepted. vLLM
-0.32 gets this wrong on the CPU, for every speculative method and also where nothing is drafted: Mamba-2 and
-short convolution layers ignore what was accepted and take the table of states for a list, GDN layers misplace
-the convolution's tokens in steps of fewer than 1 + K. What they compute then is not the verifier's. Its CUDA and
+With K draft tokens a request has 1 + K recurrent states, one behind each token of the step, and its
+convolution of width W keeps W - 1 + K tokens. The next step goes on from the state of whichever token was
+accepted. vLLM 0.32 gets this wrong on the CPU, for every speculative method, even where nothing is drafted:
+Mamba-2 layers ignore what was accepted and take the table of states for a list, GDN layers misplace the
+convolution's tokens in steps of fewer than 1 + K. What they compute then is not the verifier's. Its CUDA and
 Triton kernels do it as the functions here.
 """
 
@@ -74,7 +74,7 @@ def _causal_conv1d_update(
     query_start_loc: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """In place of vLLM's function of that name in Mamba-2 and short convolution layers; ``x`` is ``[T, D]``."""
+    """In place of vLLM's function of that name in Mamba-2 layers; ``x`` is ``[T, D]``."""
     assert conv_state_indices is not None
     slots = conv_state_indices[:, 0] if conv_state_indices.dim() == 2 else conv_state_indices
     if query_start_loc is None:
@@ -176,7 +176,7 @@ def _gdn_spec_forward(
 
 def mend_recurrent_layers() -> None:
     """Puts the functions above in the place of vLLM's; before the verifier is loaded, on the CPU only."""
-    from vllm.model_executor.layers.mamba import mamba_mixer2, short_conv
+    from vllm.model_executor.layers.mamba import mamba_mixer2
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
     if mamba_mixer2.causal_conv1d_update is _causal_conv1d_update:
@@ -185,7 +185,4 @@ def mend_recurrent_layers() -> None:
     mamba_mixer2.selective_state_update = functools.partial(
         _selective_state_update, mamba_mixer2.selective_state_update
     )
-    short_conv.causal_conv1d_update = _causal_conv1d_update
-    # Its forward_native leaves the acceptance out; this one is written for any device.
-    short_conv.ShortConv.forward_native = short_conv.ShortConv.forward_cuda
     gdn_attention._spec_forward = _gdn_spec_forward

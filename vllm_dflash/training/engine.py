@@ -45,9 +45,9 @@ class VerifierEngine:
     ) -> None:
         if options.extra.get("enable_lora"):
             raise ValueError(
-                "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into the "
-                "verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. The "
-                "drafter serves beside the unmerged verifier and its adapter"
+                "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into "
+                "the verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. "
+                "The drafter serves beside the unmerged verifier and its adapter"
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Features are recorded by the V1 proposer; see docs/architecture.md.
@@ -171,6 +171,7 @@ class VerifierEngine:
 def seat_drafter(config: DrafterConfig) -> DrafterConfig:
     """The one-layer drafter that sits in the engine while another is trained: same taps, no size."""
     return config.with_(
+        hidden_size=config.target_hidden_size or config.hidden_size,
         num_hidden_layers=1,
         layer_types=None,
         sliding_window=None,
