@@ -51,6 +51,7 @@ class Recorder:
         starts = kwargs["common_attn_metadata"].query_start_loc_cpu.tolist()
         rejected = kwargs.get("num_rejected_tokens_gpu")
         positions = kwargs["target_positions"]
+        positions = positions[0] if positions.dim() == 2 else positions
         self.features.observe(
             request_ids,
             kwargs["common_attn_metadata"].query_start_loc_cpu,
@@ -274,6 +275,9 @@ def main(job_file: str, out_file: str) -> None:
     result["runner"] = type(runner).__module__
     result["tap"] = getattr(drafter, "tap", None) is not None
     result["proposer"] = f"{type(drafter).__module__}.{type(drafter).__name__}"
+    verifier = runner.model if v2 else runner.get_model()
+    result["verifier"] = type(verifier).__name__
+    result["adapted"] = getattr(verifier, "_dflash_tap", None) is not None
     result["drafter_model"] = type(getattr(drafter, "model", None)).__name__
     if job.get("config"):
         result["config"] = describe(engine)

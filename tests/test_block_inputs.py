@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_dflash.serving.kv_groups import KVGroups
+
 K, BLOCK, LENGTH, REQUESTS, TOKENS = 5, 16, 256, 8, 128
 MASK = 42
 
 
 def make_proposer() -> SimpleNamespace:
-    """The buffers of vLLM's proposer, which both ways fill."""
+    """The buffers of vLLM's proposer, which both ways fill; draft layers in one KV-cache group."""
+    context_slots, query_slots = torch.full((2, 1, TOKENS), -7)
     return SimpleNamespace(
+        runner=None,
+        sample_from_anchor=False,
+        max_query_len=K + 1,
+        kv_groups=KVGroups([], [0], []),
+        kv_block_sizes=[BLOCK],
+        context_slots=context_slots,
+        query_slots=query_slots,
         device=torch.device("cpu"),
         max_batch_size=REQUESTS,
         max_model_len=LENGTH,
@@ -28,8 +38,8 @@ def make_proposer() -> SimpleNamespace:
         arange=torch.arange(TOKENS + 1, dtype=torch.int32),
         token_arange_np=np.arange(TOKENS),
         _context_positions_buffer=torch.full((TOKENS,), -7),
-        _context_slot_mapping_buffer=torch.full((TOKENS,), -7),
-        _slot_mapping_buffer=torch.full((TOKENS,), -7),
+        _context_slot_mapping_buffer=context_slots[0],
+        _slot_mapping_buffer=query_slots[0],
     )
 
 
@@ -60,7 +70,8 @@ def make_metadata(lens: list[int], seq_lens: list[int], seed: int = 0) -> Any:
     [([6, 6], [0, 4]), ([1], [0]), ([40, 6, 1], [0, 5, 0]), ([17, 16], None)],
     ids=["decode", "one", "mixed", "prefill"],
 )
-def test_equal_to_vllms(lens, rejected) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["op", "plain"])
+def test_equal_to_vllms(lens, rejected, plain) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.spec_decode.dflash import DFlashProposer as Stock
 
@@ -78,7 +89,9 @@ def test_equal_to_vllms(lens, rejected) -> None:
     want = Stock.set_inputs_first_pass(
         stock, positions, anchors, positions, states, None, make_metadata(lens, seq_lens), given
     )
-    got = BlockInputs(ours).build(ours, anchors, positions, make_metadata(lens, seq_lens), given)
+    got = BlockInputs(ours, plain).build(
+        ours, anchors, positions, make_metadata(lens, seq_lens), given
+    )
 
     assert got[0] == want[0]
     assert torch.equal(got[1], want[1])
@@ -106,7 +119,7 @@ def test_rows_of_mrope_and_the_end_of_the_model() -> None:
     proposer = make_proposer()
     positions = torch.arange(LENGTH - 4, LENGTH - 1)
     metadata = make_metadata([3], [LENGTH - 1])
-    BlockInputs(proposer).build(
+    BlockInputs(proposer, plain=False).build(
         proposer, torch.tensor([1]), positions.expand(3, -1), metadata, torch.tensor([0])
     )
     assert proposer.positions[: K + 1].tolist() == [LENGTH - 1] * (K + 1)

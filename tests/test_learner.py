@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_dflash.checkpoint import load_weights, save_drafter
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.training import learner as learner_module
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.learner import Learner, Sample, SharedHead, block_targets
@@ -267,7 +268,7 @@ def test_kl_learns_the_verifiers_distribution():
     sample = samples[0]
     with torch.no_grad():
         logits, _, valid = learner._forward([sample], [[4]])
-    want = learner.head.logits(sample.final_TH[4:7]).argmax(-1)
+    want = learner.head.logits(learner.drafter, sample.final_TH[4:7]).argmax(-1)
     assert logits[0].argmax(-1)[valid[0]].tolist() == want.tolist()
 
 
@@ -341,8 +342,32 @@ def test_head_maps_back_and_forth():
     assert head.tokens(torch.tensor([[0, 2], [1, 1]])).tolist() == [[1, 6], [4, 4]]
     hidden = torch.randn(2, 3, HIDDEN)
     torch.testing.assert_close(
-        head.logits(hidden), (hidden @ make_head().lm_head.T)[..., [1, 4, 6]]
+        head.logits(Drafter(CONFIG), hidden), (hidden @ make_head().lm_head.T)[..., [1, 4, 6]]
     )
+
+
+def test_drafter_of_another_width_learns_its_own_embedding_and_head(tmp_path):
+    config = CONFIG.with_(hidden_size=16, target_hidden_size=HIDDEN, draft_vocab_size=VOCAB - 1)
+    head = make_head([*range(VOCAB - 1)])
+    learner = make_learner(config, head)
+    own = snapshot(learner)
+    # Before training: the directions in which the verifier's rows are longest.
+    _, _, directions = torch.linalg.svd(head.lm_head, full_matrices=False)
+    got, want = own["lm_head.weight"], head.lm_head @ directions[:16].T
+    torch.testing.assert_close(got @ got.T, want @ want.T, rtol=1e-3, atol=1e-3)
+    samples = [make_sample(1), make_sample(2)]
+    first = learner.step(0, samples)
+    for step in range(1, 60):
+        last = learner.step(step, samples)
+    assert last["loss"] < 0.5 * first["loss"]
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        assert not torch.equal(own[name], snapshot(learner)[name])
+    weights = head.checkpoint_tensors() | learner.weights()
+    save_drafter(tmp_path / "drafter", config, weights)
+    loaded = load_weights(tmp_path / "drafter", config)
+    other = make_learner(config, head, seed=5)
+    other.load_drafter(loaded)
+    assert_same(snapshot(learner), snapshot(other))
 
 
 # ---- broken input ----

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dflash.checkpoint import load_weights, read_config
-from vllm_dflash.config import SLIDING, DrafterConfig
+from vllm_dflash.config import FULL, SLIDING, DrafterConfig
 from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter
 
@@ -36,7 +36,10 @@ def drafted(
     max_tokens=MAX_TOKENS,
     **speculative,
 ) -> dict[str, Any]:
-    """Serves the prompts and records every draft with the features it was made from."""
+    """Serves the prompts and records every draft with the features it was made from.
+
+    An engine that could not be built gives its ``error``.
+    """
     record = folder / f"features-{len(list(folder.glob('features-*')))}.safetensors"
     job = {
         "engine": {
@@ -59,6 +62,8 @@ def drafted(
         ],
     }
     out = tiny.engine_job(job, folder, env=env)
+    if "error" in out:
+        return out
     outputs = [o[0]["token_ids"] for o in out["runs"]["run"]["outputs"]]
     out["sequences"] = {
         f"run:{i}": p + o for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))
@@ -83,7 +88,9 @@ class Reference:
             for layer in self.drafter.layers[1:]:
                 norms_of_context(layer.self_attn, first)
         base = load_file(verifier / "model.safetensors")
-        self.embedding = base["model.embed_tokens.weight"]
+        self.embedding = weights.get(
+            "embed_tokens.weight", base["model.embed_tokens.weight"]
+        ).float()
         self.head = weights.get("lm_head.weight", base["lm_head.weight"]).float()
         self.ids = None
         if self.config.has_draft_vocab:
@@ -92,12 +99,14 @@ class Reference:
     @torch.no_grad()
     def draft(self, token: int, anchor: int, features_TF: torch.Tensor, count: int):
         """Tokens and the logit lead of each over the runner-up."""
-        layout = BlockLayout.build([[anchor]], [anchor], count + 1)
-        ids = torch.tensor([[token] + [self.config.mask_token_id] * count])
+        # The anchor's own output predicts nothing, unless the drafter was trained so.
+        first = 0 if self.config.sample_from_anchor else 1
+        layout = BlockLayout.build([[anchor]], [anchor], count + first)
+        ids = torch.tensor([[token] + [self.config.mask_token_id] * (count + first - 1)])
         hidden = self.drafter(
             self.embedding[ids], features_TF[:anchor], layout.context_positions_T, layout
         )
-        top = (hidden[0, 1:] @ self.head.T).topk(2, dim=-1)
+        top = (hidden[0, first:] @ self.head.T).topk(2, dim=-1)
         tokens = top.indices[:, 0]
         tokens = tokens if self.ids is None else self.ids[tokens]
         return tokens.tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
@@ -181,10 +190,32 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
     assert check_drafts(out, Reference(trained.verifier, trained.drafter), 4) > 400
 
 
+MIXED: dict[str, Any] = {
+    "layer_types": (SLIDING, FULL, SLIDING),
+    "sliding_window": 24,
+    "num_hidden_layers": 3,
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layer_types": (SLIDING, SLIDING), "sliding_window": 24},
+        MIXED,
+        {"sample_from_anchor": True, "draft_block_size": 7},
+        pytest.param({**MIXED, "causal": False}, marks=pytest.mark.slow),
+        pytest.param({**MIXED, "sample_from_anchor": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"layer_types": (SLIDING, SLIDING), "sliding_window": 24, "causal": False},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"hidden_size": 96, "intermediate_size": 64}, marks=pytest.mark.slow),
+        pytest.param(
+            {"layer_types": (SLIDING, SLIDING), "sliding_window": 24}, marks=pytest.mark.slow
+        ),
         pytest.param({"causal": True}, marks=pytest.mark.slow),
         pytest.param({"num_hidden_layers": 1, "num_features": 1}, marks=pytest.mark.slow),
         pytest.param(
@@ -192,7 +223,19 @@ def test_drafts_of_a_converted_checkpoint(trained, prompts, folder, where) -> No
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["sliding", "causal", "one layer", "other heads"],
+    ids=[
+        "mixed",
+        "from anchor",
+        "mixed not causal",
+        "mixed from anchor",
+        "sliding not causal",
+        "head size",
+        "hidden size",
+        "sliding",
+        "causal",
+        "one layer",
+        "other heads",
+    ],
 )
 def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
     """Untrained drafters whose norms differ from layer to layer, in chunked prefill."""
@@ -200,6 +243,16 @@ def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
     drafter = tiny.make_drafter(folder / name, verifier, **changes)
     engine = {"max_num_batched_tokens": 64}
     out = drafted(verifier, drafter, prompts[:8], folder, engine=engine)
+    reference = Reference(verifier, drafter)
+    assert check_drafts(out, reference, reference.config.num_speculative_tokens) > 800
+
+
+@pytest.mark.slow
+def test_mixed_layers_without_the_ops(verifier, prompts, folder) -> None:
+    """vLLM's kernel fills one group's slots; with the ops off plain PyTorch fills them all."""
+    drafter = tiny.make_drafter(folder / "mixed-plain", verifier, **MIXED)
+    out = drafted(verifier, drafter, prompts[:8], folder, dflash_ops=False)
+    assert not out["ops"]
     assert check_drafts(out, Reference(verifier, drafter), 7) > 800
 
 

@@ -55,6 +55,17 @@ def mixed(trained, folder) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def from_anchor(trained, folder) -> Path:
+    """The same weights, read as a drafter whose anchor predicts."""
+    path = folder / "from-anchor"
+    shutil.copytree(trained.drafter, path)
+    config = json.loads((path / "config.json").read_text())
+    config["dflash_config"]["sample_from_anchor"] = True
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 @pytest.mark.parametrize(
     ("layout", "ops", "engine"),
     [
@@ -62,14 +73,18 @@ def mixed(trained, folder) -> Path:
         pytest.param("full", False, {}, marks=pytest.mark.slow),
         ("mixed", True, {"max_num_batched_tokens": 64}),
         pytest.param("mixed", False, {}, marks=pytest.mark.slow),
+        pytest.param("from anchor", True, {}, marks=pytest.mark.slow),
+        pytest.param("from anchor", False, {}, marks=pytest.mark.slow),
         pytest.param(
             "full", True, {"block_size": 32, "num_gpu_blocks_override": 9}, marks=pytest.mark.slow
         ),
     ],
 )
-def test_drafts_and_outputs(trained, mixed, prompts, folder, plain, layout, ops, engine) -> None:
+def test_drafts_and_outputs(
+    trained, mixed, from_anchor, prompts, folder, plain, layout, ops, engine
+) -> None:
     """Outputs are the verifier's, drafts the PyTorch drafter's; with our ops and with vLLM's kernels."""
-    drafter = mixed if layout == "mixed" else trained.drafter
+    drafter = {"full": trained.drafter, "mixed": mixed, "from anchor": from_anchor}[layout]
     out = drafted(
         trained.verifier,
         drafter,
@@ -87,5 +102,7 @@ def test_drafts_and_outputs(trained, mixed, prompts, folder, plain, layout, ops,
     assert set(out["ops"]) == (set(SCHEMAS) if ops else set())
     outputs = [o[0]["token_ids"] for o in out["runs"]["run"]["outputs"]]
     assert outputs == plain
-    assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_accepted_tokens_total"] > 0
-    assert check_drafts(out, Reference(trained.verifier, drafter), 7) > 200
+    reference = Reference(trained.verifier, drafter)
+    if layout != "from anchor":  # trained otherwise, so nothing is accepted
+        assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    assert check_drafts(out, reference, reference.config.num_speculative_tokens) > 200

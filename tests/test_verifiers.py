@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,9 @@ from test_parity import drafted
 
 pytestmark = pytest.mark.engine
 #: Without vLLM's Eagle3 interface; the others are native or come through the Transformers backend.
-TAPPED = ("glm4", "gpt2", "gemma3_text", "mixtral", "olmoe", "cohere", "stablelm")
-NATIVE = ("qwen3", "phi3", "qwen3_moe", "olmo2", "starcoder2")
+TAPPED = ("glm4", "gpt2", "gemma3_text", "mixtral", "olmoe", "cohere", "stablelm", "idefics3")
+NATIVE = ("qwen3", "phi3", "qwen3_moe", "olmo2", "starcoder2", "gemma2")
 DEFAULT = ("glm4", "gpt2")
-MAX_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -24,49 +23,21 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("verifiers")
 
 
-def hidden_states(verifier: Path, token_ids: list[int], layers: list[int]) -> torch.Tensor:
-    """Hugging Face's states behind the given layers ``[T, L * H]``."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32).eval()
-    with torch.no_grad():
-        states = model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
-    return torch.cat([states[i + 1] for i in layers], dim=-1)[0]
+@pytest.fixture(scope="module")
+def table(folder, verifier) -> Path:
+    shutil.copytree(verifier, folder / "tokenizer")
+    return folder
 
 
 @pytest.mark.parametrize(
     "model_type",
     [pytest.param(m, marks=() if m in DEFAULT else pytest.mark.slow) for m in (*TAPPED, *NATIVE)],
 )
-def test_features_and_output(model_type, verifier, prompts, folder) -> None:
-    path = verifiers.make(folder / model_type, model_type, verifier)
-    drafter = tiny.make_drafter(folder / f"{model_type}-drafter", path)
-    engine = {"max_num_batched_tokens": 64}
-    out = drafted(path, drafter, prompts[:6], folder, engine=engine, max_tokens=MAX_TOKENS)
-    if model_type in TAPPED:
-        assert out["tap"]
-    raw = json.loads((drafter / "config.json").read_text())
-    # Hugging Face has no state behind the last layer without the final norm.
-    layers = [i for i in raw["dflash_config"]["target_layer_ids"] if i < 3]
-    assert len(layers) == 2
-    for i in range(6):
-        got = out["features"][f"run:{i}"][:, : 2 * 64]
-        want = hidden_states(path, out["sequences"][f"run:{i}"], layers)[: len(got)]
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-5)
-    job = {
-        "engine": {"model": str(path), "max_model_len": 192, "max_num_seqs": 4},
-        "runs": [
-            {
-                "name": "run",
-                "prompts": prompts[:6],
-                "params": {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
-                "concurrency": 4,
-            }
-        ],
-    }
-    plain = tiny.engine_job(job, folder)
-    for i, output in enumerate(plain["runs"]["run"]["outputs"]):
-        assert out["sequences"][f"run:{i}"] == prompts[i] + output[0]["token_ids"]
+def test_features_and_output(model_type, prompts_file, prompts, table) -> None:
+    row = verifiers.examine(model_type, table, prompts_file, prompts[:6], train=False)
+    assert row["path"] == ("tap" if model_type in TAPPED else "native"), row
+    assert row["feature_max_abs_diff"] < 1e-4, row
+    assert row["lossless"], row
 
 
 @pytest.mark.slow

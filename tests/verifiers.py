@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
+from test_parity import drafted
+
+MAX_TOKENS = 16
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -42,7 +47,93 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": True, "logit_scale": 1.0, "num_key_value_heads": 2},
     "starcoder2": {"tie_word_embeddings": False},
     "stablelm": {"partial_rotary_factor": 0.5, "num_key_value_heads": 2},
+    "mistral": {"sliding_window": 32},
+    "qwen2": {},
+    "qwen2_moe": {
+        **_MOE, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1, "norm_topk_prob": True,
+    },
+    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma4_text": {
+        "sliding_window": 32, "tie_word_embeddings": True, "num_kv_shared_layers": 0, "global_head_dim": 64,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 384,
+    },
+    "gemma3n_text": {
+        "sliding_window": 32, "tie_word_embeddings": True, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 384, "laurel_rank": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5,
+    },
+    "exaone4": {
+        "sliding_window": 32, "num_key_value_heads": 2,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "cohere2": {
+        # vLLM's window is wider by one, on purpose: wide enough here for neither to matter.
+        "tie_word_embeddings": True, "logit_scale": 1.0, "num_key_value_heads": 2, "sliding_window": 512,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "ernie4_5": {"use_bias": False},
+    "falcon": {
+        "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False,
+        "alibi": False, "ffn_hidden_size": 128, "head_dim": None, "num_key_value_heads": None,
+        "num_kv_heads": 1,
+    },
+    "bloom": {"n_layer": 4, "n_head": 2, "tie_word_embeddings": True},
+    "gptj": {
+        "n_embd": 64, "n_layer": 4, "n_head": 2, "n_inner": 128, "n_positions": 512, "rotary_dim": 16,
+        "vocab_size": 384, "tie_word_embeddings": False, "eos_token_id": 2, "bos_token_id": None,
+    },
+    "opt": {
+        "ffn_dim": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": True, "tie_word_embeddings": True,
+    },
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+    "apertus": {},
+    "hyperclovax": {},
+    "arcee": {},
+    "smollm3": {},
+    "minicpm3": {
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+        "v_head_dim": 32, "num_key_value_heads": 2, "dim_model_base": 64,
+    },
+    "idefics3": {
+        "text_config": {**_COMMON, "model_type": "llama"},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        "image_token_id": 5, "scale_factor": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
+_TAG = "<|reserved_0|>"
+#: What vLLM reads beside the configuration to start a multimodal model: file -> contents, or changes to it.
+PROCESSORS: dict[str, dict[str, dict[str, Any]]] = {
+    "idefics3": {
+        "preprocessor_config.json": {
+            "image_processor_type": "Idefics3ImageProcessorPil",
+            "size": {"longest_edge": 28}, "max_image_size": {"longest_edge": 28},
+        },
+        "processor_config.json": {"processor_class": "Idefics3Processor", "image_seq_len": 1},
+        "tokenizer_config.json": {
+            "extra_special_tokens": dict.fromkeys(
+                ("image_token", "fake_image_token", "global_image_tag", "end_of_utterance_token"), _TAG
+            ),
+        },
+    }
+}  # fmt: skip
+
+
+def auto_class(model_type: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if model_type in PROCESSORS else AutoModelForCausalLM
 
 
 def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
@@ -50,19 +141,28 @@ def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
 
     Weights as in ``tiny.make_verifier``: large enough that greedy output wanders.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     changes = ARCHITECTURES[model_type]
-    given = changes if "n_embd" in changes else {**_COMMON, **changes}
+    own = {"n_embd", "d_model", "text_config"}
+    given = changes if own & set(changes) else {**_COMMON, **changes}
+    given = {
+        k: v
+        for k, v in given.items()
+        if v is not None or k not in ("head_dim", "num_key_value_heads")
+    }
     config = AutoConfig.for_model(model_type, dtype="float32", **given)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(model_type).from_config(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name or "ln_" in name or weight.dim() < 2:
+            if "norm" in name or "ln_" in name or weight.dim() != 2:
                 continue
-            embeds = weight.shape[0] == 384
-            weight.normal_(std=0.5 if embeds else 0.8 * weight.shape[-1] ** -0.5)
+            if weight.shape[0] == 384:
+                # Tied embeddings predict the token they embed unless the layers outweigh them.
+                weight.normal_(std=0.02 if config.tie_word_embeddings else 0.5)
+            else:
+                weight.normal_(std=0.8 * weight.shape[-1] ** -0.5)
     model.save_pretrained(path)
     GenerationConfig(eos_token_id=2, pad_token_id=0).save_pretrained(path)
     for name in (
@@ -73,4 +173,107 @@ def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
     ):
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, path / name)
+    for name, contents in PROCESSORS.get(model_type, {}).items():
+        file = path / name
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(old | contents))
     return path
+
+
+def hidden_states(verifier: Path, token_ids: list[int], layers: list[int]) -> torch.Tensor:
+    """Hugging Face's states behind the given layers ``[T, L * H]``."""
+    model_type = json.loads((verifier / "config.json").read_text())["model_type"]
+    # sdpa leaves out Gemma 2's soft cap.
+    model = (
+        auto_class(model_type)
+        .from_pretrained(verifier, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+    )
+    with torch.no_grad():
+        states = model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+    return torch.cat([states[i + 1] for i in layers], dim=-1)[0]
+
+
+def examine(
+    model_type: str, folder: Path, prompts_file: Path, prompts: list[list[int]], train: bool
+) -> dict[str, Any]:
+    """Serves and trains with a tiny random model of an architecture; a row of the table in the docs.
+
+    Args:
+        folder: where the models go; ``folder / "tokenizer"`` has the tokenizer of the prompts.
+        train: also 20 steps of ``vllm-dflash train``.
+
+    Returns:
+        ``path``: native (vLLM's Eagle3 interface), tap (our hooks) or refused, with the ``reason``;
+        ``feature_max_abs_diff`` against Hugging Face; ``lossless``: greedy output as without the drafter;
+        ``distinct_tokens`` of that output.
+    """
+    verifier = make(folder / model_type, model_type, folder / "tokenizer")
+    drafter = tiny.make_drafter(folder / f"{model_type}-drafter", verifier)
+    raw = json.loads((verifier / "config.json").read_text())
+    row: dict[str, Any] = {"architecture": raw["architectures"][0], "model_type": model_type}
+    run = {
+        "name": "run",
+        "prompts": prompts,
+        "params": {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
+        "concurrency": 4,
+    }
+    engine: dict[str, Any] = {}
+    if model_type in PROCESSORS:
+        engine["limit_mm_per_prompt"] = {"image": 0}
+    same = {"model": str(verifier), "max_model_len": 192, "max_num_seqs": 4}
+    plain = tiny.engine_job({"engine": same | engine, "runs": [run]}, folder)
+    if "error" in plain:
+        return {**row, "path": "refused", "reason": f"vLLM alone: {first_line(plain['error'])}"}
+    # Prompts in chunks and several requests a step.
+    out = drafted(
+        verifier,
+        drafter,
+        prompts,
+        folder,
+        engine=engine | {"max_num_batched_tokens": 64},
+        max_tokens=MAX_TOKENS,
+    )
+    if "error" in out:
+        return {**row, "path": "refused", "reason": first_line(out["error"])}
+    row |= {"path": "tap" if out["adapted"] else "native", "served_as": out["verifier"]}
+    alone = [o[0]["token_ids"] for o in plain["runs"]["run"]["outputs"]]
+    row["lossless"] = all(
+        out["sequences"][f"run:{i}"] == prompt + tokens
+        for i, (prompt, tokens) in enumerate(zip(prompts, alone, strict=True))
+    )
+    row["distinct_tokens"] = len({t for tokens in alone for t in tokens})
+    raw = json.loads((drafter / "config.json").read_text())
+    # Hugging Face has no state behind the last layer without the final norm.
+    layers = [i for i in raw["dflash_config"]["target_layer_ids"] if i < 3]
+    width = len(layers) * raw["target_hidden_size"]
+    differences, largest = [], 0.0
+    for i in range(len(prompts)):
+        got = out["features"][f"run:{i}"][:, :width]
+        want = hidden_states(verifier, out["sequences"][f"run:{i}"], layers)[: len(got)]
+        differences.append(float((got - want).abs().max()))
+        largest = max(largest, float(want.abs().max()))
+    row |= {"feature_max_abs_diff": max(differences), "feature_max_abs": largest}
+    if train:
+        args = (
+            *tiny.TRAIN_ARGS,
+            "--engine-args",
+            json.dumps(engine),
+            "--max-steps",
+            "20",
+            "--lr",
+            "2e-3",
+            "--anchors",
+            "16",
+        )
+        trained = folder / f"{model_type}-trained"
+        try:
+            tiny.cli("train", verifier, "--data", prompts_file, "-o", trained, *args)
+            row["train_smoke"] = (trained / "model.safetensors").exists()
+        except AssertionError as error:
+            row |= {"train_smoke": False, "reason": str(error).strip().splitlines()[-1]}
+    return row
+
+
+def first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "no message"

@@ -101,6 +101,9 @@ def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     if config.has_draft_vocab:
         shapes["d2t"] = (config.logits_vocab_size,)
         shapes["lm_head.weight"] = (config.logits_vocab_size, hidden)
+    if config.has_own_vocab_weights:
+        shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
+        shapes["lm_head.weight"] = (config.logits_vocab_size, hidden)
     return shapes
 
 

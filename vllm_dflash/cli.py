@@ -57,6 +57,20 @@ def _int_list(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name} is {text!r}; give whole numbers separated by commas") from error
 
 
+def _layer_types(text: str | None) -> tuple[str, ...] | None:
+    from vllm_dflash.config import FULL, SLIDING
+
+    if text is None:
+        return None
+    kinds = {"sliding": SLIDING, "full": FULL}
+    try:
+        return tuple(kinds[part.strip()] for part in text.split(","))
+    except KeyError as error:
+        raise ValueError(
+            f"--layer-types is {text!r}; give sliding or full for each layer, separated by commas"
+        ) from error
+
+
 def _facts() -> Table:
     """A table of names and values, whole also where the terminal is narrow."""
     table = Table(show_header=False)
@@ -84,6 +98,26 @@ def train(
     ] = None,
     mask_token_id: Annotated[int | None, typer.Option(help="Default: a reserved token.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Default: the verifier's, whose embedding is then shared.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    sliding_window: Annotated[
+        int | None, typer.Option(help="In tokens, of the layers that --layer-types calls sliding.")
+    ] = None,
+    layer_types: Annotated[
+        str | None,
+        typer.Option(help="sliding or full for each layer, comma separated. Default: all full."),
+    ] = None,
+    causal: Annotated[
+        bool | None,
+        typer.Option(help="Block tokens see only earlier ones. Default: in sliding layers."),
+    ] = None,
+    sample_from_anchor: Annotated[
+        bool, typer.Option("--sample-from-anchor", help="A block of B drafts B tokens, not B - 1.")
+    ] = False,
     init_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this drafter.")] = None,
     on_policy: Annotated[
         bool, typer.Option("--on-policy", help="Trust the responses in the data.")
@@ -173,6 +207,14 @@ def train(
             draft_vocab=draft_vocab,
             mask_token_id=mask_token_id,
             intermediate_size=intermediate_size,
+            hidden_size=hidden_size,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            layer_types=_layer_types(layer_types),
+            sliding_window=sliding_window,
+            causal=causal,
+            sample_from_anchor=sample_from_anchor,
         ),
         hparams=Hyperparameters(
             lr=lr,

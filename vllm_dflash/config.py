@@ -70,6 +70,16 @@ def default_target_layer_ids(num_verifier_layers: int, num_features: int = 5) ->
     return tuple(sorted({round(start + i * step) for i in range(count)}))
 
 
+def _setting(config: Any, name: str) -> Any:
+    """One value of a transformers config, None where absent; the largest where layers have their own."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        # transformers will not say which layer's is meant; the file has the common one.
+        value = config.to_dict().get(name)
+    return max(value) if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
 class VerifierInfo:
     """What a drafter must agree with, read from the verifier's ``config.json``.
@@ -219,6 +229,11 @@ class DrafterConfig:
     def num_features(self) -> int:
         """Width of a context token's features, L*H: the input size of ``fc``."""
         return len(self.target_layer_ids) * (self.target_hidden_size or self.hidden_size)
+
+    @property
+    def has_own_vocab_weights(self) -> bool:
+        """Whether it cannot share the verifier's embedding and lm_head, being of another width."""
+        return self.target_hidden_size not in (None, self.hidden_size)
 
     @property
     def logits_vocab_size(self) -> int:
@@ -568,14 +583,18 @@ class DrafterConfig:
         target_layer_ids: tuple[int, ...] | None = None,
         num_features: int = 5,
         draft_vocab_size: int | None = None,
-        intermediate_size: int | None = None,
         dtype: str = "bfloat16",
+        **changes: Any,
     ) -> DrafterConfig:
-        """A drafter of the verifier's own width and head shape, with the paper's defaults."""
+        """A drafter of the verifier's own width and head shape, with the paper's defaults.
+
+        Args:
+            changes: other fields to set (``hidden_size``, ``layer_types``, ...); None leaves the default.
+        """
         info = VerifierInfo.from_hf_config(hf_config, name or "verifier")
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-        heads = int(text.num_attention_heads)
-        head_dim = int(getattr(text, "head_dim", None) or info.hidden_size // heads)
+        heads = int(_setting(text, "num_attention_heads"))
+        head_dim = int(_setting(text, "head_dim") or info.hidden_size // heads)
         rope = dict(getattr(text, "rope_parameters", None) or {})
         theta = rope.get("rope_theta")
         if theta is None:
@@ -588,10 +607,9 @@ class DrafterConfig:
             hidden_size=info.hidden_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            num_key_value_heads=int(_setting(text, "num_key_value_heads") or heads),
             head_dim=head_dim,
-            intermediate_size=intermediate_size
-            or int(getattr(text, "intermediate_size", None) or 4 * info.hidden_size),
+            intermediate_size=int(_setting(text, "intermediate_size") or 4 * info.hidden_size),
             vocab_size=info.vocab_size,
             draft_block_size=draft_block_size,
             target_layer_ids=target_layer_ids
@@ -608,6 +626,7 @@ class DrafterConfig:
             verifier=name,
             dtype=dtype,
         )
+        config = config.with_(**{k: v for k, v in changes.items() if v is not None})
         config.check_verifier(info)
         return config
 

@@ -193,7 +193,7 @@ class DecoderLayer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """DFlash drafter without embedding and lm_head.
+    """DFlash drafter; without embedding and lm_head, unless its width is not the verifier's.
 
     Raises:
         ValueError: the configuration asks for arithmetic that is served but not trained here
@@ -214,6 +214,11 @@ class Drafter(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = RotaryEmbedding(config)
+        self.embed_tokens: nn.Embedding | None = None
+        self.lm_head: nn.Linear | None = None
+        if config.has_own_vocab_weights:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.lm_head = nn.Linear(config.hidden_size, config.logits_vocab_size, bias=False)
 
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Normal weights, unit norms, zero biases."""
@@ -222,8 +227,23 @@ class Drafter(nn.Module):
                 nn.init.normal_(module.weight, std=std, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std, generator=generator)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+
+    @torch.no_grad()
+    def init_vocab_weights(self, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
+        """Own embedding and lm_head from the verifier's: their principal components.
+
+        Args:
+            embedding_VH: the verifier's token embedding.
+            lm_head_VH: its output projection, of the draft vocabulary.
+        """
+        if self.embed_tokens is not None and self.lm_head is not None:
+            width = self.config.hidden_size
+            self.embed_tokens.weight.copy_(principal_components(embedding_VH, width))
+            self.lm_head.weight.copy_(principal_components(lm_head_VH, width))
 
     def forward(
         self,
@@ -247,3 +267,11 @@ class Drafter(nn.Module):
         for layer in self.layers:
             x_ABH = layer(x_ABH, context, self.rope, block_cos_sin, context_cos_sin, layout)
         return self.norm(x_ABH)
+
+
+def principal_components(rows_VH: Tensor, width: int) -> Tensor:
+    """Rows in the ``width`` directions in which they are longest ``[V, width]``, float32; zeros beyond H."""
+    rows_VH = rows_VH.float()
+    _, directions = torch.linalg.eigh(rows_VH.T @ rows_VH)
+    kept = rows_VH @ directions.flip(-1)[:, :width]
+    return nn.functional.pad(kept, (0, width - kept.shape[-1]))

@@ -10,12 +10,14 @@ L draft layers, N KV heads, D head size, H hidden size, R request states.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_dflash.ops import reference
 from vllm_dflash.ops.load import Loaded, forced, load
 from vllm_dflash.ops.reference import NULL_BLOCK, PAD_SLOT
 
@@ -73,6 +75,7 @@ def build_block(
     sample_requests: Tensor | None = None,
     temperature_out: Tensor | None = None,
     seeds_out: Tensor | None = None,
+    plain: bool = False,
 ) -> None:
     """The drafter's inputs for a batch, in one launch: the anchor and the mask tokens of every request.
 
@@ -107,13 +110,14 @@ def build_block(
         seeds: ``[R]``, copied to ``seeds_out`` likewise.
         sample_positions: out ``[>= B*K]``, position of the token each sample predicts.
         sample_requests: out ``[>= B*K]``, request state of each sample.
+        plain: in plain PyTorch, whatever is loaded.
 
     Raises:
         RuntimeError: a bad argument or a failed launch; it names the op and the switch.
     """
     rows = list(range(len(block_tables))) if query_slot_rows is None else list(query_slot_rows)
-    _call(
-        "build_block",
+    run = reference.build_block if plain else functools.partial(_call, "build_block")
+    run(
         anchor_ids,
         target_positions,
         query_start_loc,

@@ -12,12 +12,11 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
+from vllm_dflash.serving.probe import first_output_is_whole
 from vllm_dflash.serving.tap import FeatureTap, cannot_tap, feature_buffer, write_features
 from vllm_dflash.serving.verifier import find_embedding, language_model
 
 logger = logging.getLogger("vllm.vllm_dflash")
-#: Decoder layers that return (states, residual) where the states have the residual in them already.
-_SUMMED = frozenset({"CohereDecoderLayer", "Cohere2DecoderLayer", "StablelmDecoderLayer"})
 
 
 def adapt_verifier(
@@ -67,12 +66,16 @@ def adapt_verifier(
         )
     hidden_size = vllm_config.model_config.get_hidden_size()
     columns = {layer: i * hidden_size for i, layer in enumerate(sorted(set(layer_ids)))}
+    try:
+        whole = first_output_is_whole(text, layers, vllm_config, device)
+    except ValueError as error:
+        raise ValueError(f"cannot tap {name}: {error}" + out) from error
     tap = FeatureTap(text, feature_buffer(vllm_config, len(columns) * hidden_size, device))
     for layer, column in columns.items():
         if layer == 0:
             layers[0].register_forward_pre_hook(_InputHook(text, column), with_kwargs=True)
         else:
-            layers[layer - 1].register_forward_hook(_OutputHook(text, column))
+            layers[layer - 1].register_forward_hook(_OutputHook(text, column, whole))
     _change_class(text, embedding, tap if text is verifier else None)
     if text is not verifier:
         _change_class(verifier, None, tap)
@@ -92,22 +95,14 @@ def _decoder_layers(text: nn.Module, num_layers: int) -> nn.ModuleList | None:
 
 
 class _OutputHook:
-    """Writes what a decoder layer returns: states, or (states, residual), whose sum is the layer's output."""
+    """Writes the state behind a decoder layer: its first output if that is ``whole``, else the sum of two."""
 
-    def __init__(self, text: nn.Module, column: int) -> None:
-        self.text, self.column = text, column
+    def __init__(self, text: nn.Module, column: int, whole: bool) -> None:
+        self.text, self.column, self.whole = text, column, whole
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        residual = None
-        if isinstance(output, (tuple, list)):
-            states = output[0]
-            second = output[1] if len(output) > 1 else None
-            summed = type(layer).__name__ in _SUMMED
-            if isinstance(second, Tensor) and second.shape == states.shape and not summed:
-                residual = second
-        else:
-            states = output
-        write_features(self.text, states, residual, self.column)
+        states = output[0] if isinstance(output, (tuple, list)) else output
+        write_features(self.text, states, None if self.whole else output[1], self.column)
 
 
 class _InputHook:
@@ -129,10 +124,13 @@ def _change_class(model: nn.Module, embedding: nn.Module | None, tap: FeatureTap
     members: dict[str, Any] = {"__module__": cls.__module__}
     if embedding is not None:
         inner = getattr(model, "model", None)
-        if not any(hasattr(inner, name) for name in ("embed_tokens", "embedding")):
-            # vLLM shares `model.embed_tokens` with the drafter; a property adds no second name to the
-            # weights.
+        # vLLM shares `model.embed_tokens` with the drafter; a property adds no second name to the weights.
+        if inner is None:
             members["model"] = property(lambda self: SimpleNamespace(embed_tokens=embedding))
+        elif not any(hasattr(inner, name) for name in ("embed_tokens", "embedding")):
+            own = type(inner)
+            added = {"__module__": own.__module__, "embed_tokens": property(lambda self: embedding)}
+            inner.__class__ = type(own.__name__, (own,), added)
         if not hasattr(model, "lm_head"):
             members["lm_head"] = property(lambda self: embedding)
     if tap is not None:

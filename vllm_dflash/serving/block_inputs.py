@@ -14,16 +14,19 @@ class BlockInputs:
     """Fills the proposer's own buffers, whose addresses CUDA graphs have recorded.
 
     Args:
-        proposer: vLLM's ``DFlashProposer``.
+        proposer: ours, with the layout of its KV cache.
+        plain: in plain PyTorch, for those who switched the ops off with a drafter that vLLM's kernel does
+            not know.
     """
 
-    def __init__(self, proposer: Any) -> None:
+    def __init__(self, proposer: Any, plain: bool) -> None:
+        self.plain = plain
         device = proposer.device
         requests = proposer.max_batch_size
         self.start_loc = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(requests, dtype=torch.int32, device=device)
         self.sample_indices = torch.zeros(
-            requests * proposer.num_speculative_tokens, dtype=torch.int32, device=device
+            requests * proposer.max_query_len, dtype=torch.int32, device=device
         )
 
     def build(
@@ -45,12 +48,15 @@ class BlockInputs:
         Returns:
             Number of query tokens, sample indices ``[B*K]``, and the block's attention metadata.
         """
-        B, K = metadata.batch_size(), proposer.num_speculative_tokens
-        Q = K + 1
+        B, wanted = metadata.batch_size(), proposer.num_speculative_tokens
+        # vLLM's batch-size table can ask for none; the context still has to be stored.
+        K = max(wanted, 1)
+        Q = K if proposer.sample_from_anchor else K + 1
         if target_positions.dim() == 2:
             target_positions = target_positions[0]
         T = target_positions.shape[0]
-        query_slots = proposer._slot_mapping_buffer[: B * Q]
+        groups = proposer.kv_groups
+        query_slots = proposer.query_slots[:, : B * Q]
         start_loc, seq_lens = self.start_loc[: B + 1], self.seq_lens[:B]
         sample_indices = self.sample_indices[: B * K]
         ops.build_block(
@@ -59,19 +65,21 @@ class BlockInputs:
             query_start_loc=metadata.query_start_loc[: B + 1],
             num_rejected=num_rejected,
             seq_lens=metadata.seq_lens,
-            block_tables=[metadata.block_table_tensor],
-            kv_block_sizes=[proposer.block_size],
+            block_tables=groups.block_tables(proposer.runner, metadata),
+            kv_block_sizes=proposer.kv_block_sizes,
             num_draft_tokens=K,
             mask_token_id=proposer.parallel_drafting_token_id,
             max_model_len=proposer.max_model_len,
+            sample_from_anchor=proposer.sample_from_anchor,
             input_ids=proposer.input_ids[: B * Q],
             query_positions=proposer.positions[: B * Q],
-            query_slots=query_slots[None],
+            query_slots=query_slots,
             context_positions=proposer._context_positions_buffer[:T],
-            context_slots=proposer._context_slot_mapping_buffer[None, :T],
+            context_slots=proposer.context_slots[:, :T],
             sample_indices=sample_indices,
             block_start_loc=start_loc,
             block_seq_lens=seq_lens,
+            plain=self.plain,
         )
         on_cpu = start_loc.device.type == "cpu"
         upper_bound = metadata.seq_lens_cpu_upper_bound
@@ -88,7 +96,7 @@ class BlockInputs:
             max_query_len=Q,
             max_seq_len=metadata.max_seq_len + Q,
             block_table_tensor=metadata.block_table_tensor,
-            slot_mapping=query_slots,
+            slot_mapping=query_slots[0],
             causal=proposer.dflash_causal,
         )
-        return B * Q, sample_indices, block
+        return B * Q, sample_indices[: B * wanted], block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -9,16 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
-from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
+from vllm.model_executor.models.qwen3_dflash import (
+    DFlashQwen3DecoderLayer,
+    DFlashQwen3ForCausalLM,
+    DFlashQwen3Model,
+)
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
 from vllm_dflash.serving.context_kv import ContextKV
 
 
+class DrafterLayer(DFlashQwen3DecoderLayer):
+    """A draft layer that need not know the types of the others: vLLM refuses mixed ones on the V1 runner."""
+
+    def __init__(self, vllm_config: Any, *, config: Any, layer_idx: int, **kwargs: Any) -> None:
+        types = getattr(config, "layer_types", None)
+        if types and len(set(types)) > 1:
+            config = copy.copy(config)
+            config.layer_types = [types[layer_idx]] * len(types)
+            # Read only where no layer is sliding, and then for all of them.
+            config.dflash_config = {**(config.dflash_config or {}), "use_swa": False}
+        super().__init__(vllm_config, config=config, layer_idx=layer_idx, **kwargs)
+
+
+class DrafterLayers(DFlashQwen3Model):
+    """vLLM's stack of draft layers, of our class."""
+
+    decoder_layer_cls = DrafterLayer
+
+
 class DrafterModel(DFlashQwen3ForCausalLM):
     """Registered as ``DFlashDraftModel``, for z-lab and speculators checkpoints."""
 
+    model_cls = DrafterLayers
     _options = Options()
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
@@ -15,6 +16,7 @@ from vllm_dflash.options import Options
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.drafter_model import DrafterModel
+from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 if TYPE_CHECKING:
@@ -30,7 +32,25 @@ class Proposer(DFlashProposer):
         drafting: False makes every proposal empty, so that vLLM decodes plainly while features are
             recorded (the drafter under training is not served meanwhile).
         tap: where the verifier's layers write their features, None where vLLM collects them.
+        kv_groups: where the draft layers' caches are, known once vLLM has laid out the KV cache.
+        kv_block_sizes: tokens in a block of each group's block table.
+        query_slots: int64 ``[G, queries]``, cache slots of the block.
+        context_slots: int64 ``[G, tokens]``, cache slots of the verifier's tokens.
+        sample_from_anchor: whether the anchor's own output predicts: a block is then K wide, not K + 1.
+        max_query_len: queries of a request.
     """
+
+    _dflash_hidden_states: Tensor
+    _dflash_num_context: int
+    _draft_attn_layer_names: set[str]
+    draft_attn_groups: list[Any]
+    block_size: int
+    _slot_mapping_buffer: Tensor
+    _context_slot_mapping_buffer: Tensor
+    kv_groups: KVGroups
+    kv_block_sizes: list[int]
+    query_slots: Tensor
+    context_slots: Tensor
 
     def __init__(self, vllm_config, device: torch.device, runner=None) -> None:
         stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -49,15 +69,101 @@ class Proposer(DFlashProposer):
         self._options = Options.from_additional_config(vllm_config.additional_config)
         self._block_inputs: BlockInputs | None = None
         self._use_ops = self._options.ops and ops.worthwhile(device)
-        if self._use_ops:
-            self._block_inputs = BlockInputs(self)
+        self.sample_from_anchor = bool(self.dflash_config.get("sample_from_anchor", False))
+        self.max_query_len = self.num_speculative_tokens + (not self.sample_from_anchor)
 
     def load_model(self, target_model: nn.Module) -> None:
+        config: Any = getattr(target_model, "config", None)
+        if supports_multimodal(target_model) and not hasattr(config, "image_token_index"):
+            # vLLM copies it to the drafter, which has no use for it, from models that have none.
+            config.image_token_index = getattr(config, "image_token_id", None)
         self.tap = adapt_verifier(target_model, self.vllm_config, self.device)
         super().load_model(target_model)
         if self.tap is None and self._use_ops and isinstance(self.model, DrafterModel):
             width = self.model.model.fc.input_size
             self.tap = install_tap(target_model, self.vllm_config, width, self.device)
+
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        """As vLLM's, for draft layers in several KV-cache groups (sliding and full attention, or a
+        verifier whose groups are small) and of both causalities: its method runs once for each."""
+        every = self._draft_attn_layer_names
+        names = sorted(every)
+        causal = dict.fromkeys(names, bool(self.dflash_causal))
+        if hasattr(self.model, "get_draft_attn_causal"):
+            names = self.model.get_draft_kv_cache_layer_names()
+            causal = dict(zip(names, self.model.get_draft_attn_causal(), strict=True))
+        groups: list[DraftGroup] = []
+        ids: list[int] = []
+        sizes: list[int] = []
+        try:
+            for gid, cache_group in enumerate(kv_cache_config.kv_cache_groups):
+                inside = every & set(cache_group.layer_names)
+                for mode in sorted({causal[name] for name in inside}):
+                    self._draft_attn_layer_names = {n for n in inside if causal[n] == mode}
+                    super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+                    if gid not in ids:
+                        ids.append(gid)
+                        # The block table counts in the attention kernel's blocks where those are smaller.
+                        sizes.append(
+                            kernel_block_sizes[gid] if kernel_block_sizes else self.block_size
+                        )
+                    row = ids.index(gid)
+                    groups += [DraftGroup(g, row, mode) for g in self.draft_attn_groups]
+        finally:
+            self._draft_attn_layer_names = every
+        self.kv_groups = KVGroups(groups, ids, names)
+        self.kv_block_sizes, self.block_size = sizes, sizes[0]
+        self.kv_cache_gid = ids[0]
+        self.draft_attn_groups = [group.attention for group in groups]
+        self.query_slots = self._slot_mapping_buffer.new_zeros(
+            len(ids), self._slot_mapping_buffer.numel()
+        )
+        self.context_slots = self._context_slot_mapping_buffer.new_zeros(
+            len(ids), self._context_slot_mapping_buffer.numel()
+        )
+        self._slot_mapping_buffer = self.query_slots[0]
+        self._context_slot_mapping_buffer = self.context_slots[0]
+        stock_knows = self.kv_groups.single and not self.sample_from_anchor
+        if self._use_ops or not stock_knows:
+            self._block_inputs = BlockInputs(self, plain=not self._use_ops)
+
+    def build_per_group_and_layer_attn_metadata(
+        self, cad: Any, draft_index: int = 0
+    ) -> tuple[list[Any], dict[str, Any]]:
+        if self.kv_groups.single:
+            return super().build_per_group_and_layer_attn_metadata(cad, draft_index)
+        return self.kv_groups.attention_metadata(self.runner, cad, self.query_slots, draft_index)
+
+    def _get_slot_mapping(
+        self, num_tokens: int, slot_mapping: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        slots = super()._get_slot_mapping(num_tokens, slot_mapping)
+        if not hasattr(self, "kv_groups") or self.kv_groups.single:
+            return slots
+        if slot_mapping is not None:
+            self.query_slots[1:, slot_mapping.shape[0] : num_tokens].fill_(ops.PAD_SLOT)
+        return {
+            name: self.query_slots[group.row, :num_tokens]
+            for group in self.kv_groups.groups
+            for name in group.attention.layer_names
+        }
+
+    def build_model_inputs_first_pass(
+        self, num_tokens: int, num_input_tokens: int, mm_embed_inputs: Any
+    ) -> tuple[dict[str, Any], int]:
+        if not self.kv_groups.single:
+            T = self._dflash_num_context
+            self.model.precompute_and_store_context_kv(
+                self._dflash_hidden_states,
+                self._context_positions_buffer[:T],
+                [self.context_slots[row, :T] for row in self.kv_groups.layer_rows],
+            )
+            # vLLM's would store to the first group's slots for all layers: it gets no tokens to store.
+            self._dflash_num_context = 0
+            self._dflash_hidden_states = self._dflash_hidden_states[:0]
+        return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
 
     def propose(self, *args, **kwargs) -> Tensor:
         # vLLM's runner passes keywords only; the seam check in seams.py relies on their names.
@@ -87,8 +193,7 @@ class Proposer(DFlashProposer):
         cad: Any,
         num_rejected_tokens_gpu: Tensor | None,
     ) -> tuple[int, Tensor, Any]:
-        # Without draft tokens (vLLM's batch-size table says 0) there is no block to build.
-        if self._block_inputs is None or self.num_speculative_tokens == 0:
+        if self._block_inputs is None:
             return super().set_inputs_first_pass(
                 target_token_ids,
                 next_token_ids,

@@ -76,14 +76,14 @@ def _patch_v2_speculator(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def init_speculator(vllm_config, *args, **kwargs):
-        speculator = original(vllm_config, *args, **kwargs)
+        make = functools.partial(original, vllm_config, *args, **kwargs)
         spec_config = vllm_config.speculative_config
-        if spec_config is not None and spec_config.method == "dflash":
-            from vllm_dflash.options import Options
-            from vllm_dflash.serving.speculator_v2 import adopt
+        if spec_config is None or spec_config.method != "dflash":
+            return make()
+        from vllm_dflash.serving.speculator_v2 import make_speculator
 
-            serving[:] = [vllm_config, speculator]
-            adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
+        speculator = make_speculator(vllm_config, make)
+        serving[:] = [vllm_config, speculator]
         return speculator
 
     @functools.wraps(set_layers)
@@ -113,6 +113,20 @@ def _patch_engine_args(module: ModuleType) -> None:
     cls.create_speculative_config = wrap_create_speculative_config(cls.create_speculative_config)
 
 
+def _patch_vllm_config(module: ModuleType) -> None:
+    cls = module.VllmConfig
+    needs_multi_kv_group = cls._dflash_needs_multi_kv_group
+
+    @functools.wraps(needs_multi_kv_group)
+    def _dflash_needs_multi_kv_group(self):
+        # vLLM refuses such drafters on the V1 runner; our proposer there serves those of our class.
+        draft = getattr(self.speculative_config, "draft_model_config", None)
+        ours = draft is not None and DRAFTER_ARCH in (draft.architectures or ())
+        return not ours and needs_multi_kv_group(self)
+
+    cls._dflash_needs_multi_kv_group = _dflash_needs_multi_kv_group
+
+
 def _patch_metrics(module: ModuleType) -> None:
     from vllm_dflash.serving.metrics import drafter_metrics_class
 
@@ -126,6 +140,12 @@ SEAMS = (
         "EngineArgs.create_speculative_config",
         ("target_model_config",),
         _patch_engine_args,
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig._dflash_needs_multi_kv_group",
+        ("self",),
+        _patch_vllm_config,
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",

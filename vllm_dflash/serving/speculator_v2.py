@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -80,6 +81,32 @@ def adopt(speculator: Any, options: Options) -> None:
     """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
     speculator.__class__ = observed(type(speculator))
     speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
+
+
+def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
+    """vLLM's dflash speculator, observed, also for a drafter whose anchor predicts.
+
+    vLLM refuses ``sample_from_anchor`` for dflash, though its kernel and its DSpark speculator do it; here it
+    is set as they do.
+
+    Args:
+        make: vLLM's own way to make one.
+    """
+    hf_config = vllm_config.speculative_config.draft_model_config.hf_config
+    given = getattr(hf_config, "dflash_config", None) or {}
+    from_anchor = bool(given.get("sample_from_anchor", False))
+    if from_anchor:
+        hf_config.dflash_config = {**given, "sample_from_anchor": False}
+    try:
+        speculator = make()
+    finally:
+        if from_anchor:
+            hf_config.dflash_config = given
+    if from_anchor:
+        speculator.sample_from_anchor = True
+        speculator.num_query_per_req = speculator.num_speculative_steps
+    adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
+    return speculator
 
 
 #: What vLLM's ``prepare_dflash_inputs`` must take, in this order; 0.33 has ``num_reqs_override`` behind them.

@@ -17,6 +17,15 @@ _EMBEDDINGS = (
     "transformer.wte",
     "embed_tokens",
 )
+#: What the one embedding of other layouts is called.
+_EMBEDDING_NAMES = (
+    "embed_tokens",
+    "word_embeddings",
+    "wte",
+    "tok_embeddings",
+    "token_embedding",
+    "embed_in",
+)
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -38,7 +47,13 @@ def _find(model: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
 
 def find_embedding(text: nn.Module) -> nn.Module | None:
     """The token embedding of a language model, None where the layout is not known."""
-    return _find(text, _EMBEDDINGS)
+    found = _find(text, _EMBEDDINGS)
+    if found is not None:
+        return found
+    modules = text.named_modules()
+    named = [m for path, m in modules if path.rsplit(".", 1)[-1] in _EMBEDDING_NAMES]
+    embeddings = [m for m in named if isinstance(m, VocabParallelEmbedding)]
+    return embeddings[0] if len(embeddings) == 1 else None
 
 
 def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:

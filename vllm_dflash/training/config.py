@@ -95,7 +95,17 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """The drafter to make: sizes and layers, with the paper's defaults (arXiv 2602.06036)."""
+    """The drafter to make: sizes and layers, with the paper's defaults (arXiv 2602.06036).
+
+    None leaves the verifier's own.
+
+    Attributes:
+        hidden_size: another width than the verifier's brings an own embedding and lm_head, which are learned.
+        layer_types: ``sliding_attention`` or ``full_attention`` for each layer; None for all full.
+        sliding_window: in tokens.
+        causal: whether block tokens see only earlier ones; None leaves it to the layer types.
+        sample_from_anchor: whether the anchor's own output predicts, so that a block of B drafts B tokens.
+    """
 
     layers: int = 5
     block_size: int = 16
@@ -104,6 +114,14 @@ class DrafterShape:
     draft_vocab: int | None = None
     mask_token_id: int | None = None
     intermediate_size: int | None = None
+    hidden_size: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    sliding_window: int | None = None
+    causal: bool | None = None
+    sample_from_anchor: bool = False
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ class VerifierEngine:
 def seat_drafter(config: DrafterConfig) -> DrafterConfig:
     """The one-layer drafter that sits in the engine while another is trained: same taps, no size."""
     return config.with_(
+        hidden_size=config.target_hidden_size or config.hidden_size,
         num_hidden_layers=1,
         layer_types=None,
         sliding_window=None,

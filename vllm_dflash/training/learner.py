@@ -30,6 +30,8 @@ from vllm_dflash.training.ranks import Ranks
 
 #: Anchors whose blocks are drafted in one evaluation pass.
 _EVAL_ANCHORS = 256
+#: Learned by drafters of another width than the verifier's; AdamW, since each row is a token's.
+_VOCAB_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class SharedHead:
         lm_head_VH: its output projection.
         draft_token_ids: verifier ids of the draft vocabulary, ascending; None for all.
         own_lm_head: a drafter's own projection (rows as ``draft_token_ids``), where it brought one.
+
+    A drafter of another width has both of its own and learns them; the draft vocabulary is still from here.
     """
 
     def __init__(
@@ -103,9 +107,15 @@ class SharedHead:
         self.has_own_lm_head = own_lm_head is not None
         self.lm_head = head if own_lm_head is None else own_lm_head.to(head.device, head.dtype)
 
-    def logits(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Draft-vocabulary logits ``[..., V]`` of hidden states ``[..., H]``."""
-        weight = self.lm_head if dtype is None else self.lm_head.to(dtype)
+    def embed(self, drafter: Drafter, token_ids: Tensor) -> Tensor:
+        """The drafter's input ``[..., H]`` for verifier token ids."""
+        own = drafter.embed_tokens
+        return F.embedding(token_ids, self.embedding if own is None else own.weight)
+
+    def logits(self, drafter: Drafter, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Draft-vocabulary logits ``[..., V]`` of the drafter's hidden states ``[..., H]``."""
+        weight = self.lm_head if drafter.lm_head is None else drafter.lm_head.weight
+        weight = weight if dtype is None else weight.to(dtype)
         # One GEMM over all rows: for a strided view F.linear copies the weight once per batch row.
         flat = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
         return flat.view(*hidden.shape[:-1], -1)
@@ -150,6 +160,7 @@ class Learner:
         generator = torch.Generator().manual_seed(hparams.seed)
         self.drafter.init_weights(generator=generator)
         self.drafter.to(self.device, torch.float32)
+        self.drafter.init_vocab_weights(head.embedding, head.lm_head)
         for name, parameter in self.drafter.named_parameters():
             # Not trained: stock vLLM's CPU kernel norms the context keys of every layer with the first
             # layer's weight, so only equal ones draft alike there. q_norm's weight takes its place.
@@ -163,7 +174,11 @@ class Learner:
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         hp = self.hparams
         params = {n: p for n, p in self.drafter.named_parameters() if p.requires_grad}
-        muon = {n: p for n, p in params.items() if hp.optimizer == "muon" and p.dim() == 2}
+        muon = {
+            n: p
+            for n, p in params.items()
+            if hp.optimizer == "muon" and p.dim() == 2 and n not in _VOCAB_WEIGHTS
+        }
         rest = {n: p for n, p in params.items() if n not in muon}
         out: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(
@@ -319,15 +334,20 @@ class Learner:
         labels_AK = self.head.labels(tokens_AK)
         # A token outside the draft vocabulary ends the block: nothing behind it can be accepted.
         valid_AK = valid_AK & (labels_AK >= 0).long().cumprod(-1).bool()
-        embeds = self._block_embeds(samples, anchors, config.draft_block_size)
+        embeds = self._block_embeds(self.drafter, samples, anchors, config.draft_block_size)
         if self.hparams.autocast == "float32":
             features, embeds = features.float(), embeds.float()
         hidden_ABH = self.drafter(embeds, features, layout.context_positions_T, layout)
         dtype = torch.float32 if self.hparams.autocast == "float32" else None
-        return self.head.logits(hidden_ABH[:, first:], dtype), labels_AK, valid_AK
+        logits_AKV = self.head.logits(self.drafter, hidden_ABH[:, first:], dtype)
+        return logits_AKV, labels_AK, valid_AK
 
     def _block_embeds(
-        self, samples: Sequence[Sample], anchors: list[list[int]], draft_block_size: int
+        self,
+        drafter: Drafter,
+        samples: Sequence[Sample],
+        anchors: list[list[int]],
+        draft_block_size: int,
     ) -> Tensor:
         ids = torch.tensor(
             [
@@ -337,7 +357,7 @@ class Learner:
             ],
             device=self.head.embedding.device,
         )
-        return F.embedding(ids, self.head.embedding)
+        return self.head.embed(drafter, ids)
 
     def _verifier_logits(
         self, samples: Sequence[Sample], anchors: list[list[int]]
@@ -392,9 +412,9 @@ class Learner:
                 group = positions[i : i + _EVAL_ANCHORS]
                 length = max(group)
                 layout = BlockLayout.build([group], [length], width, self.device)
-                embeds = self._block_embeds([sample], [group], width).to(dtype)
+                embeds = self._block_embeds(drafter, [sample], [group], width).to(dtype)
                 hidden = drafter(embeds, features[:length], layout.context_positions_T, layout)
-                logits = self.head.logits(hidden[:, 0 if from_anchor else 1 :], dtype)
+                logits = self.head.logits(drafter, hidden[:, 0 if from_anchor else 1 :], dtype)
                 drafted = self.head.tokens(logits.argmax(-1))
                 tokens, valid = block_targets([sample], [group], num_draft_tokens)
                 matches += ((drafted.cpu() == tokens) & valid).tolist()

@@ -160,6 +160,14 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         num_features=shape.features,
         draft_vocab_size=shape.draft_vocab,
         intermediate_size=shape.intermediate_size,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        layer_types=shape.layer_types,
+        sliding_window=shape.sliding_window,
+        causal=shape.causal,
+        sample_from_anchor=shape.sample_from_anchor,
     )
 
 

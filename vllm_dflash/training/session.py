@@ -102,10 +102,12 @@ class TrainingSession:
         weights = checkpoint.load_weights(init_from, config) if init_from is not None else {}
         if "d2t" in weights:
             ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
-        if "embed_tokens.weight" in weights:
+        own_vocab = config.has_own_vocab_weights
+        if "embed_tokens.weight" in weights and not own_vocab:
             embedding = weights["embed_tokens.weight"].to(embedding.device)
             self._own_embedding = {"embed_tokens.weight": embedding}
-        head = SharedHead(embedding, lm_head, ids, weights.get("lm_head.weight"))
+        own_lm_head = None if own_vocab else weights.get("lm_head.weight")
+        head = SharedHead(embedding, lm_head, ids, own_lm_head)
         self.learner = Learner(config, hp, head, total_steps, embedding.device, self.ranks)
         if weights:
             self.learner.load_drafter(weights)
@@ -253,6 +255,6 @@ class TrainingSession:
             return
         learner = self._learner()
         weights: dict[str, Tensor] = (
-            learner.weights() | learner.head.checkpoint_tensors() | self._own_embedding
+            learner.head.checkpoint_tensors() | self._own_embedding | learner.weights()
         )
         checkpoint.save_drafter(path, learner.config, weights, fmt, extra_files)

@@ -1,0 +1,114 @@
+"""Which verifiers work? A tiny random model of each architecture, served and trained; one row each.
+
+    python benchmarks/architectures.py [MODEL_TYPE ...] [-o FILE] [--docs docs/verifiers.md]
+
+Compares the features of vLLM's engine with Hugging Face's hidden states (fp32, prompts in chunks, several
+requests a step), greedy output with the drafter against output without it, and runs 20 training steps.
+With ``--docs`` the table between the markers of that file is replaced. Uses the checkout's tests/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vllm_dflash.bench.report import write_json
+from vllm_dflash.environment import describe_machine, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import tiny  # noqa: E402
+import verifiers  # noqa: E402
+
+BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
+
+
+def row_of(model_type: str, base: Path, prompts_file: Path, prompts: list[list[int]]) -> dict:
+    folder = base / model_type
+    folder.mkdir()
+    shutil.copytree(base / "tokenizer", folder / "tokenizer")
+    began = time.perf_counter()
+    try:
+        row = verifiers.examine(model_type, folder, prompts_file, prompts, train=True)
+    except Exception as error:  # a row says so; the others go on
+        row = {
+            "architecture": model_type,
+            "model_type": model_type,
+            "path": "failed",
+            "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}",
+        }
+    shutil.rmtree(folder)
+    return {**row, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if isinstance(value, float):
+        return f"{value:.0e}"
+    return "" if value is None else str(value)
+
+
+def table(rows: list[dict[str, Any]], where: str) -> str:
+    """Markdown; ``where`` names the run."""
+    head = ("architecture", "path", "features differ by", "lossless", "trains", "reason")
+    keys = ("architecture", "path", "feature_max_abs_diff", "lossless", "train_smoke", "reason")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in sorted(rows, key=lambda r: (r["path"], r["architecture"])):
+        lines.append(f"| {' | '.join(cell(row.get(k)) for k in keys)} |")
+    return "\n".join([f"{where}\n", *lines])
+
+
+def replace_table(docs: Path, text: str) -> None:
+    old = docs.read_text()
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"{docs} lacks the lines {BEGIN} and {END}, between which the table goes")
+    head, tail = old.split(BEGIN)[0], old.split(END)[1]
+    docs.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model_types", nargs="*", help="default: all of tests/verifiers.py")
+    parser.add_argument("--jobs", type=int, default=2, help="architectures at a time")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--docs", type=Path)
+    args = parser.parse_args()
+    unknown = sorted(set(args.model_types) - set(verifiers.ARCHITECTURES))
+    if unknown:
+        parser.error(f"unknown: {unknown}; known are {', '.join(verifiers.ARCHITECTURES)}")
+    console = Console(width=200)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        tiny.make_verifier(base / "tokenizer")
+        prompts_file = tiny.write_prompts(base / "prompts.jsonl", 24)
+        prompts = tiny.prompt_ids(base / "tokenizer", prompts_file, 6)
+        work = partial(row_of, base=base, prompts_file=prompts_file, prompts=prompts)
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            for row in pool.map(work, args.model_types or verifiers.ARCHITECTURES):
+                rows.append(row)
+                console.print(row)
+    have = versions()
+    where = f"vLLM {have['vllm']}, transformers {have['transformers']}, CPU, float32"
+    if args.output:
+        result = {"benchmark": "architectures", "machine": describe_machine(), "versions": have}
+        write_json({**result, "rows": rows}, args.output)
+    if args.docs:
+        replace_table(args.docs, table(rows, where))
+    console.print(table(rows, where), markup=False)
+
+
+if __name__ == "__main__":
+    main()
