@@ -41,7 +41,13 @@ def serve(
             **engine,
         },
         "runs": [
-            {"name": "plain", "prompts": prompts, "params": GREEDY, "concurrency": 4, "drafting": False}
+            {
+                "name": "plain",
+                "prompts": prompts,
+                "params": GREEDY,
+                "concurrency": 4,
+                "drafting": False,
+            }
         ],
     }
     if drafter:
@@ -64,7 +70,9 @@ def check_served(out: dict[str, Any], verifier: Path, drafter: Path, prompts: li
     assert first["drafts"] == second["drafts"]
     features, other = (load_file(r["features"]) for r in run["ranks"])
     assert all(torch.equal(features[k], other[k]) for k in features)
-    sequences = {f"run:{i}": p + t for i, (p, t) in enumerate(zip(prompts, tokens(run), strict=True))}
+    sequences = {
+        f"run:{i}": p + t for i, (p, t) in enumerate(zip(prompts, tokens(run), strict=True))
+    }
     recorded = {
         "drafts": first["drafts"],
         "features": features,
@@ -101,9 +109,13 @@ def test_serving_on_two_ranks(trained, prompts, folder) -> None:
     ids=["one kv head a rank", "two kv heads a rank", "padded draft vocabulary", "no ops"],
 )
 def test_serving_other_drafters(verifier, prompts, folder, changes, speculative) -> None:
-    drafter = tiny.make_drafter(folder / f"shape-{len(list(folder.glob('shape-*')))}", verifier, **changes)
+    drafter = tiny.make_drafter(
+        folder / f"shape-{len(list(folder.glob('shape-*')))}", verifier, **changes
+    )
     out = serve(verifier, drafter, prompts[:8], folder, speculative=speculative)
-    assert [r["kv_heads"] for r in out["ranks"]] == [max(1, changes.get("num_key_value_heads", 1) // 2)] * 2
+    assert [r["kv_heads"] for r in out["ranks"]] == [
+        max(1, changes.get("num_key_value_heads", 1) // 2)
+    ] * 2
     assert check_served(out, verifier, drafter, prompts[:8]) > 800
     # The engine without any drafter says the same as the one that holds its own back.
     alone = serve(verifier, None, prompts[:8], folder)
@@ -150,9 +162,17 @@ STEPS = 8
 
 
 def train(
-    trained, out: Path, ranks: int, *more: str, steps: int = STEPS, sequences: int = 4, **kwargs: Any
+    trained,
+    out: Path,
+    ranks: int,
+    *more: str,
+    steps: int = STEPS,
+    sequences: int = 4,
+    **kwargs: Any,
 ) -> Any:
-    return tiny.cli(*train_args(trained, out, ranks, *more, steps=steps, sequences=sequences), **kwargs)
+    return tiny.cli(
+        *train_args(trained, out, ranks, *more, steps=steps, sequences=sequences), **kwargs
+    )
 
 
 def train_args(

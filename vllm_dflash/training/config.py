@@ -151,8 +151,8 @@ class EngineOptions:
         for name in _ONE_ONLY:
             if self.extra.get(name, 1) not in (1, None):
                 raise ValueError(
-                    f"{name} is {self.extra[name]!r}: training runs on the tensor parallel ranks of one engine "
-                    "on one machine; use --tensor-parallel-size"
+                    f"{name} is {self.extra[name]!r}: training runs on the tensor parallel ranks of one "
+                    "engine on one machine; use --tensor-parallel-size"
                 )
         backend = self.extra.get("distributed_executor_backend")
         if backend not in (None, "mp", "uni"):

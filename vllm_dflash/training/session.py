@@ -228,7 +228,10 @@ class TrainingSession:
         if self.ranks.size == 1:
             return
         digest = hashlib.sha256()
-        for tensor in (*self._learner().drafter.state_dict().values(), *self._learner().weights().values()):
+        for tensor in (
+            *self._learner().drafter.state_dict().values(),
+            *self._learner().weights().values(),
+        ):
             digest.update(tensor.cpu().numpy().tobytes())
         digests = self.ranks.gather(digest.hexdigest())
         if len(set(digests)) > 1:
