@@ -339,9 +339,9 @@ def test_a_first_token_without_embedding():
 def test_short_sequences():
     for length in (1, 2):
         check_features(torch.ones(length, 3))
-    with pytest.raises(BrokenFeatures, match="^the same at every position$"):
+    with pytest.raises(BrokenFeatures, match=r"^the same at every position$"):
         check_features(torch.ones(4, 3))
-    with pytest.raises(BrokenFeatures, match="^zero"):
+    with pytest.raises(BrokenFeatures, match=r"^zero"):
         check_features(torch.zeros(1, 3))
 
 
@@ -350,7 +350,7 @@ def test_features_that_are_not_finite_fail_their_sequence_only(value):
     features = good()
     features[3, 20] = value
     with pytest.raises(
-        ValueError, match="^not finite behind verifier layer 9 .1 of 40 rows"
+        ValueError, match=r"^not finite behind verifier layer 9 .1 of 40 rows"
     ) as caught:
         check_features(features, LAYERS, range(40))
     assert not isinstance(caught.value, BrokenFeatures)

@@ -73,6 +73,6 @@ def test_a_quantised_head_names_the_way_out() -> None:
     verifier.model = SimpleNamespace(embed_tokens=embedding)
     verifier.lm_head = SimpleNamespace(weight=packed)
     with pytest.raises(
-        ValueError, match="lm_head is quantised.*train with the unquantised verifier"
+        ValueError, match=r"lm_head is quantised.*train with the unquantised verifier"
     ):
         shared_weights(verifier, 8)

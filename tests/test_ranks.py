@@ -158,7 +158,9 @@ def test_steps_of_two_ranks_equal_those_of_one(tmp_path) -> None:
         for name, value in snapshot(alone).items():
             # Summed in another order; the optimizer makes the difference larger where gradients are small.
             moved = float((value - start[name]).abs().max())
-            torch.testing.assert_close(torch.tensor(weights[name]), value, rtol=0, atol=0.02 * moved)
+            torch.testing.assert_close(
+                torch.tensor(weights[name]), value, rtol=0, atol=0.02 * moved
+            )
 
 
 def _bad(ranks: Ranks) -> Any:
