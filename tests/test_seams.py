@@ -356,6 +356,7 @@ class Args:
         self.speculative_config = speculative_config
         self.spec_method, self.spec_model, self.spec_tokens = method, model, tokens
         self.additional_config = extra if extra is not None else {}
+        self.tensor_parallel_size = 1
         self.seen: list = []
 
     def stock(self, target_model_config, target_parallel_config=None):

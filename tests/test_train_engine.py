@@ -151,15 +151,19 @@ def metric_steps(run: Path) -> list[int]:
 
 
 def stop_at(
-    command: list[str], run: Path, step: int, sig: int, saved: bool = False
+    command: list[str], run: Path, step: int, sig: int, saved: bool = False, group: bool = False
 ) -> tuple[int, str]:
-    """Runs a training until it has done ``step`` (and saved a state), then sends a signal."""
+    """Runs a training until it has done ``step`` (and saved a state), then sends a signal.
+
+    To the process, or as a terminal does to its whole ``group``.
+    """
     process = subprocess.Popen(
         command,
         env=tiny.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )
     try:
         deadline = time.monotonic() + 240
@@ -170,7 +174,7 @@ def stop_at(
                 break
             time.sleep(0.05)
         assert process.poll() is None, "training ended before it could be stopped"
-        process.send_signal(sig)
+        os.killpg(process.pid, sig) if group else process.send_signal(sig)
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -219,6 +219,7 @@ def engine_job(
     *,
     env: dict[str, str] | None = None,
     timeout: float = 600,
+    script: Path = JOBS,
 ) -> dict[str, Any]:
     """Runs one engine in a process of its own (see ``engine_jobs.py``) and returns what it says.
 
@@ -229,7 +230,7 @@ def engine_job(
     job_file, out_file = tmp / f"job-{number}.json", tmp / f"out-{number}.json"
     job_file.write_text(json.dumps(job))
     done = subprocess.run(
-        [sys.executable, str(JOBS), str(job_file), str(out_file)],
+        [sys.executable, str(script), str(job_file), str(out_file)],
         env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **(env or {})),
         capture_output=True,
         text=True,

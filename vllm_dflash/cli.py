@@ -264,6 +264,7 @@ def eval_(
     max_tokens: int = 1024,
     max_len: MaxLen = 3072,
     dtype: Dtype = "auto",
+    tensor_parallel_size: int = 1,
     chat_template_kwargs: TemplateKwargs = None,
     engine_args: EngineArgs = None,
     limit: Limit = None,
@@ -289,7 +290,10 @@ def eval_(
             limit=limit,
             responses=responses,
             engine=EngineOptions(
-                dtype=dtype, max_len=max_len, extra=_json_option("--engine-args", engine_args)
+                dtype=dtype,
+                max_len=max_len,
+                tensor_parallel_size=tensor_parallel_size,
+                extra=_json_option("--engine-args", engine_args),
             ),
             max_tokens=max_tokens,
         ),

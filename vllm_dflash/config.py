@@ -296,6 +296,23 @@ class DrafterConfig:
                 f"this drafter does not fit the verifier {verifier.name}: " + "; ".join(problems)
             )
 
+    def check_ranks(self, tensor_parallel_size: int) -> None:
+        """Raises ValueError where vLLM cannot shard the drafter over so many ranks."""
+        ranks, kv_heads = tensor_parallel_size, self.num_key_value_heads
+        problems = []
+        if self.num_attention_heads % ranks:
+            problems.append(f"{self.num_attention_heads} attention heads")
+        # Fewer key/value heads than ranks are replicated.
+        if kv_heads % ranks and ranks % kv_heads:
+            problems.append(f"{kv_heads} key/value heads")
+        if self.intermediate_size % ranks:
+            problems.append(f"an MLP of width {self.intermediate_size}")
+        if problems:
+            raise ValueError(
+                f"this drafter cannot be split over --tensor-parallel-size {ranks}: it has "
+                f"{', '.join(problems)}. Serve with fewer ranks, or train one of another shape"
+            )
+
     # -- reading ---------------------------------------------------------------------------------
 
     @classmethod

@@ -5,6 +5,7 @@ Shape suffixes: A anchors, K drafted positions of a block, V draft vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -49,6 +50,7 @@ def block_loss(
     gamma: float = 7.0,
     alpha: float = 0.5,
     verifier_logits_AKV: Tensor | None = None,
+    total_weight: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean loss over the valid drafted positions.
 
@@ -61,6 +63,8 @@ def block_loss(
         gamma: decay constant of ``ce`` and ``kl``.
         alpha: smoothing of ``dpace``.
         verifier_logits_AKV: the verifier's logits, for ``kl``.
+        total_weight: gives the weight of a whole step from that of these anchors (fp32 scalar), where they
+            are a part of it; the losses of the parts then add up to that of the step.
 
     Returns:
         The scalar fp32 loss and the CE of every position ``[A, K]`` (0 where invalid), detached.
@@ -91,5 +95,7 @@ def block_loss(
         weights_AK = dpace_weights(torch.exp(-ce_AK.detach()), valid_AK, alpha)
     else:
         weights_AK = decay_weights(labels_AK.shape[1], gamma).to(term_AK.device) * valid_AK
-    total = weights_AK.sum().clamp_min(1e-9)
-    return (term_AK * weights_AK).sum() / total, ce_AK.detach()
+    total = weights_AK.sum()
+    if total_weight is not None:
+        total = total_weight(total)
+    return (term_AK * weights_AK).sum() / total.clamp_min(1e-9), ce_AK.detach()

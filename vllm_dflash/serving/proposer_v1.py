@@ -53,6 +53,12 @@ class Proposer(DFlashProposer):
     context_slots: Tensor
 
     def __init__(self, vllm_config, device: torch.device, runner=None) -> None:
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        if stages > 1:
+            raise ValueError(
+                f"pipeline_parallel_size is {stages}: vLLM's V1 runner has a drafter on the last stage only "
+                "and fails on the others; use --tensor-parallel-size, or the V2 runner"
+            )
         super().__init__(vllm_config, device, runner)
         if device.type == "cpu":
             _mend_cpu_sampling()

@@ -84,6 +84,8 @@ def wrap_create_speculative_config(original):
                 drafter.check_verifier(
                     VerifierInfo.from_hf_config(target_model_config.hf_config, name)
                 )
+                # vLLM shards the drafter like the verifier, whatever draft_tensor_parallel_size says.
+                drafter.check_ranks(self.tensor_parallel_size)
                 check_weights(model, drafter)
         self.speculative_config = rest
         carried = {"version": __version__, **options.as_dict()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 #: Where vLLM's models keep the token embedding, below the language model.
@@ -58,8 +59,11 @@ def find_embedding(text: nn.Module) -> nn.Module | None:
 def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Embedding and lm_head ``[V, H]`` of the verifier, without vLLM's padding rows.
 
+    Under tensor parallelism each rank gathers its own copy of both (of one where they are tied), since every
+    rank trains on other sequences: ``V * H`` values each beside the rank's shard.
+
     Raises:
-        ValueError: the layout is unknown, the weights are sharded over ranks, or quantised.
+        ValueError: the layout is unknown, or the weights are quantised.
     """
     text = language_model(model)
     embedding = find_embedding(text)
@@ -71,20 +75,35 @@ def shared_weights(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
     head = getattr(text, "lm_head", None)
     if head is None or not hasattr(head, "weight"):
         head = embedding
-    out = []
+    out: list[Tensor] = []
     for name, module in (("embedding", embedding), ("lm_head", head)):
+        if out and module is embedding:
+            out.append(out[0])
+            continue
         weight: Any = module.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
             raise ValueError(
                 f"the verifier's {name} is quantised; training needs it in full precision"
             )
+        weight = _unsharded(module, weight.detach())
         if weight.shape[0] < vocab_size:
             raise ValueError(
-                f"the verifier's {name} holds {weight.shape[0]} of {vocab_size} rows on this rank: "
-                "training under tensor parallelism is not supported yet, use one device"
+                f"the verifier's {name} ({type(module).__name__}) has {weight.shape[0]} of {vocab_size} rows "
+                "on this rank, in a layout that cannot be gathered; train with --tensor-parallel-size 1"
             )
-        out.append(weight.detach()[:vocab_size])
+        out.append(weight[:vocab_size])
     return out[0], out[1]
+
+
+def _unsharded(module: nn.Module, weight: Tensor) -> Tensor:
+    """All rows of a vocabulary-parallel weight in the order of the token ids, padding last."""
+    if not isinstance(module, VocabParallelEmbedding) or module.tp_size == 1:
+        return weight
+    group = module.parallel_group or get_tp_group()
+    rows = group.all_gather(weight.contiguous(), dim=0)
+    order = module.get_sharded_to_full_mapping()
+    # Only added tokens (behind each rank's part of the original vocabulary) are out of order.
+    return rows if order is None or order == sorted(order) else rows[order]
 
 
 class FinalStates:

@@ -10,6 +10,15 @@ from vllm_dflash.modeling.losses import LossName
 
 Optimizer = Literal["adamw", "muon"]
 
+#: vLLM's ways to spread a model that training does not follow.
+_ONE_ONLY = (
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+    "nnodes",
+)
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -123,7 +132,11 @@ class EngineOptions:
         max_len: longest conversation in tokens; longer ones are cut (paper: 3072).
         max_num_seqs: requests generated at once.
         max_num_batched_tokens: token budget of an engine step; chunked prefill beyond it.
-        extra: further vLLM ``EngineArgs``.
+        tensor_parallel_size: ranks of the verifier, which train together.
+        extra: further vLLM ``EngineArgs``; they win over the fields above.
+
+    Raises:
+        ValueError: ``extra`` spreads the verifier in a way that training cannot follow.
     """
 
     dtype: str = "auto"
@@ -133,6 +146,25 @@ class EngineOptions:
     enforce_eager: bool = True
     tensor_parallel_size: int = 1
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _ONE_ONLY:
+            if self.extra.get(name, 1) not in (1, None):
+                raise ValueError(
+                    f"{name} is {self.extra[name]!r}: training runs on the tensor parallel ranks of one "
+                    "engine on one machine; use --tensor-parallel-size"
+                )
+        backend = self.extra.get("distributed_executor_backend")
+        if backend not in (None, "mp", "uni"):
+            raise ValueError(
+                f"distributed_executor_backend is {backend!r}: training runs in vLLM's own worker processes; "
+                "leave it out"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Workers of the engine."""
+        return int(self.extra.get("tensor_parallel_size", self.tensor_parallel_size))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
+from vllm_dflash.training.ranks import Failure
 from vllm_dflash.training.responses import GenerationRequest, GenerationResult
 
 #: The engine's drafter only holds a place in the seam, so the smallest draft length will do.
@@ -47,6 +48,9 @@ class VerifierEngine:
         # Features are recorded by the V1 proposer; see docs/architecture.md.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if options.ranks > 1:
+            # A worker forked from this process, which has computed, can hang in its first OpenMP region.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         from vllm import EngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -86,8 +90,20 @@ class VerifierEngine:
         return self.engine.get_tokenizer()
 
     def call(self, command: str, *args: Any) -> Any:
-        """A command of the worker's ``TrainingSession``; the first rank's answer."""
-        return self.engine.collective_rpc("vllm_dflash", args=(command, *args))[0]
+        """A command of the workers' ``TrainingSession``; the first rank's answer."""
+        return self.call_ranks(command, *args)[0]
+
+    def call_ranks(self, command: str, *args: Any) -> list[Any]:
+        """A command of the workers' ``TrainingSession``; the answers of all ranks.
+
+        Raises:
+            ValueError: what the command raised on any rank.
+        """
+        answers = self.engine.collective_rpc("vllm_dflash", args=(command, *args))
+        for answer in answers:
+            if isinstance(answer, Failure):
+                raise answer.error()
+        return answers
 
     def _run(self, requests: Sequence[tuple[str, list[int]]], params: Any) -> Iterator[Any]:
         pending = set()
@@ -154,8 +170,8 @@ class VerifierEngine:
     ) -> Iterator[tuple[str, str | None]]:
         for output in self._run(requests, params):
             key = output.request_id
-            failed = self.call("collect", {key: lengths[key]})
-            yield key, failed.get(key)
+            problems = (f.get(key) for f in self.call_ranks("collect", {key: lengths[key]}))
+            yield key, next((p for p in problems if p is not None), None)
 
     def close(self) -> None:
         """Stops the engine and frees the device."""

@@ -165,6 +165,7 @@ def _served(
             max_model_len=config.engine.max_len + tokens + 2,
             enforce_eager=config.engine.enforce_eager,
             out_dir=Path(scratch),
+            engine_args={"tensor_parallel_size": config.engine.ranks},
         )
         prompts = [ids for ids, _ in first_prompts(examples)]
         with (

@@ -26,6 +26,7 @@ from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.modeling.losses import block_loss, default_gamma
 from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.ranks import Ranks
 
 #: Anchors whose blocks are drafted in one evaluation pass.
 _EVAL_ANCHORS = 256
@@ -148,9 +149,11 @@ class Learner:
         head: SharedHead,
         total_steps: int,
         device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.hparams, self.head = config, hparams, head
         self.total_steps = total_steps
+        self.ranks = ranks or Ranks()
         self.device = torch.device(device)
         self.gamma = hparams.gamma or default_gamma(config.draft_block_size)
         self.drafter = Drafter(config)
@@ -216,17 +219,61 @@ class Learner:
         return sorted(rng.sample(candidates, count))
 
     def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
-        """One optimizer step.
+        """One optimizer step over the samples of all ranks, which end with the same weights.
+
+        Args:
+            step: decides anchors and learning rate.
+            samples: this rank's part of the step, maybe nothing.
 
         Returns:
-            Metrics; ``bad`` names the sequences that made loss or gradients non-finite, in which
-            case the weights are as before.
+            Metrics of the whole step; ``bad`` names the sequences that made loss or gradients non-finite,
+            in which case the weights are as before.
         """
         samples = [s for s in samples if s.anchor_candidates()]
-        if not samples:
+        loss, own = self._loss(samples, [self.pick_anchors(step, s) for s in samples])
+        parts = self.ranks.gather(own)
+        keys, bad = (sorted(k for p in parts for k in p.pop(n)) for n in ("keys", "bad"))
+        if not keys:
             return {"step": step, "anchors": 0, "bad": []}
-        anchors = [self.pick_anchors(step, s) for s in samples]
+        whole = {name: _added([p[name] for p in parts]) for name in parts[0]}
         lr = self.lr_at(step)
+        grad_norm = float("nan")
+        if not bad and math.isfinite(whole["loss"]):
+            if loss is not None:
+                loss.backward()
+            self._sum_gradients()
+            grad_norm = float(
+                torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.hparams.clip)
+            )
+        if math.isfinite(grad_norm):
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            self._update_ema()
+        else:
+            bad = bad or keys
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        return {"step": step, "lr": lr, "grad_norm": grad_norm, "bad": bad, **whole}
+
+    def _loss(
+        self, samples: Sequence[Sample], anchors: list[list[int]]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """This rank's part of the step's loss, and of its metrics (which add up)."""
+        if not samples:
+            self._total_weight(torch.zeros(()))
+            none = [0] * self.config.num_speculative_tokens
+            return None, {
+                "loss": 0.0,
+                "anchors": 0,
+                "tokens": 0,
+                "right": none,
+                "valid": none,
+                "accepted": 0,
+                "keys": [],
+                "bad": [],
+            }
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.hparams.autocast == "bfloat16"
         ):
@@ -239,38 +286,36 @@ class Learner:
                 gamma=self.gamma,
                 alpha=self.hparams.alpha,
                 verifier_logits_AKV=self._verifier_logits(samples, anchors),
+                total_weight=self._total_weight,
             )
         right_AK = (logits_AKV.detach().argmax(-1) == labels_AK) & valid_AK
         owners = [i for i, group in enumerate(anchors) for _ in group]
-        bad = sorted({samples[owners[a]].key for a in _non_finite_rows(ce_AK)})
-        grad_norm = float("nan")
-        if not bad and torch.isfinite(loss):
-            loss.backward()
-            grad_norm = float(
-                torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.hparams.clip)
-            )
-        if math.isfinite(grad_norm):
-            for optimizer in self.optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-            self._update_ema()
-        else:
-            bad = bad or [s.key for s in samples]
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        return {
-            "step": step,
+        return loss, {
             "loss": float(loss.detach()),
-            "lr": lr,
-            "grad_norm": grad_norm,
             "anchors": len(owners),
             "tokens": sum(s.features_TF.shape[0] for s in samples),
             "right": right_AK.sum(0).tolist(),
             "valid": valid_AK.sum(0).tolist(),
             "accepted": int((right_AK & valid_AK).long().cumprod(-1).sum()),
-            "bad": bad,
+            "keys": [s.key for s in samples],
+            "bad": sorted({samples[owners[a]].key for a in _non_finite_rows(ce_AK)}),
         }
+
+    def _total_weight(self, weight: Tensor) -> Tensor:
+        if self.ranks.size == 1:
+            return weight
+        return weight.new_tensor(sum(self.ranks.gather(float(weight))))
+
+    def _sum_gradients(self) -> None:
+        if self.ranks.size == 1:
+            return
+        grads = []
+        for parameter in self.drafter.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                grads.append(parameter.grad)
+        self.ranks.sum(grads)
 
     def _forward(
         self, samples: Sequence[Sample], anchors: list[list[int]]
@@ -460,6 +505,13 @@ def block_targets(
             tokens.append(ahead + [0] * short)
             valid.append(inside + [False] * short)
     return torch.tensor(tokens), torch.tensor(valid)
+
+
+def _added(parts: Sequence[Any]) -> Any:
+    """The sum of numbers, or of lists of them position by position."""
+    if isinstance(parts[0], list):
+        return [sum(column) for column in zip(*parts, strict=True)]
+    return sum(parts)
 
 
 def _non_finite_rows(ce_AK: Tensor) -> list[int]:

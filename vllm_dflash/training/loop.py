@@ -25,7 +25,7 @@ from vllm_dflash.training.config import (
 )
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafter
-from vllm_dflash.training.plan import Window, epoch_steps, plan_windows
+from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
 from vllm_dflash.training.prepare import prepare_examples, verifier_eos
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.run_folder import RunFolder
@@ -48,7 +48,7 @@ class TrainConfig:
         eval_data: held-out conversations; without it ``holdout`` of the data is kept back.
         epochs: passes over the data; ``max_steps`` cuts or extends them.
         init_from: a drafter to go on from.
-        feature_gib: memory for features in the worker; beyond it they are extracted again.
+        feature_gib: memory for features in each worker; beyond it they are extracted again.
     """
 
     verifier: str
@@ -272,6 +272,12 @@ class _Run:
             f"({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
             f"{len(held_by_key)} held out"
         )
+        ranks, sequences = self.config.engine.ranks, self.config.hparams.sequences
+        if ranks > 1:
+            self.reporter.say(
+                f"{ranks} ranks share each step by sequence, {sequences} a step (--sequences)"
+                + ("; with fewer than ranks some idle" if sequences < ranks else "")
+            )
         self.engine.call(
             "register",
             [
@@ -282,14 +288,17 @@ class _Run:
         with _stop_flag() as self.stop:
             self.step = self._resume()
             self._extract(held_by_key, keep=[])
-            held_tokens = sum(len(e.token_ids) for e in held)
+            tokens = {k: len(e.token_ids) for k, e in (by_key | held_by_key).items()}
+            owners = {k: owner(e.token_ids, ranks) for k, e in (by_key | held_by_key).items()}
+            held_tokens = tokens_by_rank({k: tokens[k] for k in held_by_key}, owners)
             windows = plan_windows(
                 list(by_key),
-                {k: len(e.token_ids) for k, e in by_key.items()},
+                tokens,
                 sequences=self.config.hparams.sequences,
                 seed=self.config.hparams.seed,
                 total_steps=total,
-                max_tokens=self._feature_tokens() - held_tokens,
+                max_tokens=self._feature_tokens() - max(held_tokens.values(), default=0),
+                owners=owners,
             )
             held_keys = [k for k in held_by_key if k not in self.bad]
             self._train(windows, by_key, held_keys, total)
@@ -353,6 +362,8 @@ class _Run:
             engine.extra,
             self.config.hparams.loss == "kl",
         ]
+        if engine.ranks > 1:
+            what.append(engine.ranks)  # each keeps its own sequences, in bits of its own
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
         return str(self.config.cache_features / digest)
 
@@ -386,7 +397,7 @@ class _Run:
         Features of other examples than these and ``keep`` are freed first.
         """
         wanted = {k: e.token_ids for k, e in examples.items() if k not in self.bad}
-        if len(self.engine.call("stored", list(wanted))) == len(wanted):
+        if sum(map(len, self.engine.call_ranks("stored", list(wanted)))) == len(wanted):
             return
         self.engine.call("keep", [*wanted, *keep])
         started = time.monotonic()

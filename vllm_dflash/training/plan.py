@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -29,6 +31,17 @@ class Window:
         return list(dict.fromkeys(k for step in self.steps for k in step))
 
 
+def content_key(token_ids: Sequence[int]) -> str:
+    """What features belong to: the tokens, not the name. A cache made from other responses under the same
+    names is never taken for these."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()[:24]
+
+
+def owner(token_ids: Sequence[int], ranks: int) -> int:
+    """The rank that records, keeps and trains on a sequence: by its tokens alone, in every step and run."""
+    return int(content_key(token_ids), 16) % ranks
+
+
 def epoch_steps(
     keys: Sequence[str], sequences: int, seed: int, epoch: int
 ) -> list[tuple[str, ...]]:
@@ -46,8 +59,11 @@ def plan_windows(
     seed: int,
     total_steps: int,
     max_tokens: int,
+    owners: Mapping[str, int] | None = None,
 ) -> list[Window]:
-    """Cuts a run into windows of at most ``max_tokens`` tokens of features.
+    """Cuts a run into windows of at most ``max_tokens`` tokens of features on each rank.
+
+    ``owners`` says which rank keeps a sequence's features; None if there is one rank.
 
     When all sequences fit at once there is one window. A window's sequences are always extracted together,
     in this order, so a resumed run sees the same features bit for bit.
@@ -58,7 +74,12 @@ def plan_windows(
         steps += epoch_steps(keys, sequences, seed, epoch)
         epoch += 1
     steps = steps[:total_steps]
-    if sum(num_tokens[k] for k in keys) <= max_tokens:
+    owners = owners or {}
+
+    def largest(held: Iterable[str]) -> int:
+        return max(tokens_by_rank({k: num_tokens[k] for k in held}, owners).values(), default=0)
+
+    if largest(keys) <= max_tokens:
         return [Window(0, tuple(steps))]
     windows: list[Window] = []
     current: list[tuple[str, ...]] = []
@@ -66,10 +87,18 @@ def plan_windows(
     first = 0
     for i, step in enumerate(steps):
         grown = held | set(step)
-        if current and sum(num_tokens[k] for k in grown) > max_tokens:
+        if current and largest(grown) > max_tokens:
             windows.append(Window(first, tuple(current)))
             current, first, grown = [], i, set(step)
         current.append(step)
         held = grown
     windows.append(Window(first, tuple(current)))
     return windows
+
+
+def tokens_by_rank(num_tokens: Mapping[str, int], owners: Mapping[str, int]) -> Counter[int]:
+    """Tokens whose features each rank keeps; sequences that ``owners`` lacks are rank 0's."""
+    held: Counter[int] = Counter()
+    for key, tokens in num_tokens.items():
+        held[owners.get(key, 0)] += tokens
+    return held

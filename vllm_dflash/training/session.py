@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ from vllm_dflash.serving.verifier import FinalStates, shared_weights, verifier_d
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
+from vllm_dflash.training.plan import content_key, owner
+from vllm_dflash.training.ranks import Ranks
 
 #: The driver decides what is kept (``keep``); the store need not.
 _UNBOUNDED = 2**62
 
 
 class TrainingSession:
-    """Lives in a vLLM worker, beside the verifier it learns from."""
+    """Lives in a vLLM worker, beside the verifier it learns from.
+
+    Under tensor parallelism there is one in each worker, and all get the same commands. A sequence belongs to
+    one rank, which keeps its features, trains on it and evaluates it; gradients and metrics are summed.
+    """
 
     COMMANDS = (
         "begin",
@@ -48,17 +55,19 @@ class TrainingSession:
         "export",
     )
 
-    def __init__(self, proposer: Any, verifier: nn.Module) -> None:
+    def __init__(self, proposer: Any, verifier: nn.Module, ranks: Ranks | None = None) -> None:
         if not isinstance(proposer, Proposer):
             raise ValueError(
                 f"the engine runs {type(proposer).__name__}, not vllm-dflash's proposer: is the plugin "
                 "switched off (VLLM_PLUGINS, VLLM_DFLASH_DISABLE), or the V2 runner forced?"
             )
         self.proposer, self.verifier = proposer, verifier
+        self.ranks = ranks or Ranks()
         self.recorder = FeatureRecorder()
         proposer.recorder = self.recorder
         self.examples: dict[str, tuple[list[int], list[bool], str]] = {}
         self._store_keys: dict[str, str] = {}
+        self._foreign: set[str] = set()
         self.learner: Learner | None = None
         self.store = FeatureStore(_UNBOUNDED)
         self._own_embedding: dict[str, Tensor] = {}
@@ -99,12 +108,15 @@ class TrainingSession:
             self._own_embedding = {"embed_tokens.weight": embedding}
         own_lm_head = None if own_vocab else weights.get("lm_head.weight")
         head = SharedHead(embedding, lm_head, ids, own_lm_head)
-        self.learner = Learner(config, hp, head, total_steps, embedding.device)
+        self.learner = Learner(config, hp, head, total_steps, embedding.device, self.ranks)
         if weights:
             self.learner.load_drafter(weights)
         final = FinalStates(self.verifier) if hp.loss == "kl" else None
         self.recorder.final_states = final
-        self.store = FeatureStore(_UNBOUNDED, Path(cache_dir) if cache_dir else None)
+        folder = Path(cache_dir) if cache_dir else None
+        if folder is not None and self.ranks.size > 1:
+            folder /= f"rank-{self.ranks.rank}"
+        self.store = FeatureStore(_UNBOUNDED, folder)
         return {
             "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
             "device": str(embedding.device),
@@ -117,18 +129,21 @@ class TrainingSession:
         """Tells the session about examples: key, token ids, loss mask, source."""
         for key, token_ids, loss_mask, source in examples:
             self.examples[key] = (list(token_ids), list(loss_mask), source)
-            # Features belong to the tokens, not to the name: a cache made from other responses under
-            # the same ids is never taken for these.
-            digest = hashlib.sha256(",".join(map(str, token_ids)).encode())
-            self._store_keys[key] = digest.hexdigest()[:24]
+            self._store_keys[key] = content_key(token_ids)
+            if owner(token_ids, self.ranks.size) != self.ranks.rank:
+                self._foreign.add(key)
+
+    def _own(self, keys: Iterable[str]) -> list[str]:
+        return [k for k in keys if k not in self._foreign]
 
     def watch(self, lengths: dict[str, int]) -> None:
-        self.recorder.watch(lengths)
+        self.recorder.watch({k: lengths[k] for k in self._own(lengths)})
 
     def collect(self, wanted: dict[str, int]) -> dict[str, str]:
         """Moves recorded features to the store; returns the keys that failed, with the reason."""
         failed = {}
-        for key, length in wanted.items():
+        for key in self._own(wanted):
+            length = wanted[key]
             try:
                 # Recorded under inference mode; autograd needs an ordinary tensor.
                 features, final = self.recorder.take(key, length)
@@ -151,13 +166,13 @@ class TrainingSession:
         self.store.keep(self._store_keys[k] for k in keys)
 
     def stored(self, keys: list[str]) -> list[str]:
-        """Those of the keys whose features are at hand, in memory or in the cache folder."""
-        return [k for k in keys if self._store_keys[k] in self.store]
+        """Those of this rank's keys whose features are at hand, in memory or in the cache folder."""
+        return [k for k in self._own(keys) if self._store_keys[k] in self.store]
 
     def digest(self, keys: list[str]) -> dict[str, str]:
         """SHA-256 of each sequence's features, to compare bits across runs and ways of recording."""
         out = {}
-        for key in keys:
+        for key in self._own(keys):
             features, _ = self.store.get(self._store_keys[key])
             out[key] = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
         return out
@@ -177,7 +192,9 @@ class TrainingSession:
     def train(self, steps: list[tuple[int, list[str]]]) -> list[dict[str, Any]]:
         """Runs the given steps, each over the sequences named; returns their metrics."""
         learner = self._learner()
-        return [learner.step(step, [self._sample(k) for k in keys]) for step, keys in steps]
+        return [
+            learner.step(step, [self._sample(k) for k in self._own(keys)]) for step, keys in steps
+        ]
 
     def evaluate(self, keys: list[str], num_draft_tokens: int) -> dict[str, Any]:
         """Teacher-forced greedy acceptance, pooled and by source, in the serving dtype."""
@@ -185,8 +202,16 @@ class TrainingSession:
         dtype = verifier_dtype(self.verifier)
         drafter = learner.serving_drafter(dtype)
         total, by_source, per_example = Acceptance(), OrderedDict[str, Acceptance](), []
+        accepted: dict[str, Acceptance] = {}
+        for part in self.ranks.gather(
+            {
+                key: learner.accept(drafter, self._sample(key), num_draft_tokens, dtype)
+                for key in self._own(keys)
+            }
+        ):
+            accepted |= part
         for key in keys:
-            got = learner.accept(drafter, self._sample(key), num_draft_tokens, dtype)
+            got = accepted[key]
             total.merge(got)
             by_source.setdefault(self.examples[key][2], Acceptance()).merge(got)
             per_example.append(got.tau)
@@ -198,8 +223,28 @@ class TrainingSession:
 
     # -- state -----------------------------------------------------------------------------------
 
+    def _check_ranks(self) -> None:
+        """RuntimeError when the ranks' weights differ in a bit."""
+        if self.ranks.size == 1:
+            return
+        digest = hashlib.sha256()
+        for tensor in (
+            *self._learner().drafter.state_dict().values(),
+            *self._learner().weights().values(),
+        ):
+            digest.update(tensor.cpu().numpy().tobytes())
+        digests = self.ranks.gather(digest.hexdigest())
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"the drafter's weights differ between ranks ({', '.join(d[:8] for d in digests)}); "
+                "nothing was written. Resume from the last saved state, and report it"
+            )
+
     def save_state(self, file: str) -> None:
-        self._learner().save_state(Path(file))
+        """Writes what a resumed run needs; one rank does, since all hold the same."""
+        self._check_ranks()
+        if self.ranks.rank == 0:
+            self._learner().save_state(Path(file))
 
     def load_state(self, file: str) -> None:
         self._learner().load_state(Path(file))
@@ -208,6 +253,9 @@ class TrainingSession:
         self, path: str, fmt: CheckpointFormat, extra_files: dict[str, str] | None = None
     ) -> None:
         """Writes the drafter as a checkpoint (atomic)."""
+        self._check_ranks()
+        if self.ranks.rank != 0:
+            return
         learner = self._learner()
         weights: dict[str, Tensor] = (
             learner.head.checkpoint_tensors() | self._own_embedding | learner.weights()
