@@ -62,11 +62,21 @@ def cell(value: Any) -> str:
 
 def table(rows: list[dict[str, Any]], where: str) -> str:
     """Markdown; ``where`` names the run."""
-    head = ("architecture", "path", "features differ by", "lossless", "trains", "reason")
-    keys = ("architecture", "path", "feature_max_abs_diff", "lossless", "train_smoke", "reason")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    columns = {
+        "architecture": "architecture",
+        "dtype": "dtype",
+        "path": "path",
+        "feature_max_abs_diff": "features differ by",
+        "rounding_max_abs_diff": "rounding alone",
+        "lossless": "lossless",
+        "ngram": "vLLM's n-gram lossless",
+        "train_smoke": "trains",
+        "reason": "reason",
+    }
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
     for row in sorted(rows, key=lambda r: (r["path"], r["architecture"])):
-        lines.append(f"| {' | '.join(cell(row.get(k)) for k in keys)} |")
+        cells = (cell(row.get(k)).replace("|", "\\|") for k in columns)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"{where}\n", *lines])
 
 
@@ -101,7 +111,7 @@ def main() -> None:
                 rows.append(row)
                 console.print(row)
     have = versions()
-    where = f"vLLM {have['vllm']}, transformers {have['transformers']}, CPU, float32"
+    where = f"vLLM {have['vllm']}, transformers {have['transformers']}, CPU."
     if args.output:
         result = {"benchmark": "architectures", "machine": describe_machine(), "versions": have}
         write_json({**result, "rows": rows}, args.output)

@@ -249,8 +249,8 @@ def examine(
         train: also 20 steps of ``vllm-dflash train``.
 
     Returns:
-        ``path``: native (vLLM's Eagle3 interface), tap (our hooks) or refused, with the ``reason``;
-        ``feature_max_abs_diff`` against Hugging Face in float32, and for bf16 engines
+        ``dtype`` of the engine; ``path``: native (vLLM's Eagle3 interface), tap (our hooks) or refused,
+        with the ``reason``; ``feature_max_abs_diff`` against Hugging Face in float32, and for bf16 engines
         ``rounding_max_abs_diff`` of Hugging Face in bf16 and ``tokens_beyond_rounding``, output that it
         finds worse than its best by more than rounding; ``lossless``: greedy output as without the drafter;
         ``distinct_tokens`` of that output.
@@ -258,14 +258,19 @@ def examine(
     verifier = make(folder / model_type, model_type, folder / "tokenizer")
     drafter = tiny.make_drafter(folder / f"{model_type}-drafter", verifier)
     raw = json.loads((verifier / "config.json").read_text())
-    row: dict[str, Any] = {"architecture": raw["architectures"][0], "model_type": model_type}
+    dtype = "bfloat16" if model_type in BF16 else "float32"
+    row: dict[str, Any] = {
+        "architecture": raw["architectures"][0],
+        "model_type": model_type,
+        "dtype": dtype,
+    }
     run = {
         "name": "run",
         "prompts": prompts,
         "params": {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
         "concurrency": 4,
     }
-    engine: dict[str, Any] = {"dtype": "bfloat16" if model_type in BF16 else "float32"}
+    engine: dict[str, Any] = {"dtype": dtype}
     if model_type in PROCESSORS:
         engine["limit_mm_per_prompt"] = {"image": 0}
     same = {"model": str(verifier), "max_model_len": 192, "max_num_seqs": 4}

@@ -181,8 +181,8 @@ def mend_recurrent_layers() -> None:
 
     if mamba_mixer2.causal_conv1d_update is _causal_conv1d_update:
         return
-    mamba_mixer2.causal_conv1d_update = _causal_conv1d_update
+    mamba_mixer2.causal_conv1d_update = _causal_conv1d_update  # type: ignore[assignment]
     mamba_mixer2.selective_state_update = functools.partial(
         _selective_state_update, mamba_mixer2.selective_state_update
     )
-    gdn_attention._spec_forward = _gdn_spec_forward
+    gdn_attention._spec_forward = _gdn_spec_forward  # type: ignore[assignment]

@@ -51,7 +51,8 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         self._options = Options.from_additional_config(vllm_config.additional_config)
         on_cpu = vllm_config.device_config.device_type == "cpu"
         if on_cpu and hasattr(self.model, "_normalize_context_k"):
-            self.model._normalize_context_k = functools.partial(_normalize_context_k, self.model)
+            normalize: Any = functools.partial(_normalize_context_k, self.model)
+            self.model._normalize_context_k = normalize
         use_ops = self._options.ops and ops.worthwhile(
             torch.device(vllm_config.device_config.device_type)
         )

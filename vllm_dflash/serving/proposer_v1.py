@@ -41,6 +41,7 @@ class Proposer(DFlashProposer):
         max_query_len: queries of a request.
     """
 
+    model: Any
     _dflash_hidden_states: Tensor
     _dflash_num_context: int
     _draft_attn_layer_names: set[str]
@@ -85,7 +86,8 @@ class Proposer(DFlashProposer):
         if isinstance(self.model, DrafterModel):
             self.model.leave_out_lora()
         if self.tap is None and self._use_ops and isinstance(self.model, DrafterModel):
-            width = self.model.model.fc.input_size
+            inner: Any = self.model.model
+            width = inner.fc.input_size
             self.tap = install_tap(target_model, self.vllm_config, width, self.device)
 
     def initialize_attn_backend(

@@ -39,12 +39,13 @@ def observed(cls: type) -> type:
         _use_ops = False
 
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-            model = super().load_draft_model(target_model, *args, **kwargs)
+            model: Any = super().load_draft_model(target_model, *args, **kwargs)
             if isinstance(model, DrafterModel):
                 model.leave_out_lora()
             self.tap = getattr(target_model, "_dflash_tap", None)
             if self.tap is None and self._use_ops and isinstance(model, DrafterModel):
-                width = model.model.fc.input_size
+                inner: Any = model.model
+                width = inner.fc.input_size
                 self.tap = install_tap(target_model, self.vllm_config, width, self.device)
             return model
 
