@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import vllm_versions
 from contract import ROLES, Contract
@@ -13,18 +11,9 @@ from vllm_source import Module, Parameters, Source
 from vllm_dflash.serving.seams import SEAMS
 
 
-def installed() -> Source:
-    import importlib.util
-
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None
-    assert spec.origin is not None
-    return Source(Path(spec.origin).parents[1])
-
-
 @pytest.fixture(scope="module")
 def contract() -> Contract:
-    return Contract(installed())
+    return Contract(Source.installed())
 
 
 def test_the_installed_vllm(contract) -> None:

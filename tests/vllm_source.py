@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -163,6 +164,14 @@ class Source:
         self._members: dict[int, dict[str, Found]] = {}
         if self.module("vllm") is None:
             raise ValueError(f"{root} has no package vllm")
+
+    @classmethod
+    def installed(cls) -> Source:
+        """Of the vLLM in this environment."""
+        spec = importlib.util.find_spec("vllm")
+        if spec is None or spec.origin is None:
+            raise ValueError("no vLLM is installed")
+        return cls(Path(spec.origin).parents[1])
 
     def module(self, name: str) -> Module | None:
         if name not in self._modules:
