@@ -11,14 +11,15 @@ a supported version fails anything. Needs pip and its registry; about 10 minutes
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import venv
 from email.parser import HeaderParser
-from importlib.metadata import PathDistribution
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -71,11 +72,13 @@ class Environment:
         self.python = folder / "venv" / "bin" / "python"
 
     def make(self) -> None:
-        venv.create(self.folder / "venv", with_pip=True)
+        if not self.python.exists():
+            venv.create(self.folder / "venv", with_pip=True)
         torch = self._torch()
         self.pip("install", "-q", f"{vllm_versions.CPU}=={self.version}", torch)
         # CUDA builds, which break `import vllm` beside a CPU torch (Makefile).
         self.pip("uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+        shutil.rmtree(self.folder / "tree", ignore_errors=True)
         tree = installs.copy_tree(self.folder / "tree")
         wheel, _ = installs.pip_wheel(
             tree,
@@ -84,6 +87,7 @@ class Environment:
             python=self.python,
             VLLM_DFLASH_BUILD="require",
         )
+        self.pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         self.pip("install", "-q", f"{wheel}[train]", "pytest", "hypothesis")
 
     def pip(self, *args: str) -> str:
@@ -100,8 +104,7 @@ class Environment:
 
     def installed(self) -> dict[str, str]:
         """Versions of what matters."""
-        places = [str(p) for p in (self.folder / "venv").glob("lib/python*/site-packages")]
-        found = {d.metadata["Name"]: d.version for d in PathDistribution.discover(path=places)}
+        found = {d["name"]: d["version"] for d in json.loads(self.pip("list", "--format", "json"))}
         return {name: found[name] for name in ("torch", "transformers", "triton", "vllm-dflash")}
 
     def run(self) -> dict[str, dict[str, Any]]:
@@ -159,7 +162,7 @@ def row_of(version: str, contract: Contract, scratch: Path | None) -> dict[str, 
     }
     if scratch is not None and row["cpu_wheel"] and row["supported"]:
         environment = Environment(scratch / version, version)
-        environment.folder.mkdir(parents=True)
+        environment.folder.mkdir(parents=True, exist_ok=True)
         environment.make()
         row |= {"installed": environment.installed(), "run": environment.run()}
     return {**row, "seconds": round(time.perf_counter() - began)}
@@ -169,8 +172,20 @@ def fits(row: dict[str, Any]) -> bool:
     return not row["problems"] and not any(r["failed"] for r in row.get("run", {}).values())
 
 
-def table(rows: list[dict[str, Any]], where: str) -> str:
-    """Markdown; ``where`` names the run."""
+def document(result: dict[str, Any]) -> str:
+    """Markdown of a result file: what was run where, and the table."""
+    cpu = re.sub(r"\(R\)|\(TM\)| CPU.*", "", str(result["machine"]["cpu"])).strip()
+    have = result["versions"]
+    where = (
+        f'The newest vLLM is {result["newest"]}. "By source": of what we rely on in vLLM {have["vllm"]}. The '
+        f"other columns ran on a CPU ({cpu}, Python {have['python']}), the V2 runner with its Triton kernels "
+        "interpreted."
+    )
+    return f"{where}\n\n{table(result['rows'])}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a row a version."""
 
     def cells(row: dict[str, Any]) -> dict[str, Any]:
         have, bad = row["num_requirements"], len(row["problems"])
@@ -179,7 +194,7 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
             "vllm": row["vllm"] + ("" if row["supported"] else " (not supported)"),
             "torch": row.get("installed", {}).get("torch"),
             "transformers": row.get("installed", {}).get("transformers"),
-            "contract": f"**{bad} problems**" if bad else f"{have} hold",
+            "contract": f"**{bad} broken**" if bad else f"{have} hold",
         }
         for column in RUN:
             got = row.get("run", {}).get(column)
@@ -193,15 +208,14 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
         "ours": "vllm-dflash", "vllm": "vLLM", "torch": "torch", "transformers": "transformers",
         "contract": "by source", **{c: c for c in RUN},
     }  # fmt: skip
-    shown = markdown_table(columns, map(cells, rows), lambda v: "not run" if v is None else str(v))
-    return f"{where}\n\n{shown}"
+    return markdown_table(columns, map(cells, rows), lambda v: "not run" if v is None else str(v))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help="default: the supported ones and the newest")
     parser.add_argument("--source-only", action="store_true", help="run nothing")
-    parser.add_argument("--scratch", type=Path, help="new folder for the environments, kept")
+    parser.add_argument("--scratch", type=Path, help="where the environments go, to be used again")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--changelog", type=Path)
     args = parser.parse_args()
@@ -216,10 +230,9 @@ def main() -> None:
     )
     console = Console(width=200)
     contract = Contract(Source.installed())
-    have = versions()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        scratch = None if args.source_only else (args.scratch or Path(temporary))
+        scratch = None if args.source_only else (args.scratch or Path(temporary)).resolve()
         for version in wanted:
             row = row_of(version, contract, scratch)
             rows.append(row)
@@ -231,19 +244,19 @@ def main() -> None:
             for column, got in row.get("run", {}).items():
                 for test, message in got["failed"].items():
                     console.print(f"{column}: {test}: {message}", style="red", markup=False)
-    machine = describe_machine()
-    cpu = re.sub(r"\(R\)|\(TM\)|CPU.*", "", str(machine["cpu"])).strip()
-    where = (
-        f"The newest vLLM is {released[0]}. Compared with the source of {have['vllm']}; run on the CPU "
-        f"({cpu}, Python {have['python']}), the V2 runner with its Triton kernels interpreted."
-    )
+    result = {
+        "benchmark": "versions",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "newest": released[0],
+        "range": str(vllm_versions.supported()),
+        "rows": rows,
+    }
     if args.output:
-        result = {"benchmark": "versions", "machine": machine, "versions": have}
-        result |= {"newest": released[0], "range": str(vllm_versions.supported()), "rows": rows}
         write_json(result, args.output)
     if args.changelog:
-        replace_between_markers(args.changelog, "versions", table(rows, where))
-    console.print(table(rows, where), markup=False)
+        replace_between_markers(args.changelog, "versions", document(result))
+    console.print(document(result), markup=False)
     if not all(fits(r) for r in rows if r["supported"]):
         sys.exit(1)
 

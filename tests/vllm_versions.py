@@ -30,7 +30,12 @@ def supported() -> SpecifierSet:
 def pip(*args: str | Path, python: Path | str = sys.executable) -> str:
     """What pip prints; an error carries what it said."""
     done = subprocess.run(
-        [str(python), "-m", "pip", *map(str, args)], capture_output=True, text=True, timeout=1800
+        [str(python), "-m", "pip", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        # Not in a checkout, whose egg-info pip would take for an installed package.
+        cwd=tempfile.gettempdir(),
     )
     if done.returncode:
         raise RuntimeError(f"pip {args[0]}: {done.stderr.strip() or done.stdout.strip()}")
