@@ -60,6 +60,7 @@ ROLES: dict[str, dict[str, str]] = {
     "serving/probe.py": {"vllm_config": "vllm.config.VllmConfig"},
     "serving/proposer_v1.py": {
         "vllm_config": "vllm.config.VllmConfig", "self.runner": _RUNNER, "inner": _DRAFT_MODEL,
+        "self.model": "vllm.model_executor.models.qwen3_dflash.DFlashQwen3ForCausalLM",
         "kv_cache_config": "vllm.v1.kv_cache_interface.KVCacheConfig",
         "cache_group": "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
     },
@@ -117,7 +118,10 @@ BY_HAND = {
     "vllm.config.SpeculativeConfig.num_speculative_tokens": "serving/speculative_config.py",
 }
 #: Attributes that vLLM sets on whatever class, with the module that does: an identifier in it.
-MENTIONED = {"vllm.compilation.decorators": ("do_not_compile",)}
+MENTIONED = {
+    "vllm.compilation.decorators": ("do_not_compile",),
+    "vllm.model_executor.models.qwen3_next": ("use_sequence_parallel",),
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -214,6 +218,11 @@ class Contract:
         self.requirements: dict[Requirement, set[str]] = {}
         #: File and expression of every role that an expression of the file had.
         self.used_roles: set[tuple[str, str]] = set()
+        #: Attributes of vLLM's objects that neither the reference nor any code of ours defines.
+        self.unknown: set[str] = set()
+        self.ours = {name for names in MENTIONED.values() for name in names}
+        for file in package.rglob("*.py"):
+            self.ours |= _defined(ast.parse(file.read_text()))
         for seam in SEAMS:
             names = tuple(n for n in seam.parameters if n != "self")
             self.add(Requirement("call", seam.name, names, 0, True), "serving/seams.py: SEAMS")
@@ -308,9 +317,16 @@ class _File:
         self._visit_body(self.tree, dict(self.imports), "")
 
     def _add(self, node: ast.AST, kind: str, path: str, *rest, strict: bool = True) -> None:
+        where = f"{self.name}:{getattr(node, 'lineno', 0)}"
         if strict or self.source.resolve(path) is not None:
-            where = f"{self.name}:{getattr(node, 'lineno', 0)}"
             self.contract.add(Requirement(kind, path, *rest), where)
+            return
+        owner, _, name = path.rpartition(".")
+        found = self.source.resolve(owner)
+        special = name.startswith("__") and name.endswith("__")
+        ours = special or name in self.contract.ours
+        if found is not None and found.kind == "class" and not ours:
+            self.contract.unknown.add(f"{path} ({where})")
 
     # -- scopes ----------------------------------------------------------------------------------
 
@@ -477,6 +493,21 @@ class _Visitor(ast.NodeVisitor):
         # Taken from a class: self comes with the arguments.
         count -= found.bound and bool(node.args) and _form(node.args[0]) == "self"
         self.file._add(node, "call", path, tuple(sorted(keywords)), count, more)
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Names that a file defines or sets, of whatever."""
+    out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            out.add(node.name)
+        elif isinstance(node, ast.stmt):
+            for target in targets(node):
+                out |= {t.attr for t in [target] if isinstance(t, ast.Attribute)}
+                out |= {t.id for t in [target] if isinstance(t, ast.Name)}
+        elif isinstance(node, ast.Dict):
+            out |= set(_keys(node))
+    return out
 
 
 def _function(file: Path, name: str) -> ast.FunctionDef:

@@ -13,6 +13,8 @@ from typing import Any
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 #: Bases that add no members.
 _EMPTY_BASES = {"object", "ABC", "Protocol", "Generic", "NamedTuple"}
+#: Around a type that is meant as such.
+_TRANSPARENT = {"Optional", "ClassVar", "SkipValidation"}
 _PROPERTIES = {"property", "cached_property"}
 
 
@@ -331,7 +333,7 @@ class Source:
             return left if left and left.kind == "class" else self._annotation(node.right, where)
         if isinstance(node, ast.Subscript):
             name = ast.unparse(node.value).rpartition(".")[2]
-            if name in ("Optional", "ClassVar"):
+            if name in _TRANSPARENT:
                 return self._annotation(node.slice, where)
             return self._annotation(node.value, where)
         if isinstance(node, (ast.Name, ast.Attribute)):
