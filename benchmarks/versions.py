@@ -160,16 +160,23 @@ def row_of(version: str, contract: Contract, scratch: Path | None) -> dict[str, 
         "problems": contract.problems(source),
         "changes": contract.changes(source),
     }
-    if scratch is not None and row["cpu_wheel"] and row["supported"]:
+    if scratch is not None and row["cpu_wheel"]:
         environment = Environment(scratch / version, version)
         environment.folder.mkdir(parents=True, exist_ok=True)
-        environment.make()
-        row |= {"installed": environment.installed(), "run": environment.run()}
+        try:
+            environment.make()
+            row |= {"installed": environment.installed(), "run": environment.run()}
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # pip's and pytest's; the other versions go on
+            row["error"] = str(error)[-3000:]
     return {**row, "seconds": round(time.perf_counter() - began)}
 
 
 def fits(row: dict[str, Any]) -> bool:
-    return not row["problems"] and not any(r["failed"] for r in row.get("run", {}).values())
+    failed = any(r["failed"] for r in row.get("run", {}).values())
+    return not row["problems"] and not failed and "error" not in row
 
 
 def document(result: dict[str, Any]) -> str:
@@ -198,7 +205,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         }
         for column in RUN:
             got = row.get("run", {}).get(column)
-            if got is not None:
+            if "error" in row:
+                out[column] = "**does not start**"
+            elif got is not None:
                 failed = len(got["failed"])
                 total = got["passed"] + failed
                 out[column] = f"**{failed} of {total} fail**" if failed else f"{total} pass"
@@ -241,6 +250,8 @@ def main() -> None:
                 console.print(f"{message} ({', '.join(places)})", style="red", markup=False)
             for change in row["changes"]:
                 console.print(f"changed: {change}", markup=False)
+            if "error" in row:
+                console.print(row["error"], style="red", markup=False)
             for column, got in row.get("run", {}).items():
                 for test, message in got["failed"].items():
                     console.print(f"{column}: {test}: {message}", style="red", markup=False)

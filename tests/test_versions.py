@@ -59,5 +59,8 @@ def test_the_table() -> None:
     first, second = versions.table(rows).splitlines()[2:]
     assert "| 0.31.0 | 2.1 | 5.2 | 5 hold | **1 of 2 fail** | 1 pass |" in first
     assert "| 0.34.0 (not supported) | not run | not run | **1 broken** | not run |" in second
+    (third,) = versions.table([{**common, "vllm": "0.35.0", "error": "pip: no"}]).splitlines()[2:]
+    assert "| 0.35.0 | not run | not run | 5 hold | **does not start** |" in third
     assert [versions.fits(row) for row in rows] == [False, False]
+    assert not versions.fits({**common, "vllm": "0.35.0", "error": "pip: no"})
     assert versions.fits({**common, "vllm": "0.33.0"})
