@@ -1,8 +1,8 @@
 """Makes PyPI's torchvision, a CUDA build, importable beside a CPU torch; the real one takes its place.
 
-Its compiled ops do not load there, and it declares fakes for two of them all the same, which torch refuses.
-vLLM imports torchvision for the processors of Qwen3.5 and never calls the ops. Put this folder's parent before
-the folder of the real one on ``PYTHONPATH``.
+Its compiled ops do not load there, and it declares fakes for two of them all the same, which torch
+refuses. vLLM imports torchvision for the processors of Qwen3.5 and never calls the ops. Put this folder's
+parent before the folder of the real one on ``PYTHONPATH``.
 """
 
 import importlib
