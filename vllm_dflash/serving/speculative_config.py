@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import uuid
 from typing import Any
 
 from vllm_dflash import __version__
@@ -112,6 +113,10 @@ def wrap_create_speculative_config(original):
             **(self.additional_config or {}),
             ADDITIONAL_CONFIG_KEY: carried,
         }
-        return original(self, target_model_config, *args, **kwargs)
+        made = original(self, target_model_config, *args, **kwargs)
+        if made is not None and options.draft_length == "auto":
+            # Travels to the workers with it; not a field, so it keys no compile cache.
+            made.dflash_stats = uuid.uuid4().hex
+        return made
 
     return create_speculative_config
