@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,12 @@ _REQUEST_PRIOR = 6.0
 _RECENT = 64
 
 
-def _logit(p):
+def _logit(p: Any) -> Any:
     return np.log(p) - np.log1p(-p)
+
+
+def _probability(logit: Any) -> Any:
+    return 1 / (1 + np.exp(-logit))
 
 
 @dataclass
@@ -54,9 +59,8 @@ class Predictor:
     """
 
     def __init__(self, prior: Sequence[float], weight: float = 6.0) -> None:
-        prior_C = np.clip(np.asarray(prior, dtype=float), 0.005, 0.995)
-        self._tried = np.full(len(prior_C), weight)
-        self._accepted = weight * prior_C
+        self._logit_C = _logit(np.clip(np.asarray(prior, dtype=float), 0.005, 0.995))
+        self._weight_C = np.full(len(self._logit_C), weight)
         self._requests: dict[str, Trials] = {}
         self._recent: list[float] = []
         #: Running mean of -log P(what happened): which of two predictors is the better one.
@@ -65,22 +69,36 @@ class Predictor:
 
     @property
     def averages(self) -> np.ndarray:
-        """``[cells]``."""
-        return np.clip(self._accepted / self._tried, 0.005, 0.995)
+        """For a request like most, ``[cells]``."""
+        return _probability(self._logit_C)
 
-    def conditional(self, cells: Cells, request: str | None, offset: float = 0.0):
+    def conditional(self, cells: Cells, request: str) -> np.ndarray:
         """Probabilities of the tokens in these cells, each given the ones before it."""
-        p = self.averages[np.asarray(cells, dtype=int)]
-        trials = self._requests.get(request) if request is not None else None
-        shift = offset if trials is None else trials.offset
-        return p if shift == 0 else 1 / (1 + np.exp(-(_logit(p) + shift)))
+        trials = self._requests.get(request)
+        offset = 0.0 if trials is None else trials.offset
+        return _probability(self._logit_C[np.asarray(cells, dtype=int)] + offset)
 
-    def curve(self, cells: Cells, request: str | None, offset: float = 0.0) -> np.ndarray:
-        """Probabilities that the first 1, 2, ... tokens are all accepted."""
-        return np.cumprod(self.conditional(cells, request, offset))
+    def curve(self, cells: Cells, request: str) -> np.ndarray:
+        """Probabilities that the first 1, 2, ... tokens are all accepted.
+
+        For a request that has shown nothing yet the mean over what requests are like.
+        """
+        if request in self._requests:
+            return np.cumprod(self.conditional(cells, request))
+        return self.likely_curves(cells).mean(axis=0)
+
+    def likely_curves(self, cells: Cells) -> np.ndarray:
+        """Curves that a request of which nothing is known may have, ``[kinds of requests, tokens]``."""
+        offsets = self.likely_offsets()[:, None]
+        return np.cumprod(
+            _probability(self._logit_C[np.asarray(cells, dtype=int)] + offsets), axis=1
+        )
 
     def observe(self, cells: Cells, num_accepted: int, request: str) -> None:
         """Learns from one draft: the first ``num_accepted`` were right, the next one was not.
+
+        Averages learn what the request's offset does not explain (a logistic regression, token by token).
+        Else those of late tokens would be the averages of good requests, since others do not get there.
 
         Args:
             cells: of the tokens whose fate is known: as many as were accepted, and one more unless all were.
@@ -88,21 +106,22 @@ class Predictor:
         tried = len(cells)
         if tried == 0:
             return
-        p = self.conditional(cells, request)
-        right = np.arange(tried) < num_accepted
-        for one in np.where(right, p, 1 - p):
-            self.loss += (-math.log(max(one, 1e-6)) - self.loss) / min(self.trials + 1, _HALF_LIFE)
+        p_T = self.conditional(cells, request)
+        average_T = self.averages[np.asarray(cells, dtype=int)]
+        decay = 0.5 ** (1 / _HALF_LIFE)
+        for t, (cell, p) in enumerate(zip(cells, p_T.tolist(), strict=True)):
+            right = t < num_accepted
             self.trials += 1
+            surprise = -math.log(max(p if right else 1 - p, 1e-6))
+            self.loss += (surprise - self.loss) / min(self.trials, _HALF_LIFE)
+            self._weight_C[cell] = self._weight_C[cell] * decay + 1
+            step = (right - p) / (self._weight_C[cell] * max(p * (1 - p), 0.05))
+            self._logit_C[cell] = min(max(self._logit_C[cell] + step, -5.0), 5.0)
         trials = self._requests.setdefault(request, Trials())
         decay = 0.5 ** (tried / _REQUEST_HALF_LIFE)
-        average = self.averages[np.asarray(cells, dtype=int)]
         trials.tried = trials.tried * decay + tried
         trials.accepted = trials.accepted * decay + num_accepted
-        trials.expected = trials.expected * decay + float(average.sum())
-        decay = 0.5 ** (1 / _HALF_LIFE)
-        for cell, was_right in zip(cells, right, strict=True):
-            self._tried[cell] = self._tried[cell] * decay + 1
-            self._accepted[cell] = self._accepted[cell] * decay + was_right
+        trials.expected = trials.expected * decay + float(average_T.sum())
 
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
@@ -119,8 +138,8 @@ class Predictor:
         now = [t.offset for t in self._requests.values() if t.tried >= 2]
         known = [*self._recent, *now]
         if len(known) < 4:
-            # Too few to know the spread: some requests are taken to be much better than the average.
-            return np.array([-1.0, 0.0, 1.5])
+            # Too few to know the spread.
+            return np.array([-1.5, 0.0, 1.5])
         return np.quantile(known, np.linspace(0.5 / num, 1 - 0.5 / num, num))
 
 

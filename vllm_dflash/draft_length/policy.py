@@ -28,8 +28,8 @@ _PROBE_SHARE = 0.005
 _HORIZON = 20
 #: Steps that took longer than so many plain ones say nothing of speculation.
 _HELD_UP = 10.0
-#: Trials after which the drafter's confidence may be believed, if it foretold acceptance better.
-_ENOUGH = 64
+#: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
+_ENOUGH, _BETTER = 64, 0.97
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Plan:
 
     Attributes:
         requests: those of the step.
+        most: draft tokens that each may have.
         drafting: indices of those to run the drafter for, ascending.
         lookups: of each request, the probabilities that prompt lookup's first tokens are all accepted.
         seconds_M: of a step with 0, 1, ... draft tokens, without a draft pass.
@@ -64,6 +65,7 @@ class Plan:
     """
 
     requests: Sequence[Request]
+    most: Sequence[int]
     drafting: tuple[int, ...]
     lookups: Sequence[np.ndarray]
     seconds_M: np.ndarray
@@ -100,7 +102,7 @@ class Totals:
         tokens, seconds: emitted by those steps, and spent on them, draft passes included.
         plain_seconds: what the same tokens would have taken without speculation, by the measured costs.
         lengths: how often each draft length was chosen, ``[K + 1]``.
-        proposed, accepted, expected: draft tokens by source.
+        proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
     """
 
     steps: int = 0
@@ -176,7 +178,7 @@ class Policy:
         probes = self._probes(requests, drafting, lookups, caps, best, seconds_M)
         if probes and self.together:
             probes = tuple(range(B))
-        return Plan(requests, tuple(sorted({*drafting, *probes})), lookups, seconds_M, best)
+        return Plan(requests, caps, tuple(sorted({*drafting, *probes})), lookups, seconds_M, best)
 
     def _pass_seconds(self, num_requests: int) -> float:
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
@@ -215,10 +217,8 @@ class Policy:
         price = best.rate * float(seconds_M[min(M + 1, len(seconds_M) - 1)] - seconds_M[M])
         alone = best.rate * self._pass_seconds(1)
         unknown = []
-        offsets = self.by_position.likely_offsets()
-        base = _log_odds(self.by_position.averages)
-        # [offsets, K]: what each kind of request would gain a step.
-        chances = np.cumprod(1 / (1 + np.exp(-(base + offsets[:, None]))), axis=-1)
+        # [kinds of requests, K]: what each kind would gain a step.
+        chances = self.by_position.likely_curves(range(self.num_tokens))
         for i in left:
             if self.by_position.seen(requests[i].id):
                 continue
@@ -255,7 +255,7 @@ class Policy:
                 curve = self.by_confidence.curve(cells[row], request.id)
             else:
                 curve = self.by_position.curve(range(K), request.id)
-            curve = curve[: request.most]
+            curve = curve[: plan.most[i]]
             if curve.sum() > curves[i].sum():
                 curves[i], sources[i] = curve, DRAFTER
         choice = choose(curves, plan.seconds_M + self._pass_seconds(len(rows)))
@@ -277,7 +277,7 @@ class Policy:
     def believes_confidence(self) -> bool:
         """Whether the drafter's confidence has foretold acceptance better than position has."""
         known, by = self.by_confidence, self.by_position
-        return bool(known.trials >= _ENOUGH and known.loss < by.loss)
+        return bool(known.trials >= _ENOUGH and known.loss < _BETTER * by.loss)
 
     def _await(
         self,
@@ -301,8 +301,6 @@ class Policy:
             expected=expected if used else 0.0,
         )
         blocks.append(block)
-        self.totals.proposed[source] += block.length
-        self.totals.expected[source] += block.expected
 
     def _learn(self, request: Request) -> None:
         """Compares drafts of earlier steps with the text that followed."""
@@ -317,6 +315,8 @@ class Policy:
             right = len(came) if same.all() else int(np.argmin(same))
             if block.length:
                 # As many as were verified are in the text by now, or the one in the place of a wrong one is.
+                self.totals.proposed[block.source] += block.length
+                self.totals.expected[block.source] += block.expected
                 self.totals.accepted[block.source] += min(right, block.length)
                 block.length = 0
             if right == len(came) < len(block.tokens):
@@ -341,10 +341,6 @@ class Policy:
         # A step that took much longer was held up by something else.
         self.totals.seconds += min(seconds, _HELD_UP * plain)
         self.totals.plain_seconds += plain * num_tokens / num_requests
-
-
-def _log_odds(p: np.ndarray) -> np.ndarray:
-    return np.log(p) - np.log1p(-p)
 
 
 def _sizes(candidates: int, together: bool, batch: int) -> list[int]:

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class DraftLengths:
     ) -> list[list[int]]:
         of_plan = [drafting.index(rows[i]) for i in plan.drafting] if tokens is not None else []
         if tokens is None and plan.drafting:
-            plan = Plan(plan.requests, (), plan.lookups, plan.seconds_M, plan.expected)
+            plan = replace(plan, drafting=())
         drafts = self.policy.settle(
             plan,
             None if tokens is None else tokens[of_plan],
