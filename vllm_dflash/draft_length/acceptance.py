@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-Cells = Sequence[int] | np.ndarray
 #: Trials of a cell after which what it learned counts half.
 _HALF_LIFE = 150.0
 #: The same inside a request, whose text moves on.
@@ -30,20 +29,26 @@ def _probability(logit: Any) -> Any:
 
 @dataclass
 class Trials:
-    """Decayed counts of one request: tokens tried, accepted, and how many were expected to be."""
+    """Decayed counts of one request: tokens tried, accepted, and how many were expected to be.
+
+    ``offset`` says how much better than the average its acceptance is, in log-odds.
+    """
 
     tried: float = 0.0
     accepted: float = 0.0
     expected: float = 0.0
+    offset: float = 0.0
 
-    @property
-    def offset(self) -> float:
-        """How much better than the average the request's acceptance is, in log-odds."""
-        if self.tried == 0:
-            return 0.0
+    def add(self, tried: int, accepted: int, expected: float) -> None:
+        """Counts one draft."""
+        decay = 0.5 ** (tried / _REQUEST_HALF_LIFE)
+        self.tried = self.tried * decay + tried
+        self.accepted = self.accepted * decay + accepted
+        self.expected = self.expected * decay + expected
         mean = min(max(self.expected / self.tried, 0.01), 0.99)
         p = (self.accepted + _REQUEST_PRIOR * mean) / (self.tried + _REQUEST_PRIOR)
-        return float(_logit(min(max(p, 0.005), 0.995)) - _logit(mean))
+        p = min(max(p, 0.005), 0.995)
+        self.offset = math.log(p / (1 - p)) - math.log(mean / (1 - mean))
 
 
 class Predictor:
@@ -63,65 +68,59 @@ class Predictor:
         self._weight_C = np.full(len(self._logit_C), weight)
         self._requests: dict[str, Trials] = {}
         self._recent: list[float] = []
+        self._likely: np.ndarray | None = None
         #: Running mean of -log P(what happened): which of two predictors is the better one.
         self.loss = 0.0
         self.trials = 0
 
-    @property
-    def averages(self) -> np.ndarray:
-        """For a request like most, ``[cells]``."""
-        return _probability(self._logit_C)
+    def conditional(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+        """Probabilities ``[B, T]`` of the tokens in these cells, each given the ones before it."""
+        known = self._requests
+        offset_B = np.array([known[r].offset if r in known else 0.0 for r in requests])
+        return _probability(self._logit_C[cells_BT] + offset_B[:, None])
 
-    def conditional(self, cells: Cells, request: str) -> np.ndarray:
-        """Probabilities of the tokens in these cells, each given the ones before it."""
-        trials = self._requests.get(request)
-        offset = 0.0 if trials is None else trials.offset
-        return _probability(self._logit_C[np.asarray(cells, dtype=int)] + offset)
-
-    def curve(self, cells: Cells, request: str) -> np.ndarray:
-        """Probabilities that the first 1, 2, ... tokens are all accepted.
+    def curves(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+        """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
 
         For a request that has shown nothing yet the mean over what requests are like.
         """
-        if request in self._requests:
-            return np.cumprod(self.conditional(cells, request))
-        return self.likely_curves(cells).mean(axis=0)
+        out = np.cumprod(self.conditional(cells_BT, requests), axis=1)
+        for i, request in enumerate(requests):
+            if request not in self._requests:
+                out[i] = self.likely_curves(cells_BT[i]).mean(axis=0)
+        return out
 
-    def likely_curves(self, cells: Cells) -> np.ndarray:
-        """Curves that a request of which nothing is known may have, ``[kinds of requests, tokens]``."""
+    def likely_curves(self, cells_T: np.ndarray) -> np.ndarray:
+        """Curves that a request of which nothing is known may have, ``[kinds of requests, T]``."""
         offsets = self.likely_offsets()[:, None]
-        return np.cumprod(
-            _probability(self._logit_C[np.asarray(cells, dtype=int)] + offsets), axis=1
-        )
+        return np.cumprod(_probability(self._logit_C[cells_T] + offsets), axis=1)
 
-    def observe(self, cells: Cells, num_accepted: int, request: str) -> None:
+    def observe(self, cells_T: np.ndarray, num_accepted: int, request: str) -> None:
         """Learns from one draft: the first ``num_accepted`` were right, the next one was not.
 
         Averages learn what the request's offset does not explain (a logistic regression, token by token).
         Else those of late tokens would be the averages of good requests, since others do not get there.
 
         Args:
-            cells: of the tokens whose fate is known: as many as were accepted, and one more unless all were.
+            cells_T: of the tokens whose fate is known: those accepted, and one more unless all were.
         """
-        tried = len(cells)
-        if tried == 0:
+        if len(cells_T) == 0:
             return
-        p_T = self.conditional(cells, request)
-        average_T = self.averages[np.asarray(cells, dtype=int)]
+        trials = self._requests.setdefault(request, Trials())
+        expected = 0.0
         decay = 0.5 ** (1 / _HALF_LIFE)
-        for t, (cell, p) in enumerate(zip(cells, p_T.tolist(), strict=True)):
+        for t, cell in enumerate(cells_T.tolist()):
             right = t < num_accepted
+            average = float(self._logit_C[cell])
+            expected += 1 / (1 + math.exp(-average))
+            p = 1 / (1 + math.exp(-average - trials.offset))
             self.trials += 1
             surprise = -math.log(max(p if right else 1 - p, 1e-6))
             self.loss += (surprise - self.loss) / min(self.trials, _HALF_LIFE)
-            self._weight_C[cell] = self._weight_C[cell] * decay + 1
-            step = (right - p) / (self._weight_C[cell] * max(p * (1 - p), 0.05))
-            self._logit_C[cell] = min(max(self._logit_C[cell] + step, -5.0), 5.0)
-        trials = self._requests.setdefault(request, Trials())
-        decay = 0.5 ** (tried / _REQUEST_HALF_LIFE)
-        trials.tried = trials.tried * decay + tried
-        trials.accepted = trials.accepted * decay + num_accepted
-        trials.expected = trials.expected * decay + float(average_T.sum())
+            weight = self._weight_C[cell] = self._weight_C[cell] * decay + 1
+            step = (right - p) / (weight * max(p * (1 - p), 0.05))
+            self._logit_C[cell] = min(max(average + step, -5.0), 5.0)
+        trials.add(len(cells_T), num_accepted, expected)
 
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
@@ -132,15 +131,17 @@ class Predictor:
         trials = self._requests.pop(request, None)
         if trials is not None and trials.tried >= 2:
             self._recent = [*self._recent[1 - _RECENT :], trials.offset]
+            self._likely = None
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:
         """Offsets that a request of which nothing is known may have: quantiles of those seen."""
-        now = [t.offset for t in self._requests.values() if t.tried >= 2]
-        known = [*self._recent, *now]
-        if len(known) < 4:
-            # Too few to know the spread.
-            return np.array([-1.5, 0.0, 1.5])
-        return np.quantile(known, np.linspace(0.5 / num, 1 - 0.5 / num, num))
+        if self._likely is None:
+            if len(self._recent) < 4:
+                # Too few to know the spread.
+                self._likely = np.array([-1.5, 0.0, 1.5])
+            else:
+                self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num)
+        return self._likely
 
 
 #: Edges in the log-odds of the drafter's confidence.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ class Choice:
         return self.tokens / self.seconds
 
 
-def choose(curves: Sequence[np.ndarray], seconds_M: np.ndarray) -> Choice:
+def choose(curves_BK: np.ndarray, seconds_M: np.ndarray) -> Choice:
     """Draft lengths with the most expected tokens per second, the shorter ones where two are alike.
 
     The step's cost depends on the number of tokens in the batch only, and in each request a token is worth
@@ -36,17 +35,18 @@ def choose(curves: Sequence[np.ndarray], seconds_M: np.ndarray) -> Choice:
     they are a prefix of every request's draft; what is left is to try every M.
 
     Args:
-        curves: of each request the probabilities that its first 1, 2, ... draft tokens are all accepted.
-        seconds_M: seconds of a step with 0, 1, ... draft tokens in the whole batch; at least as many
-            entries as there are draft tokens, and one.
+        curves_BK: of each request the probabilities that its first 1, 2, ... draft tokens are all accepted;
+            0 from where it can have none.
+        seconds_M: seconds of a step with 0, 1, ... B * K draft tokens in the whole batch.
     """
-    lens = [len(curve) for curve in curves]
-    worth = np.concatenate(curves) if curves else np.empty(0)
+    B, K = curves_BK.shape
+    worth = curves_BK.ravel()
     # Stable, so that equal worths of one request stay in order.
     order = np.argsort(-worth, kind="stable")
-    tokens_M = len(curves) + np.concatenate(([0.0], np.cumsum(worth[order])))
-    seconds_M = seconds_M[: len(tokens_M)]
+    tokens_M = np.empty(len(worth) + 1)
+    tokens_M[0] = B
+    np.cumsum(worth[order], out=tokens_M[1:])
+    tokens_M[1:] += B
     best = int(np.argmax(tokens_M / seconds_M))
-    owners = np.repeat(np.arange(len(lens)), lens)[order[:best]]
-    lengths = np.bincount(owners, minlength=len(lens))
+    lengths = np.bincount(order[:best] // max(K, 1), minlength=B)
     return Choice(tuple(lengths.tolist()), float(tokens_M[best]), float(seconds_M[best]))

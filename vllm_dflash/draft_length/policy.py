@@ -57,17 +57,17 @@ class Plan:
 
     Attributes:
         requests: those of the step.
-        most: draft tokens that each may have.
+        allowed_BK: whether a request may have so many draft tokens, bool.
         drafting: indices of those to run the drafter for, ascending.
-        lookups: of each request, the probabilities that prompt lookup's first tokens are all accepted.
+        lookups_BK: of each request, the probabilities that prompt lookup's first tokens are all accepted.
         seconds_M: of a step with 0, 1, ... draft tokens, without a draft pass.
         expected: the choice that the plan was made for.
     """
 
     requests: Sequence[Request]
-    most: Sequence[int]
+    allowed_BK: np.ndarray
     drafting: tuple[int, ...]
-    lookups: Sequence[np.ndarray]
+    lookups_BK: np.ndarray
     seconds_M: np.ndarray
     expected: Choice
 
@@ -153,85 +153,99 @@ class Policy:
         for request in requests:
             self._learn(request)
         limit = self.num_tokens if most is None else min(most, self.num_tokens)
-        B = len(requests)
+        B, K = len(requests), self.num_tokens
+        ids = [r.id for r in requests]
+        caps_B = np.array([min(r.most, limit) for r in requests], dtype=int)
+        allowed_BK = np.arange(K) < caps_B[:, None]
         context = float(sum(len(r.tokens) for r in requests))
-        caps = [min(r.most, limit) for r in requests]
-        seconds_M = self.cost.step(np.arange(B, B + sum(caps) + 1), B, context)
-        lookups = [self._match_curve(r)[:cap] for r, cap in zip(requests, caps, strict=True)]
-        drafts = [
-            self.by_position.curve(range(cap), r.id) for r, cap in zip(requests, caps, strict=True)
-        ]
-        best = choose(lookups, seconds_M)
-        drafting: tuple[int, ...] = ()
-        self._credit = min(self._credit + _PROBE_SHARE * best.seconds, 2 * self._pass_seconds(B))
-        worth = np.array([d.sum() - m.sum() for d, m in zip(drafts, lookups, strict=True)])
-        order = [int(i) for i in np.argsort(-worth, kind="stable") if worth[i] > 0]
+        seconds_M = self.cost.step(np.arange(B, B + B * K + 1), B, context)
+        lookups_BK = self._match_curves(requests) * allowed_BK
+        drafts_BK = self.by_position.curves(self._positions(B), ids) * allowed_BK
+        best = choose(lookups_BK, seconds_M)
+        drafting: list[int] = []
+        gain = _PROBE_SHARE * best.seconds
+        self._credit = min(self._credit + gain, 2 * self._pass_seconds(B))
+        worth_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
+        order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
         margin = _MARGIN
-        for size in _sizes(len(order), self.together, B):
-            chosen = order[:size] if not self.together else range(B)
-            curves = list(lookups)
-            for i in chosen:
-                curves[i] = drafts[i] if worth[i] > 0 else lookups[i]
-            choice = choose(curves, seconds_M + self._pass_seconds(len(chosen)))
+        for size in _sizes(len(order), self.together):
+            chosen = order[:size]
+            curves_BK = lookups_BK.copy()
+            curves_BK[chosen] = drafts_BK[chosen]
+            passed = self._pass_seconds(B if self.together else size)
+            choice = choose(curves_BK, seconds_M + passed)
             if choice.rate > margin * best.rate:
-                best, drafting, margin = choice, tuple(sorted(chosen)), 1.0
-        probes = self._probes(requests, drafting, lookups, caps, best, seconds_M)
-        if probes and self.together:
-            probes = tuple(range(B))
-        return Plan(requests, caps, tuple(sorted({*drafting, *probes})), lookups, seconds_M, best)
+                best, drafting, margin = choice, chosen.tolist(), 1.0
+        drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
+        if self.together and drafting:
+            drafting = list(range(B))
+        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M, best)
 
     def _pass_seconds(self, num_requests: int) -> float:
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
 
-    def _match_cells(self, request: Request) -> np.ndarray:
-        kind = min(max(request.match_len, MATCHES[0]), MATCHES[-1]) - MATCHES[0]
-        return kind * self.num_tokens + np.arange(len(request.match))
+    def _positions(self, num_requests: int) -> np.ndarray:
+        return np.broadcast_to(np.arange(self.num_tokens), (num_requests, self.num_tokens))
 
-    def _match_curve(self, request: Request) -> np.ndarray:
-        if len(request.match) == 0:
-            return np.empty(0)
-        return self.by_match.curve(self._match_cells(request), request.id)
+    def _match_cells(self, match_len: int) -> np.ndarray:
+        kind = min(max(match_len, MATCHES[0]), MATCHES[-1]) - MATCHES[0]
+        return kind * self.num_tokens + np.arange(self.num_tokens)
+
+    def _match_curves(self, requests: Sequence[Request]) -> np.ndarray:
+        """``[B, K]``, 0 behind the end of a match."""
+        K = self.num_tokens
+        out = np.zeros((len(requests), K))
+        rows = [i for i, r in enumerate(requests) if len(r.match)]
+        if rows:
+            cells = np.stack([self._match_cells(requests[i].match_len) for i in rows])
+            lens = np.array([len(requests[i].match) for i in rows])
+            curves = self.by_match.curves(cells, [requests[i].id for i in rows])
+            out[rows] = curves * (np.arange(K) < lens[:, None])
+        return out
 
     def _probes(
         self,
         requests: Sequence[Request],
         drafting: Sequence[int],
-        lookups: Sequence[np.ndarray],
-        caps: Sequence[int],
+        lookups_BK: np.ndarray,
+        caps_B: np.ndarray,
         best: Choice,
         seconds_M: np.ndarray,
-    ) -> tuple[int, ...]:
+    ) -> list[int]:
         """Requests to draft for although it is not expected to pay: what it shows may."""
-        waiting = {
-            r for r, blocks in self._blocks.items() if any(b.source == DRAFTER for b in blocks)
-        }
         left = [
             i
             for i, r in enumerate(requests)
-            if i not in drafting and caps[i] > 0 and r.id not in waiting
+            if i not in drafting and caps_B[i] > 0 and not self._waiting(r.id, DRAFTER)
         ]
         if not left:
-            return ()
-        # What a token costs now, in tokens.
-        M = sum(best.lengths)
-        price = best.rate * float(seconds_M[min(M + 1, len(seconds_M) - 1)] - seconds_M[M])
-        alone = best.rate * self._pass_seconds(1)
-        unknown = []
-        # [kinds of requests, K]: what each kind would gain a step.
-        chances = self.by_position.likely_curves(range(self.num_tokens))
-        for i in left:
-            if self.by_position.seen(requests[i].id):
-                continue
-            instead = np.maximum(lookups[i] - price, 0).sum()
-            gains = np.maximum(chances[:, : caps[i]] - price, 0).sum(-1) - instead - alone
-            steps = min(_HORIZON, requests[i].most)
-            if np.maximum(gains, 0).mean() * steps > alone:
-                unknown.append(i)
-        cost = self._pass_seconds(len(drafting) + len(left)) - self._pass_seconds(len(drafting))
+            return []
+        before = self._pass_seconds(len(drafting))
+        cost = self._pass_seconds(len(drafting) + len(left)) - before
         if cost <= self._credit:
             self._credit -= cost
-            return tuple(left)
-        return tuple(unknown)
+            return left
+        new = [i for i in left if not self.by_position.seen(requests[i].id)]
+        if not new:
+            return []
+        # What a token costs now, and a draft, in tokens.
+        M = sum(best.lengths)
+        last = len(seconds_M) - 1
+        price = best.rate * float(seconds_M[min(M + 1, last)] - seconds_M[M])
+        draft = best.rate * (self._pass_seconds(len(drafting) + 1) - before)
+        # [kinds of requests, K]: what each kind would gain a step.
+        chances = np.maximum(self.by_position.likely_curves(np.arange(self.num_tokens)) - price, 0)
+        out = []
+        for i in new:
+            instead = np.maximum(lookups_BK[i] - price, 0).sum()
+            gains = chances[:, : caps_B[i]].sum(axis=1) - instead - draft
+            steps = min(_HORIZON, requests[i].most)
+            if np.maximum(gains, 0).mean() * steps > draft:
+                out.append(i)
+        return out
+
+    def _waiting(self, request: str, source: str) -> bool:
+        return any(b.source == source for b in self._blocks.get(request, ()))
 
     # -- behind it
 
@@ -245,31 +259,36 @@ class Policy:
             confidence: its probability of each, or None where it is not known.
         """
         B, K = len(plan.requests), self.num_tokens
-        curves = list(plan.lookups)
-        sources = [LOOKUP] * B
-        rows = {i: row for row, i in enumerate(plan.drafting)}
+        curves_BK = plan.lookups_BK
+        rows = list(plan.drafting)
         cells = None if confidence is None else confidence_cells(confidence)
-        for i, row in rows.items():
-            request = plan.requests[i]
+        by_drafter = np.zeros(B, dtype=bool)
+        if rows:
+            ids = [plan.requests[i].id for i in rows]
             if cells is not None and self.believes_confidence:
-                curve = self.by_confidence.curve(cells[row], request.id)
+                drafted = self.by_confidence.curves(cells, ids)
             else:
-                curve = self.by_position.curve(range(K), request.id)
-            curve = curve[: plan.most[i]]
-            if curve.sum() > curves[i].sum():
-                curves[i], sources[i] = curve, DRAFTER
-        choice = choose(curves, plan.seconds_M + self._pass_seconds(len(rows)))
-        out = [Draft(s, n) for s, n in zip(sources, choice.lengths, strict=True)]
-        for i, (request, draft) in enumerate(zip(plan.requests, out, strict=True)):
-            self.totals.lengths[draft.length] += 1
-            expected = float(curves[i][: draft.length].sum())
-            if i in rows and drafts is not None:
+                drafted = self.by_position.curves(self._positions(len(rows)), ids)
+            drafted = drafted * plan.allowed_BK[rows]
+            by_drafter[rows] = drafted.sum(axis=1) > curves_BK[rows].sum(axis=1)
+            curves_BK = curves_BK.copy()
+            curves_BK[rows] = np.where(by_drafter[rows][:, None], drafted, curves_BK[rows])
+        choice = choose(curves_BK, plan.seconds_M + self._pass_seconds(len(rows)))
+        out = []
+        row_of = {i: row for row, i in enumerate(rows)}
+        for i, request in enumerate(plan.requests):
+            length = choice.lengths[i]
+            draft = Draft(DRAFTER if by_drafter[i] else LOOKUP, length)
+            out.append(draft)
+            self.totals.lengths[length] += 1
+            expected = float(curves_BK[i, :length].sum())
+            if i in row_of and drafts is not None:
                 learners = [(self.by_position, np.arange(K))]
                 if cells is not None:
-                    learners.append((self.by_confidence, cells[rows[i]]))
-                self._await(request, DRAFTER, drafts[rows[i]], learners, draft, expected)
+                    learners.append((self.by_confidence, cells[row_of[i]]))
+                self._await(request, DRAFTER, drafts[row_of[i]], learners, draft, expected)
             if len(request.match):
-                learners = [(self.by_match, self._match_cells(request))]
+                learners = [(self.by_match, self._match_cells(request.match_len))]
                 self._await(request, LOOKUP, request.match, learners, draft, expected)
         return out
 
@@ -289,8 +308,7 @@ class Policy:
         expected: float,
     ) -> None:
         used = draft.source == source and draft.length > 0
-        blocks = self._blocks.setdefault(request.id, [])
-        if not used and any(b.source == source for b in blocks):
+        if not used and self._waiting(request.id, source):
             return  # one unverified draft at a time says enough
         block = _Block(
             start=len(request.tokens),
@@ -300,7 +318,7 @@ class Policy:
             length=draft.length if used else 0,
             expected=expected if used else 0.0,
         )
-        blocks.append(block)
+        self._blocks.setdefault(request.id, []).append(block)
 
     def _learn(self, request: Request) -> None:
         """Compares drafts of earlier steps with the text that followed."""
@@ -343,13 +361,8 @@ class Policy:
         self.totals.plain_seconds += plain * num_tokens / num_requests
 
 
-def _sizes(candidates: int, together: bool, batch: int) -> list[int]:
+def _sizes(candidates: int, together: bool) -> list[int]:
     """Numbers of requests to try drafting for."""
-    if candidates == 0:
-        return []
-    if together:
-        return [batch]
-    quarters = {1, candidates, *(candidates * q // 4 for q in (1, 2, 3))}
-    return (
-        sorted(n for n in quarters if n > 0) if candidates > 4 else list(range(1, candidates + 1))
-    )
+    if together or candidates <= 2:
+        return [candidates] if together and candidates else list(range(1, candidates + 1))
+    return sorted({1, candidates // 2, candidates})
