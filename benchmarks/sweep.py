@@ -6,10 +6,10 @@ A point is a number of requests in flight, a kind of traffic and a length of con
 
 * own: what the drafter was trained for; foreign: something else (``make_chat.py`` writes some); mixed: the
   two in turn, so that requests of both kinds share a batch;
-* short: the prompts as they are; long: behind an earlier turn of at least --context-tokens tokens, made of
-  the texts of other prompts. It is the same text for all requests and prefix caching is on (in every mode),
-  so that a run is decoding over a long context rather than prefill, where speculation changes nothing.
-  --no-prefix-caching measures both.
+* short: the prompts as they are; long: behind earlier turns of at least --context-tokens tokens, about
+  other things (benchmarks/data/earlier.jsonl). They are the same for all requests, and prefix caching is on
+  in all modes, so that a run is decoding over a long context rather than prefill, where speculation changes
+  nothing. --no-prefix-caching measures both.
 
 Modes: none; ngram (vLLM's prompt lookup); kN (ours with N draft tokens, always); stock (the drafter in vLLM's
 own dflash) and table (the same with vLLM's ``num_speculative_tokens_per_batch_size``); ours (the defaults);
@@ -32,7 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import random
+import os
 import re
 import sys
 import tempfile
@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from itertools import chain, zip_longest
+from itertools import chain, cycle, zip_longest
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -80,10 +80,9 @@ BOUNDS = {"none": 0.98, "best_fixed": 0.97, "best_single_fixed": 1.1, "ngram": 1
 MIN_REQUESTS = 4
 #: Tokens that max_model_len leaves beyond the longest request: vLLM stops drafting close to it.
 ROOM = 64
-ASK_TO_READ = (
-    "These are messages that other people sent today. Read them, there is nothing to answer yet."
-)
-READ = "I have read them. What can I do for you?"
+#: Earlier turns of a long context. Texts to look at, or a verifier's own loops, would be copied and answered
+#: rather than the request; so these are complete exchanges about other things.
+EARLIER = Path(__file__).parent / "data" / "earlier.jsonl"
 #: Defaults that --gpu changes. Unrun: made from the CPU figures and vLLM's documentation.
 GPU_PROFILE: dict[str, Any] = {
     "concurrency": "1,16,4",
@@ -159,7 +158,7 @@ class SweepConfig:
             self.table = [
                 [1, 2, longest],
                 [3, 4, min(3, longest)],
-                [5, max(5, *self.concurrencies), 1],
+                [5, 256, 1],
             ]
 
     def points(self) -> list[Point]:
@@ -202,34 +201,11 @@ def interleave(own: Sequence[Any], foreign: Sequence[Any], num: int) -> list[Any
     return [x for x in chain.from_iterable(pairs) if x is not None]
 
 
-def context_text(
-    texts: Sequence[str], num_tokens: int, count: Callable[[str], int], seed: int = 0
-) -> str:
-    """The texts in random order, again and again, until there are ``num_tokens`` of them."""
-    if not any(text.strip() for text in texts):
-        raise ValueError("no prompt has text to make a long context of")
-    rng, lines = random.Random(seed), []
-    while True:
-        for text in rng.sample(texts, len(texts)):
-            lines.append(text)
-            if count(made := "\n\n".join(lines)) >= num_tokens:
-                return made
-
-
-def with_context(conversation: Any, text: str) -> Any:
-    """The request behind an earlier turn that holds the text."""
+def with_context(conversation: Any, turns: Sequence[dict[str, Any]]) -> Any:
+    """The request behind earlier turns of the same conversation."""
     messages = conversation.messages
     num = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), 0)
-    earlier = (
-        {"role": "user", "content": f"{ASK_TO_READ}\n\n{text}"},
-        {"role": "assistant", "content": READ},
-    )
-    return replace(conversation, messages=(*messages[:num], *earlier, *messages[num:]))
-
-
-def last_text(conversation: Any) -> str:
-    content = conversation.messages[-1]["content"] or ""
-    return content if isinstance(content, str) else " ".join(p.get("text", "") for p in content)
+    return replace(conversation, messages=(*messages[:num], *turns, *messages[num:]))
 
 
 class Prompts:
@@ -239,29 +215,36 @@ class Prompts:
         requests: conversations by kind (own, foreign), each up to its last user turn.
         tokenizer: the verifier's.
         num: how many of each kind the largest run needs; a kind may have fewer.
-        context_tokens: of the long context, at least.
+        earlier: conversations with answers; the long context is made of them, in order, from the first again
+            where they do not suffice.
+        context_tokens: by which a long prompt is longer, at least.
     """
 
     def __init__(
-        self, requests: Mapping[str, Sequence[Any]], tokenizer: Any, num: int, context_tokens: int
+        self,
+        requests: Mapping[str, Sequence[Any]],
+        tokenizer: Any,
+        num: int,
+        earlier: Sequence[Any],
+        context_tokens: int,
     ) -> None:
         from vllm_dflash.training.tokenization import prompt_token_ids
 
-        # Those that are never sent, where there are some.
-        others = [c for pool in requests.values() for c in (pool[num:] or pool)]
-
-        def count(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        text = context_text([last_text(c) for c in others], context_tokens, count)
+        if not earlier or any(c.messages[-1]["role"] != "assistant" for c in earlier):
+            raise ValueError("a long context is made of conversations that end with an answer")
         self.ids: dict[tuple[str, str], list[list[int]]] = {}
         for kind, pool in requests.items():
-            short = pool[:num]
-            for context, made in (
-                ("short", short),
-                ("long", [with_context(c, text) for c in short]),
-            ):
-                self.ids[kind, context] = [prompt_token_ids(tokenizer, c) for c in made]
+            short = [prompt_token_ids(tokenizer, c) for c in pool[:num]]
+            long: list[list[int]] = []
+            for conversation, ids in zip(pool, short, strict=False):
+                turns: list[dict[str, Any]] = []
+                more = cycle(earlier)
+                made: list[int] = []
+                while len(made) < len(ids) + context_tokens:
+                    turns += next(more).messages
+                    made = prompt_token_ids(tokenizer, with_context(conversation, turns))
+                long.append(made)
+            self.ids[kind, "short"], self.ids[kind, "long"] = short, long
 
     def of(self, point: Point, num: int) -> list[list[int]]:
         own, foreign = (self.ids.get((kind, point.context), []) for kind in ("own", "foreign"))
@@ -294,6 +277,7 @@ def new_report(config: SweepConfig) -> dict[str, Any]:
             "dtype": bench.dtype,
             "enforce_eager": bench.enforce_eager,
             "prefix_caching": bench.prefix_caching,
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
             "requests_per_slot": config.requests_per_slot,
             "table": config.table,
             **config.settings,
@@ -780,6 +764,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--context-tokens", type=int, default=2048, help="of the long context, at least"
     )
+    parser.add_argument("--earlier", type=Path, default=EARLIER, help="conversations it is made of")
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument(
@@ -860,6 +845,7 @@ def make_config(args: argparse.Namespace, logs: Path) -> SweepConfig:
             "own": Path(args.own).name,
             "foreign": Path(args.foreign).name,
             "context_tokens": args.context_tokens,
+            "earlier": args.earlier.name,
             "engine_args": engine_args,
         },
     )
@@ -876,6 +862,7 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     from vllm_dflash.cli import load_requests
+    from vllm_dflash.training.conversations import load_conversations
 
     logs = args.logs or Path(tempfile.mkdtemp(prefix="sweep-"))
     config = make_config(args, logs)
@@ -884,9 +871,9 @@ def main() -> int:
         kind: load_requests(args.verifier, str(path), {}, 10**6)
         for kind, path in (("own", args.own), ("foreign", args.foreign))
     }
-    prompts = Prompts(
-        requests, AutoTokenizer.from_pretrained(args.verifier), num, args.context_tokens
-    )
+    earlier, _ = load_conversations(args.earlier)
+    tokenizer = AutoTokenizer.from_pretrained(args.verifier)
+    prompts = Prompts(requests, tokenizer, num, earlier, args.context_tokens)
     longest = max(
         len(ids) for (_, c), pool in prompts.ids.items() if c in config.contexts for ids in pool
     )

@@ -15,7 +15,7 @@ from tiny import make_tokenizer
 from vllm_dflash.bench import report as bench_report
 from vllm_dflash.bench.engine_process import RunResult, SpecCounters
 from vllm_dflash.bench.runner import BenchConfig
-from vllm_dflash.training.conversations import Conversation
+from vllm_dflash.training.conversations import Conversation, load_conversations
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import sweep
@@ -91,39 +91,49 @@ def test_mixed_traffic_takes_turns():
     assert len(sweep.interleave("a", "12345", 6)) == 4  # too few, for the caller to see
 
 
-def test_a_long_context_is_an_earlier_turn_of_so_many_tokens(tokenizer):
-    requests = {"own": chats("own", 9, "Be brief."), "foreign": chats("foreign", 9)}
-    prompts = sweep.Prompts(requests, tokenizer, 4, 2048)
+@pytest.fixture(scope="module")
+def earlier() -> list[Conversation]:
+    conversations, rejected = load_conversations(sweep.EARLIER)
+    assert not rejected
+    return conversations
+
+
+def test_a_long_context_is_earlier_turns_of_so_many_tokens(tokenizer, earlier):
+    requests = {"own": chats("own", 4, "Be brief."), "foreign": chats("foreign", 4)}
+    prompts = sweep.Prompts(requests, tokenizer, 4, earlier, 2048)
     for traffic in sweep.TRAFFIC:
         short = prompts.of(Point(2, traffic, "short"), 4)
         long = prompts.of(Point(2, traffic, "long"), 4)
         for a, b in zip(short, long, strict=True):
-            assert 2048 <= len(b) - len(a) < 2048 + 250
+            assert 2048 <= len(b) - len(a) < 2048 + 700
             assert b[-8:] == a[-8:]  # the request is still the last thing
-    text = tokenizer.decode(prompts.of(Point(1, "own", "long"), 1)[0])
-    turns = [t.split("<|im_end|>")[0] for t in text.split("<|im_start|>")[1:]]
-    assert [t.split("\n")[0] for t in turns] == ["system", "user", "assistant", "user", "assistant"]
+    own = prompts.of(Point(1, "own", "long"), 4)
+    turns = [t.split("<|im_end|>")[0] for t in tokenizer.decode(own[0]).split("<|im_start|>")[1:]]
+    roles = [turn.split("\n")[0] for turn in turns]
+    assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
     assert turns[0].endswith("Be brief.")
-    # Not sent itself, so it may be in the context.
-    assert "own number 8 please" in turns[1]
-    assert "own number 0 please" not in turns[1]
-    again = sweep.Prompts(requests, tokenizer, 4, 2048)
-    assert again.ids == prompts.ids
+    assert turns[-2].endswith("own number 0 please")
+    # All requests of a kind share it, for the prefix cache.
+    assert all(ids[:2048] == own[0][:2048] for ids in own)
 
 
-def test_too_few_prompts_are_refused_before_any_engine(tmp_path, tokenizer, engine):
-    prompts = sweep.Prompts({"own": chats("o", 9), "foreign": chats("f", 3)}, tokenizer, 8, 16)
+def test_a_short_supply_of_earlier_turns_is_used_again(tokenizer, earlier):
+    requests = {"own": chats("own", 1)}
+    ids = sweep.Prompts(requests, tokenizer, 1, earlier[:1], 2048).ids
+    assert len(ids["own", "long"][0]) >= 2048 + len(ids["own", "short"][0])
+    with pytest.raises(ValueError, match="end with an answer"):
+        sweep.Prompts(requests, tokenizer, 1, requests["own"], 2048)
+
+
+def test_too_few_prompts_are_refused_before_any_engine(tmp_path, tokenizer, earlier, engine):
+    requests = {"own": chats("o", 9), "foreign": chats("f", 3)}
+    prompts = sweep.Prompts(requests, tokenizer, 8, earlier, 16)
     made = config(tmp_path, traffic=("own", "foreign"))
     with pytest.raises(ValueError, match="foreign, short context, 1 in flight takes 4 prompts"):
         sweep.run_sweep(
             made, prompts.of, sweep.new_report(made), print, print, engine_factory=engine
         )
     assert engine.log == []
-
-
-def test_no_text_no_context():
-    with pytest.raises(ValueError, match="no prompt has text"):
-        sweep.context_text(["", " "], 10, len)
 
 
 # -- engines -----------------------------------------------------------------------------------
@@ -139,7 +149,7 @@ def test_modes(tmp_path):
     assert given["ours"] == given["stock"] == drafter
     assert given["ours-no-lookup"] == drafter | {"dflash_lookup": "off"}
     assert given["k3"] == drafter | {"num_speculative_tokens": 3, "dflash_draft_length": "fixed"}
-    table = [[1, 2, 7], [3, 4, 3], [5, 5, 1]]
+    table = [[1, 2, 7], [3, 4, 3], [5, 256, 1]]
     assert given["table"] == drafter | {"num_speculative_tokens_per_batch_size": table}
     plugin = {mode for mode, s in specs.items() if s.env["VLLM_PLUGINS"]}
     assert plugin == {"ours", "ours-no-lookup", "k1", "k3"}
