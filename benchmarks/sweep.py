@@ -680,7 +680,7 @@ def write_png(report: Mapping[str, Any], path: Path) -> None:
     ticks = sorted({r["concurrency"] for r in rows})
     settings = report["settings"]
     with matplotlib.rc_context({"font.size": 9}):
-        size = (3.2 * len(traffic) + 1.2, 2.7 * len(contexts) + 1.0)
+        size = (max(6.0, 3.2 * len(traffic) + 1.2), 2.7 * len(contexts) + 1.0)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(
@@ -727,7 +727,7 @@ def write_png(report: Mapping[str, Any], path: Path) -> None:
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
         where = ", ".join(report["machine"]["gpus"]) or report["machine"]["cpu"]
         figure.suptitle(
-            f"{settings['verifier']} with {settings['drafter']}; {where}; vLLM {report['versions']['vllm']}",
+            f"{settings['verifier']} with {settings['drafter']}\n{where}; vLLM {report['versions']['vllm']}",
             fontsize=10,
         )
         with atomic_path(path) as temporary:
