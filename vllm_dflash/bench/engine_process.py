@@ -127,6 +127,11 @@ class SpecCounters:
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
     @property
+    def draft_length(self) -> float | None:
+        """Mean number of tokens that a draft had; None when nothing was drafted."""
+        return self.num_draft_tokens / self.num_drafts if self.num_drafts else None
+
+    @property
     def acceptance_per_position(self) -> list[float] | None:
         """Share of drafts whose token at each position was accepted."""
         if not self.num_drafts:

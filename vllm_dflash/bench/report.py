@@ -26,7 +26,7 @@ NO_VALUE = "-"
 
 
 @contextlib.contextmanager
-def _atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, so that the file gets the usual permissions and may keep its suffix.
@@ -41,7 +41,7 @@ def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
     path = Path(path)
     # allow_nan: a NaN would make the file unreadable for everything but Python.
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    with _atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text)
     return path
 
@@ -104,7 +104,7 @@ def write_png(report: Mapping[str, Any], path: str | Path) -> Path:
         axes.legend(frameon=False, ncols=len(modes), loc="upper left", bbox_to_anchor=(0, 1.08))
         figure.suptitle(f"{_title(report)}\n{_subtitle(report)}", fontsize=10)
         path = Path(path)
-        with _atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
     return path
 
