@@ -7,7 +7,8 @@ SamplingParams for all or per prompt, ``lora``: per prompt the folder of an adap
 ``concurrency``, ``abort``: [prompt index, after how many steps],
 ``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
 features and drafts that the proposer sees, ``config``: whether to return the engine's configuration,
-``random_lengths``: whether draft lengths, and whom to draft for, are left to chance.
+``features``: false to save none of them, ``random_lengths``: whether draft lengths, and whom to draft for,
+are left to chance.
 """
 
 from __future__ import annotations
@@ -369,7 +370,8 @@ def main(job_file: str, out_file: str) -> None:
 
         tensors = {}
         for name, one in result["runs"].items():
-            for i, outputs in enumerate(one["outputs"]):
+            # Those of a cached prefix are not computed either.
+            for i, outputs in enumerate(one["outputs"] if job.get("features", True) else ()):
                 # The last token's features are never computed.
                 length = len(job_prompt(job, name, i)) + len(outputs[0]["token_ids"]) - 1
                 features, _ = recorder.features.take(f"{name}:{i}", length)

@@ -35,6 +35,7 @@ def drafted(
     runner="v1",
     max_tokens=MAX_TOKENS,
     random_lengths=False,
+    features=True,
     **speculative,
 ) -> dict[str, Any]:
     """Serves the prompts and records every draft with the features it was made from.
@@ -60,6 +61,7 @@ def drafted(
         "record": str(record),
         "runner": runner,
         "random_lengths": random_lengths,
+        "features": features,
         "runs": [
             {
                 "name": "run",
@@ -173,6 +175,21 @@ def test_drafts_after_steps_without(layout, trained, prompts, folder) -> None:
     figures = out["lengths"]
     assert 0 < figures["drafted_steps"] < 0.8 * figures["steps"]
     assert check_drafts(out, Reference(trained.verifier, drafter), 7) > 300
+
+
+def test_drafts_behind_a_cached_prefix(trained, prompts, folder) -> None:
+    """The whole of a cached prefix is used, and drafts read the drafter's own cache of it."""
+    prefix = (prompts[0] * 3)[:100]
+    long = [prefix + p for p in prompts[:8]]
+    engine = {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 1}
+    models = trained.verifier, trained.drafter
+    cached = drafted(*models, long, folder, engine=engine, max_tokens=24, features=False)
+    hits = cached["runs"]["run"]["counters"]["vllm:prefix_cache_hits_total"]
+    assert hits == 96 * (len(long) - 1)
+    whole = drafted(*models, long, folder, max_tokens=24)
+    assert cached["sequences"] == whole["sequences"]
+    cached["features"] = whole["features"]
+    assert check_drafts(cached, Reference(*models), 7) > 500
 
 
 def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
