@@ -350,6 +350,10 @@ def drafter(tmp_path_factory):
     return folder
 
 
+class Made(str):
+    """Stands for a SpeculativeConfig: it takes attributes."""
+
+
 class Args:
     """The part of vLLM's EngineArgs that matters."""
 
@@ -362,7 +366,7 @@ class Args:
 
     def stock(self, target_model_config, target_parallel_config=None):
         self.seen.append((self.speculative_config, target_model_config, target_parallel_config))
-        return "made"
+        return Made("made")
 
     create_speculative_config = wrap_create_speculative_config(stock)
 

@@ -1,7 +1,7 @@
 """Figures of the chosen draft lengths: to the log once a minute, and to the server's ``/metrics``.
 
 The policy works in a worker process, metrics are served by another one. vLLM has no way for a plugin's
-figures from the one to the other, so they go through a small file that the worker replaces once a second.
+figures from the one to the other, so they go through a small file that the worker replaces now and then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _LOG_SECONDS = 60.0
-_FILE_SECONDS = 1.0
+_FILE_SECONDS = 0.2
 
 
 def stats_file(name: str) -> Path:
