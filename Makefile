@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-all test-install lint clean
+.PHONY: setup demo test test-all test-install test-versions versions lint clean
 
 setup: $(VENV)/.built
 
@@ -34,6 +34,14 @@ test-all: setup
 # Every way to install, and the CUDA kernels where there is an nvcc.
 test-install: setup
 	$(BIN)/python -m pytest -m slow tests/install
+
+# What we rely on, in the source of every supported vLLM; pip fetches them once into the user's cache.
+test-versions: setup
+	$(BIN)/python -m pytest -m slow tests/test_contract.py
+
+# The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
+versions: setup
+	$(BIN)/python benchmarks/versions.py --changelog CHANGELOG.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_dflash.bench.report import write_json
+from vllm_dflash.bench.report import markdown_table, replace_between_markers, write_json
 from vllm_dflash.environment import describe_machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +30,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402
 import verifiers  # noqa: E402
-
-BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
 
 
 def row_of(model_type: str, base: Path, prompts_file: Path, prompts: list[list[int]]) -> dict:
@@ -73,19 +71,8 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
         "train_smoke": "trains",
         "reason": "reason",
     }
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    for row in sorted(rows, key=lambda r: (r["path"], r["architecture"])):
-        cells = (cell(row.get(k)).replace("|", "\\|") for k in columns)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([f"{where}\n", *lines])
-
-
-def replace_table(docs: Path, text: str) -> None:
-    old = docs.read_text()
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"{docs} lacks the lines {BEGIN} and {END}, between which the table goes")
-    head, tail = old.split(BEGIN)[0], old.split(END)[1]
-    docs.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    ordered = sorted(rows, key=lambda r: (r["path"], r["architecture"]))
+    return f"{where}\n\n{markdown_table(columns, ordered, cell)}"
 
 
 def main() -> None:
@@ -116,7 +103,7 @@ def main() -> None:
         result = {"benchmark": "architectures", "machine": describe_machine(), "versions": have}
         write_json({**result, "rows": rows}, args.output)
     if args.docs:
-        replace_table(args.docs, table(rows, where))
+        replace_between_markers(args.docs, "architectures", table(rows, where))
     console.print(table(rows, where), markup=False)
 
 

@@ -602,3 +602,16 @@ def test_real_engine(tmp_path, tiny_llama):
         time.sleep(0.1)
     else:
         pytest.fail(f"processes of session {pid} are left")
+
+
+def test_a_table_in_a_document(tmp_path) -> None:
+    rows = [{"a": 1, "b": "x|y"}, {"a": 2}]
+    table = report.markdown_table({"a": "A", "b": "B"}, rows, lambda v: "" if v is None else str(v))
+    assert table == "| A | B |\n|---|---|\n| 1 | x\\|y |\n| 2 |  |"
+    file = tmp_path / "doc.md"
+    file.write_text("before\n<!-- t:begin -->\nold\n<!-- t:end -->\nafter\n")
+    for _ in range(2):
+        report.replace_between_markers(file, "t", table)
+        assert file.read_text() == f"before\n<!-- t:begin -->\n{table}\n<!-- t:end -->\nafter\n"
+    with pytest.raises(ValueError, match=r"lacks the lines <!-- u:begin -->"):
+        report.replace_between_markers(file, "u", table)

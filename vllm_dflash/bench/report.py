@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,32 @@ def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text)
     return path
+
+
+def markdown_table(
+    columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], show: Callable[[Any], str] = str
+) -> str:
+    """Markdown of the rows' values under their columns, by key; ``show`` makes a cell of a value."""
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (show(row.get(key)).replace("|", "\\|") for key in columns)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replace_between_markers(path: Path, name: str, text: str) -> None:
+    """Puts a text between the lines ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file.
+
+    Raises:
+        ValueError: the file lacks them.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = path.read_text()
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} lacks the lines {begin} and {end}, between which the table goes")
+    head, tail = old.split(begin)[0], old.split(end)[1]
+    with _atomic_path(path) as temporary:
+        temporary.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
 
 
 def write_png(report: Mapping[str, Any], path: str | Path) -> Path:

@@ -139,7 +139,7 @@ class ContextKV:
 def _paged_views(attn: Any, model: Any) -> tuple[Tensor, Tensor] | None:
     cache, impl = attn.kv_cache, attn.impl
     D, N = model._head_dim, model._num_kv_heads
-    if type(impl).__name__ not in _PAGED or getattr(attn, "calculate_kv_scales", False):
+    if type(impl).__name__ not in _PAGED:
         return None
     if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
         return None

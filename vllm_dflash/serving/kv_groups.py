@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +70,18 @@ class KVGroups:
         ]
 
     def attention_metadata(
-        self, runner: Any, block: Any, query_slots: Tensor, draft_index: int
+        self,
+        runner: Any,
+        block: Any,
+        query_slots: Tensor,
+        build: Callable[[Any, Any], tuple[list[Any], dict[str, Any]]],
     ) -> tuple[list[Any], dict[str, Any]]:
         """What ``build_per_group_and_layer_attn_metadata`` of vLLM returns, group by group.
 
         Args:
             block: vLLM's ``CommonAttentionMetadata`` of the drafter's queries, of the first group.
             query_slots: ``[G, >= B*Q]``.
+            build: that method of vLLM for one ``AttentionGroup`` and its ``CommonAttentionMetadata``.
 
         Raises:
             RuntimeError: the attention backend cannot let queries see later positions.
@@ -88,14 +94,12 @@ class KVGroups:
             common.block_table_tensor = tables[group.row]
             common.slot_mapping = query_slots[group.row, : block.num_actual_tokens]
             common.causal = group.causal
-            made = group.attention.build_metadata_for_drafting(
-                common_attn_metadata=common, draft_index=draft_index
-            )
-            if not group.causal and getattr(made, "causal", None) is not False:
+            made, of_layers = build(group.attention, common)
+            if not group.causal and any(getattr(m, "causal", None) is not False for m in made):
                 raise RuntimeError(
-                    f"{type(made).__name__} of layer {group.attention.layer_names[0]} has no non-causal "
+                    f"{type(made[0]).__name__} of layer {group.attention.layer_names[0]} has no non-causal "
                     'attention; choose another attention_backend in --speculative-config, e.g. "FLASH_ATTN"'
                 )
-            per_group.append(made)
-            per_layer |= dict.fromkeys(group.attention.layer_names, made)
+            per_group += made
+            per_layer |= of_layers
         return per_group, per_layer

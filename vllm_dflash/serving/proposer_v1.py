@@ -154,7 +154,18 @@ class Proposer(DFlashProposer):
     ) -> tuple[list[Any], dict[str, Any]]:
         if self.kv_groups.single:
             return super().build_per_group_and_layer_attn_metadata(cad, draft_index)
-        return self.kv_groups.attention_metadata(self.runner, cad, self.query_slots, draft_index)
+        build_all = super().build_per_group_and_layer_attn_metadata
+        every, causal = self.draft_attn_groups, self.dflash_causal
+
+        def build(group: Any, common: Any) -> tuple[list[Any], dict[str, Any]]:
+            self.draft_attn_groups = [group]
+            return build_all(common, draft_index)
+
+        try:
+            self.dflash_causal = True  # else vLLM wants every group without it
+            return self.kv_groups.attention_metadata(self.runner, cad, self.query_slots, build)
+        finally:
+            self.draft_attn_groups, self.dflash_causal = every, causal
 
     def _get_slot_mapping(
         self, num_tokens: int, slot_mapping: Tensor | None = None
