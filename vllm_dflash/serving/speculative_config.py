@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
+from dataclasses import fields
 from typing import Any
 
 from vllm_dflash import __version__
@@ -91,7 +92,7 @@ def wrap_create_speculative_config(original):
                 rest["num_speculative_tokens"] = drafter.num_speculative_tokens
             from vllm.config import SpeculativeConfig
 
-            if _BLOCK_DROP in SpeculativeConfig.__dataclass_fields__:
+            if _BLOCK_DROP in {f.name for f in fields(SpeculativeConfig)}:
                 # vLLM computes the last block of a cached prefix anew for the states that an EAGLE drafter
                 # starts from. Ours reads its own cache of the prefix, which is as complete as the verifier's.
                 rest.setdefault(_BLOCK_DROP, True)
