@@ -4,12 +4,19 @@
 
 Compares the features of vLLM's engine with Hugging Face's hidden states (fp32, prompts in chunks, several
 requests a step), greedy output with the drafter against output without it, and runs 20 training steps.
-With ``--docs`` the table between the markers of that file is replaced. Uses the checkout's tests/.
+With ``--docs`` the table between the markers of that file is replaced. Rows of other architectures that FILE
+has stay. Uses the checkout's tests/.
+
+vLLM imports torchvision for Qwen3.5, which beside a CPU torch takes a detour:
+
+    pip install --no-deps --target TV torchvision==0.28.0
+    PYTHONPATH=tests/torchvision_on_cpu:TV python benchmarks/architectures.py
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -50,6 +57,23 @@ def row_of(model_type: str, base: Path, prompts_file: Path, prompts: list[list[i
     return {**row, "seconds": round(time.perf_counter() - began, 1)}
 
 
+def kept(output: Path | None, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an earlier run in ``output`` that the new ones do not replace; ValueError from another vLLM."""
+    if output is None or not output.exists():
+        return []
+    old = json.loads(output.read_text())
+    if old["versions"] != versions():
+        raise ValueError(f"{output} was made with {old['versions']}; write to another file")
+    again = {row["model_type"] for row in new}
+    return [row for row in old["rows"] if row["model_type"] not in again]
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what its table says of lossless output."""
+    ties = row.get("lossless") is False and row.get("tokens_beyond_rounding") == 0
+    return {**row, "lossless": "but for ties"} if ties else row
+
+
 def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "**no**"
@@ -71,7 +95,7 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
         "train_smoke": "trains",
         "reason": "reason",
     }
-    ordered = sorted(rows, key=lambda r: (r["path"], r["architecture"]))
+    ordered = sorted(map(shown, rows), key=lambda r: (r["path"], r["architecture"]))
     return f"{where}\n\n{markdown_table(columns, ordered, cell)}"
 
 
@@ -97,6 +121,7 @@ def main() -> None:
             for row in pool.map(work, args.model_types or verifiers.ARCHITECTURES):
                 rows.append(row)
                 console.print(row)
+    rows = kept(args.output, rows) + rows
     have = versions()
     where = f"vLLM {have['vllm']}, transformers {have['transformers']}, CPU."
     if args.output:

@@ -90,7 +90,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"use_bias": False},
     "falcon": {
         "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False,
-        "alibi": False, "ffn_hidden_size": 128, "head_dim": None, "num_key_value_heads": None,
+        # vLLM's is always four times as wide.
+        "alibi": False, "ffn_hidden_size": 256, "head_dim": None, "num_key_value_heads": None,
         "num_kv_heads": 1,
     },
     "bloom": {"n_layer": 4, "n_head": 2, "tie_word_embeddings": True},
