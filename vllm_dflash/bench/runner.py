@@ -403,7 +403,8 @@ def summarize(
         a draft), ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
         the repeats' own ratios), ``num_differing_from_none`` and ``num_unstable``: prompts whose
         output differs from mode ``none``'s in the first repeat, and between repeats of this mode.
-        In bf16 both happen without a fault, where two tokens are nearly tied.
+        In bf16 both happen without a fault, where two tokens are nearly tied. ``chosen``: see
+        :func:`chosen_lengths`.
     """
     speeds = [r.output_tokens_per_s for r in results]
     requests = [q for r in results for q in r.requests]
@@ -425,7 +426,17 @@ def summarize(
         "over_none": over_none,
         "num_differing_from_none": differing,
         "num_unstable": num_differing(results) if temperature == 0 else None,
+        "chosen": chosen_lengths(results),
     }
+
+
+def chosen_lengths(results: Sequence[RunResult]) -> dict[str, Any] | None:
+    """What the plugin chose, pooled over the runs; None for modes in which it does not choose."""
+    given = [r.chosen for r in results if r.chosen is not None]
+    if not given:
+        return None
+    pooled = reduce(add, given)
+    return {**asdict(pooled), "estimated_speedup": pooled.estimated_speedup}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

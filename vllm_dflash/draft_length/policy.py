@@ -20,7 +20,8 @@ from vllm_dflash.draft_length.cost import StepCost
 DRAFTER, LOOKUP = "drafter", "lookup"
 #: Lengths of a match that are told apart; longer ones count as the last.
 MATCHES = (2, 3, 4, 5)
-#: How much more a step with the drafter must promise than one without. Estimates are off by as much.
+#: How much more a step with drafts must promise than one without, and one with a draft pass than one with
+#: matches alone. Estimates are off by as much.
 _MARGIN = 1.02
 #: Share of the time that may go into drafts made only to see whether drafting pays again.
 _PROBE_SHARE = 0.005
@@ -273,7 +274,11 @@ class Policy:
             by_drafter[rows] = drafted.sum(axis=1) > curves_BK[rows].sum(axis=1)
             curves_BK = curves_BK.copy()
             curves_BK[rows] = np.where(by_drafter[rows][:, None], drafted, curves_BK[rows])
-        choice = choose(curves_BK, plan.seconds_M + self._pass_seconds(len(rows)))
+        # The draft pass is spent either way.
+        passed = self._pass_seconds(len(rows))
+        choice = choose(curves_BK, plan.seconds_M + passed)
+        if choice.rate < _MARGIN * B / (plan.seconds_M[0] + passed):
+            choice = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
         out = []
         row_of = {i: row for row, i in enumerate(rows)}
         for i, request in enumerate(plan.requests):

@@ -10,7 +10,9 @@ every scrape:
 * ``vllm_dflash:draft_length_total{length}``: how often each length was chosen for a request.
 * ``vllm_dflash:proposed_tokens_total{source}``, ``vllm_dflash:accepted_tokens_total{source}``,
   ``vllm_dflash:expected_tokens_total{source}``: draft tokens by source (drafter, lookup).
-* ``vllm_dflash:estimated_speedup``: over no speculation, since start, by the measured costs of steps.
+* ``vllm_dflash:step_seconds_total``, ``vllm_dflash:plain_seconds_total``: spent on steps, and what their
+  tokens would have taken without speculation by the measured costs;
+  ``vllm_dflash:estimated_speedup``: their ratio.
 """
 
 from __future__ import annotations
@@ -72,6 +74,12 @@ class DraftLengthCollector:
             ("expected", "Draft tokens expected to be accepted."),
         ):
             yield counter(f"{key}_tokens", text, raw[key], "source")
+        yield counter("step_seconds", "Spent on those steps.", {"": raw["seconds"]})
+        yield counter(
+            "plain_seconds",
+            "What their tokens would have taken without speculation.",
+            {"": raw["plain_seconds"]},
+        )
         if raw["seconds"]:
             speedup = GaugeMetricFamily(
                 f"{_PREFIX}estimated_speedup",
