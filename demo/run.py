@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ import fetch_verifier
 import tickets
 
 from vllm_dflash.bench.report import write_json, write_png
-from vllm_dflash.environment import describe_machine, versions
+from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 
 HERE = Path(__file__).parent
 CONSOLE = Console(stderr=True)
@@ -52,14 +51,7 @@ def main() -> None:
     args = parser.parse_args()
 
     started = time.monotonic()
-    # Two cores: the engine's front end sleeps while the model runs, so both go to the model.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if openmp.exists():
-        # What vLLM's CPU guide asks for; the same for every mode that is measured.
-        os.environ.setdefault("LD_PRELOAD", str(openmp))
+    set_cpu_defaults()  # the same for every mode that is measured
     out: Path = args.out
     drafter = out / "drafter"
     verifier = fetch_verifier.fetch(args.model)

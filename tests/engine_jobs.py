@@ -6,7 +6,9 @@ The job: ``engine`` (EngineArgs), ``runs`` (each ``name``, ``prompts`` as token 
 SamplingParams for all or per prompt, ``lora``: per prompt the folder of an adapter or null,
 ``concurrency``, ``abort``: [prompt index, after how many steps],
 ``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
-features and drafts that the proposer sees, ``config``: whether to return the engine's configuration.
+features and drafts that the proposer sees, ``config``: whether to return the engine's configuration,
+``features``: false to save none of them, ``random_lengths``: whether draft lengths, and whom to draft for,
+are left to chance.
 """
 
 from __future__ import annotations
@@ -32,44 +34,83 @@ class Recorder:
         self.drafts: list[dict[str, Any]] = []
         self.runner: Any = None
         self.recording = False
+        from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+        draft = SpecDecodeBaseProposer.propose
+
+        def drafting(proposer, *args, **kwargs):
+            drafted = draft(proposer, *args, **kwargs)
+            if self.recording and self.runner is not None:
+                rows = getattr(proposer, "draft_rows", None)
+                rows = range(len(drafted)) if rows is None else rows.tolist()
+                self._observe_drafts(kwargs, list(rows), drafted)
+            return drafted
+
+        SpecDecodeBaseProposer.propose = drafting
         cls = gpu_model_runner.DFlashProposer
         propose = cls.propose
 
         def recorded(proposer, *args, **kwargs):
-            drafted = propose(proposer, *args, **kwargs)
             if self.recording and self.runner is not None:
                 features = kwargs["target_hidden_states"]
                 tap = getattr(proposer, "tap", None)
                 if tap is not None and tap.given(features):
                     features = tap.features[: features.shape[0]]
-                self._observe({**kwargs, "target_hidden_states": features}, drafted)
-            return drafted
+                self._observe_features({**kwargs, "target_hidden_states": features})
+            return propose(proposer, *args, **kwargs)
 
         cls.propose = recorded
 
-    def _observe(self, kwargs: dict[str, Any], drafted: Any) -> None:
+    def _observe_features(self, kwargs: dict[str, Any]) -> None:
+        positions = kwargs["target_positions"]
+        self.features.observe(
+            self.runner.input_batch.req_ids,
+            kwargs["common_attn_metadata"].query_start_loc_cpu,
+            positions[0] if positions.dim() == 2 else positions,
+            kwargs["target_hidden_states"],
+            kwargs.get("num_rejected_tokens_gpu"),
+        )
+
+    def _observe_drafts(self, kwargs: dict[str, Any], rows: list[int], drafted: Any) -> None:
         request_ids = self.runner.input_batch.req_ids
         starts = kwargs["common_attn_metadata"].query_start_loc_cpu.tolist()
         rejected = kwargs.get("num_rejected_tokens_gpu")
         positions = kwargs["target_positions"]
         positions = positions[0] if positions.dim() == 2 else positions
-        self.features.observe(
-            request_ids,
-            kwargs["common_attn_metadata"].query_start_loc_cpu,
-            positions,
-            kwargs["target_hidden_states"],
-            rejected,
-        )
-        for i, request_id in enumerate(request_ids):
+        for row, i in enumerate(rows):
+            request_id = request_ids[i]
             last = starts[i + 1] - 1 - (int(rejected[i]) if rejected is not None else 0)
             self.drafts.append(
                 {
                     "key": request_id[:-9],
                     "anchor": int(positions[last]) + 1,
                     "token": int(kwargs["next_token_ids"][i]),
-                    "drafts": drafted[i].tolist(),
+                    "drafts": drafted[row].tolist(),
                 }
             )
+
+
+def random_lengths(seed: int = 0) -> None:
+    """Makes the draft-length policy draft for random requests and choose random lengths."""
+    import numpy as np
+
+    from vllm_dflash.draft_length import policy
+
+    rng = np.random.default_rng(seed)
+
+    def choose(curves_BK, seconds_M):
+        longest = (curves_BK > 0).sum(axis=1)
+        lengths = tuple(int(rng.integers(0, n + 1)) for n in longest)
+        tokens = len(lengths) + sum(curves_BK[i, :n].sum() for i, n in enumerate(lengths))
+        return policy.Choice(lengths, float(tokens), float(seconds_M[0]))
+
+    def probes(self, requests, drafting, *args):
+        some = rng.random(len(requests)) < rng.choice([0.0, 0.5, 1.0])
+        return [i for i in np.flatnonzero(some).tolist() if i not in drafting]
+
+    policy.choose = choose
+    policy._sizes = lambda *args: []
+    policy.Policy._probes = probes
 
 
 def count_ops() -> dict[str, int]:
@@ -253,6 +294,8 @@ def main(job_file: str, out_file: str) -> None:
 
     load_general_plugins()
     calls = count_ops()
+    if job.get("random_lengths"):
+        random_lengths()
     recorder: Any = None
     if job.get("record"):
         recorder = RecorderV2() if v2 else Recorder()
@@ -317,12 +360,18 @@ def main(job_file: str, out_file: str) -> None:
         result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
     result["counters"] = counters()
     result["ops"] = calls
+    lengths = getattr(drafter, "lengths", None)
+    if lengths is not None:
+        from vllm_dflash.serving.draft_stats import figures
+
+        result["lengths"] = figures(lengths.policy)
     if recorder is not None:
         from safetensors.torch import save_file
 
         tensors = {}
         for name, one in result["runs"].items():
-            for i, outputs in enumerate(one["outputs"]):
+            # Those of a cached prefix are not computed either.
+            for i, outputs in enumerate(one["outputs"] if job.get("features", True) else ()):
                 # The last token's features are never computed.
                 length = len(job_prompt(job, name, i)) + len(outputs[0]["token_ids"]) - 1
                 features, _ = recorder.features.take(f"{name}:{i}", length)

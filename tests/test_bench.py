@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from vllm_dflash.bench import engine_process, report, runner
 from vllm_dflash.bench.engine_process import (
+    ChosenLengths,
     EngineProcess,
     EngineSpec,
     RequestResult,
@@ -242,6 +244,30 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
 def test_bad_config_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         bench_config(tmp_path, **changes)
+
+
+def test_chosen_lengths_are_pooled_and_told() -> None:
+    one = ChosenLengths(
+        lengths={"0": 6, "1": 0, "2": 4},
+        proposed={"drafter": 8, "lookup": 0},
+        accepted={"drafter": 6, "lookup": 0},
+        expected={"drafter": 5.5, "lookup": 0},
+        steps=10,
+        drafted_steps=4,
+        step_seconds=2,
+        plain_seconds=3,
+    )
+    runs = [RunResult((), 1.0, SpecCounters(), chosen=c) for c in (one, one + one - one, None)]
+    pooled = runner.chosen_lengths(runs)
+    assert pooled["lengths"] == {"0": 12, "1": 0, "2": 8}
+    assert pooled["estimated_speedup"] == pytest.approx(1.5)
+    assert runner.chosen_lengths(runs[2:]) is None
+    again = RunResult.from_message(json.loads(json.dumps(asdict(runs[0]))))
+    assert again.chosen == one
+    told = {"modes": {"ours": {"concurrency": {"4": {"chosen": pooled}}}, "none": {}}}
+    (line,) = report.chosen_lines(told)
+    assert "0:60% 1:0% 2:40%" in line
+    assert "drafter 12 of 16 tokens accepted, 11 expected; estimated 1.50x" in line
 
 
 def test_ngram_without_any_draft_length(tmp_path):

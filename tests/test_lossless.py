@@ -62,7 +62,16 @@ def cases(prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def speculative(trained, **more: Any) -> dict[str, Any]:
-    return {"method": "dflash", "model": str(trained.drafter), **more}
+    """All the drafter can draft, unless ``dflash_draft_length`` says otherwise."""
+    fixed = {"dflash_draft_length": "fixed"}
+    return {"method": "dflash", "model": str(trained.drafter), **fixed, **more}
+
+
+def job(engine: dict[str, Any], runs: list[dict[str, Any]], random: bool) -> dict[str, Any]:
+    """``random`` leaves draft lengths, sources and whom to draft for to chance."""
+    if random:
+        engine["speculative_config"]["dflash_draft_length"] = "auto"
+    return {"engine": engine, "runs": runs, "random_lengths": random}
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +90,21 @@ def plain(trained, prompts, folder) -> dict[str, Any]:
 def ours(trained, prompts, folder) -> dict[str, Any]:
     """The same runs with our drafter."""
     engine = {"model": str(trained.verifier), **ENGINE, "speculative_config": speculative(trained)}
-    out = tiny.engine_job({"engine": engine, "runs": cases(prompts)}, folder)
+    out = tiny.engine_job(job(engine, cases(prompts), random=False), folder)
     assert out["proposer"] == "vllm_dflash.serving.proposer_v1.Proposer"
     assert out["drafter_model"] == "DrafterModel"
+    return out["runs"]
+
+
+@pytest.fixture(scope="module")
+def any_length(trained, prompts, folder) -> dict[str, Any]:
+    """The same with drafts of random lengths and from both sources."""
+    engine = {"model": str(trained.verifier), **ENGINE, "speculative_config": speculative(trained)}
+    out = tiny.engine_job(job(engine, cases(prompts), random=True), folder)
+    figures = out["lengths"]
+    assert min(figures["lengths"]) > 0
+    assert min(figures["accepted"].values()) > 0
+    assert 0 < figures["drafted_steps"] < figures["steps"]
     return out["runs"]
 
 
@@ -122,6 +143,11 @@ def test_greedy_output_is_the_verifiers(name, plain, ours) -> None:
         assert accepted(ours[name]) > 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_the_draft_lengths(name, plain, any_length) -> None:
+    assert tokens(any_length[name]) == tokens(plain[name])
+
+
 def test_the_cases_are_not_empty(plain, ours) -> None:
     """Guards the guards: the outputs differ between prompts, stop where they should, and more."""
     outputs = [o[0] for o in plain["batch of 8"]["outputs"]]
@@ -149,7 +175,8 @@ def test_logprobs_are_the_verifiers(plain, ours) -> None:
             )
 
 
-def test_prefix_caching_and_chunked_prefill(trained, prompts, folder, plain) -> None:
+@pytest.mark.parametrize("random", [False, True], ids=["all", "any length"])
+def test_prefix_caching_and_chunked_prefill(trained, prompts, folder, plain, random) -> None:
     """Long prompts in small chunks, and again with their prefix in the cache."""
     runs = [
         {"name": n, "prompts": prompts, "params": GREEDY, "concurrency": 4}
@@ -163,14 +190,15 @@ def test_prefix_caching_and_chunked_prefill(trained, prompts, folder, plain) -> 
         "max_num_batched_tokens": 96,
         "speculative_config": speculative(trained),
     }
-    out = tiny.engine_job({"engine": engine, "runs": runs}, folder)["runs"]
+    out = tiny.engine_job(job(engine, runs, random), folder)["runs"]
     for name in ("cold", "warm"):
         assert tokens(out[name]) == tokens(plain["batch of 8"])
         assert accepted(out[name]) > 0
     assert out["warm"]["counters"]["vllm:prefix_cache_hits_total"] > 0
 
 
-def test_preemption_and_abort(trained, prompts, folder, plain) -> None:
+@pytest.mark.parametrize("random", [False, True], ids=["all", "any length"])
+def test_preemption_and_abort(trained, prompts, folder, plain, random) -> None:
     """Too few KV blocks for the batch, then one request of it is aborted in mid-flight."""
     runs: list[dict[str, Any]] = [
         {"name": "preempted", "prompts": prompts, "params": GREEDY, "concurrency": 8},
@@ -190,7 +218,7 @@ def test_preemption_and_abort(trained, prompts, folder, plain) -> None:
         "num_gpu_blocks_override": 16,
         "speculative_config": speculative(trained),
     }
-    out = tiny.engine_job({"engine": engine, "runs": runs}, folder)["runs"]
+    out = tiny.engine_job(job(engine, runs, random), folder)["runs"]
     assert out["preempted"]["counters"]["vllm:num_preemptions_total"] > 0
     want = tokens(plain["batch of 8"])
     assert tokens(out["preempted"]) == want
@@ -285,10 +313,16 @@ def test_chi_square_is_calibrated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "temperature", "top_k"), [("greedy", 1.0, 0), ("probabilistic", 0.7, 5)]
+    ("method", "temperature", "top_k", "random"),
+    [
+        ("greedy", 1.0, 0, False),
+        ("greedy", 0.7, 5, True),
+        ("probabilistic", 0.7, 5, False),
+        ("probabilistic", 1.0, 0, True),
+    ],
 )
 def test_sampled_output_has_the_verifiers_distribution(
-    small, folder, method, temperature, top_k
+    small, folder, method, temperature, top_k, random
 ) -> None:
     verifier, drafter = small
     prompt = [1, 5, 3, 0, 4, 2, 7, 7]
@@ -303,25 +337,21 @@ def test_sampled_output_has_the_verifiers_distribution(
         },
         "concurrency": 4,
     }
-    job = {
-        "engine": {
-            "model": str(verifier),
-            "skip_tokenizer_init": True,
-            "max_model_len": 64,
-            "max_num_seqs": 200,
-            "seed": 7,
-            "speculative_config": {
-                "method": "dflash",
-                "model": str(drafter),
-                "draft_sample_method": method,
-            },
+    engine = {
+        "model": str(verifier),
+        "skip_tokenizer_init": True,
+        "max_model_len": 64,
+        "max_num_seqs": 200,
+        "seed": 7,
+        "speculative_config": {
+            "method": "dflash",
+            "model": str(drafter),
+            "draft_sample_method": method,
+            "dflash_draft_length": "fixed",
         },
-        "runs": [
-            {**run, "name": "right"},
-            {**run, "name": "wrong", "sampler": "accept_all"},
-        ],
     }
-    out = tiny.engine_job(job, folder)["runs"]
+    runs = [{**run, "name": "right"}, {**run, "name": "wrong", "sampler": "accept_all"}]
+    out = tiny.engine_job(job(engine, runs, random), folder)["runs"]
     exact = exact_probabilities(verifier, prompt, temperature, top_k)
     assert abs(float(exact.sum()) - 1) < 1e-9
     right, wrong = (

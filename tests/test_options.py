@@ -30,7 +30,7 @@ def test_vllms_keys_stay_as_they_are():
 def test_unknown_keys_name_key_value_and_allowed(key):
     with pytest.raises(ValueError, match="not an option") as error:
         Options.from_speculative_config({key: 17})
-    for word in (repr(key), "17", "dflash_check, dflash_greedy_draft_vocab"):
+    for word in (repr(key), "17", "dflash_check, dflash_draft_length"):
         assert word in str(error.value)
 
 
@@ -39,6 +39,18 @@ def test_wrong_values_name_key_value_and_allowed(value):
     with pytest.raises(ValueError, match="dflash_check") as error:
         Options.from_speculative_config({"dflash_check": value})
     assert f"is {value!r}; allowed are true and false" in str(error.value)
+
+
+def test_choices():
+    options, _ = Options.from_speculative_config(
+        {"dflash_draft_length": "fixed", "dflash_lookup": "off"}
+    )
+    assert options == Options(draft_length="fixed", lookup="off")
+    assert Options().draft_length == Options().lookup == "auto"
+    for value in ("Auto", 7, True, None):
+        with pytest.raises(ValueError, match='allowed are "auto" and "fixed"') as error:
+            Options.from_speculative_config({"dflash_draft_length": value})
+        assert f"'dflash_draft_length' is {value!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("check", [True, False])

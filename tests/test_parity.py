@@ -34,12 +34,20 @@ def drafted(
     engine=None,
     runner="v1",
     max_tokens=MAX_TOKENS,
+    random_lengths=False,
+    features=True,
     **speculative,
 ) -> dict[str, Any]:
     """Serves the prompts and records every draft with the features it was made from.
 
-    An engine that could not be built gives its ``error``.
+    Drafts all it can each step, unless ``random_lengths``: then it drafts for some requests, sometimes for
+    none, and any number of tokens. An engine that could not be built gives its ``error``.
     """
+    if (env or {}).get("VLLM_PLUGINS") != "":
+        speculative = {
+            "dflash_draft_length": "auto" if random_lengths else "fixed",
+            **speculative,
+        }
     record = folder / f"features-{len(list(folder.glob('features-*')))}.safetensors"
     job = {
         "engine": {
@@ -52,6 +60,8 @@ def drafted(
         },
         "record": str(record),
         "runner": runner,
+        "random_lengths": random_lengths,
+        "features": features,
         "runs": [
             {
                 "name": "run",
@@ -145,6 +155,42 @@ def check_drafts(out: dict[str, Any], reference: Reference, count: int) -> int:
             assert a == b or lead[k] < 1e-4, (record, want, lead)
         compared += count
     return compared
+
+
+@pytest.mark.parametrize("layout", ["full", pytest.param("mixed", marks=pytest.mark.slow)])
+def test_drafts_after_steps_without(layout, trained, prompts, folder) -> None:
+    """Drafting for some requests, or for none for a while, leaves every later draft PyTorch's."""
+    drafter = trained.drafter
+    if layout == "mixed":
+        drafter = tiny.make_drafter(
+            folder / "mixed-any",
+            trained.verifier,
+            layer_types=(SLIDING, FULL),
+            sliding_window=24,
+        )
+    engine = {"max_num_batched_tokens": 64}
+    out = drafted(
+        trained.verifier, drafter, prompts[:12], folder, engine=engine, random_lengths=True
+    )
+    figures = out["lengths"]
+    assert 0 < figures["drafted_steps"] < 0.8 * figures["steps"]
+    assert check_drafts(out, Reference(trained.verifier, drafter), 7) > 300
+
+
+def test_drafts_behind_a_cached_prefix(trained, prompts, folder) -> None:
+    """The whole of a cached prefix is used, and drafts read the drafter's own cache of it."""
+    prefix = (prompts[0] * 3)[:100]
+    # Every third has a long system message of its own.
+    long = [prefix + p for i, p in enumerate(prompts[:12]) if i % 3]
+    engine = {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 1}
+    models = trained.verifier, trained.drafter
+    cached = drafted(*models, long, folder, engine=engine, max_tokens=24, features=False)
+    hits = cached["runs"]["run"]["counters"]["vllm:prefix_cache_hits_total"]
+    assert hits >= 96 * (len(long) - 1)
+    whole = drafted(*models, long, folder, max_tokens=24)
+    assert cached["sequences"] == whole["sequences"]
+    cached["features"] = whole["features"]
+    assert check_drafts(cached, Reference(*models), 7) > 500
 
 
 def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:

@@ -237,6 +237,13 @@ def test_metrics_of_a_running_server(trained, folder) -> None:
     assert accepted > 0
     assert tau == pytest.approx(1 + accepted / drafts)
     assert f'drafter="{trained.drafter}"' in labels
+    lengths = metric(text, "vllm_dflash:draft_length_total")
+    assert len(lengths) == 8
+    assert sum(metric(text, "vllm_dflash:steps_total").values()) > 0
+    for name in ("proposed", "accepted", "expected"):
+        assert len(metric(text, f"vllm_dflash:{name}_tokens_total")) == 2
+    (speedup,) = metric(text, "vllm_dflash:estimated_speedup").values()
+    assert speedup > 0
     ((labels, one),) = metric(text, "vllm_dflash:drafter_info").items()
     assert one == 1
     assert 'num_speculative_tokens="7"' in labels

@@ -350,6 +350,10 @@ def drafter(tmp_path_factory):
     return folder
 
 
+class Made(str):
+    """Stands for a SpeculativeConfig: it takes attributes."""
+
+
 class Args:
     """The part of vLLM's EngineArgs that matters."""
 
@@ -362,7 +366,7 @@ class Args:
 
     def stock(self, target_model_config, target_parallel_config=None):
         self.seen.append((self.speculative_config, target_model_config, target_parallel_config))
-        return "made"
+        return Made("made")
 
     create_speculative_config = wrap_create_speculative_config(stock)
 
@@ -370,7 +374,11 @@ class Args:
 def create(args: Args, verifier=VERIFIER):
     assert args.create_speculative_config(verifier, target_parallel_config="p") == "made"
     assert args.seen[-1][1:] == (verifier, "p")
-    return args.seen[-1][0], Options.from_additional_config(args.additional_config)
+    given = args.seen[-1][0]
+    if given and "disable_eagle_block_drop" in given:
+        # Set for drafters of our class only.
+        given = {k: v for k, v in given.items() if k != "disable_eagle_block_drop"}
+    return given, Options.from_additional_config(args.additional_config)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +414,15 @@ def test_dflash_gets_its_draft_length_and_options(drafter):
     assert options == Options(greedy_draft_vocab=False)
     assert args.additional_config["a"] == 1
     assert "version" in args.additional_config[ADDITIONAL_CONFIG_KEY]
+
+
+@pytest.mark.parametrize(
+    ("own", "want"), [({}, True), ({"disable_eagle_block_drop": False}, False)]
+)
+def test_cached_prefixes_are_used_whole_unless_the_user_says_otherwise(drafter, own, want):
+    args = Args({"method": "dflash", "model": str(drafter), **own})
+    create(args)
+    assert args.seen[-1][0]["disable_eagle_block_drop"] is want
 
 
 def test_a_second_engine_config_from_the_same_arguments_keeps_the_options(drafter):

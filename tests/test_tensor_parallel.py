@@ -31,7 +31,12 @@ def serve(
     verifier: Path, drafter: Path | None, prompts: list, folder: Path, **engine: Any
 ) -> dict[str, Any]:
     """With a drafter: a run without drafting, then one with, recorded on both ranks."""
-    speculative = {"method": "dflash", "model": str(drafter), **engine.pop("speculative", {})}
+    speculative = {
+        "method": "dflash",
+        "model": str(drafter),
+        "dflash_draft_length": "fixed",
+        **engine.pop("speculative", {}),
+    }
     job = {
         "engine": {
             "model": str(verifier),

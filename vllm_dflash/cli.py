@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from vllm_dflash.training.conversations import Conversation
 
 app = typer.Typer(
     name="vllm-dflash",
@@ -371,28 +375,37 @@ def bench(
         raise RuntimeError(f"these modes failed: {', '.join(failed)}; see {output / 'logs'}")
 
 
+def load_requests(
+    verifier: str, data: str, chat_template_kwargs: dict[str, Any], limit: int
+) -> list[Conversation]:
+    """Conversations of a data file, each up to its last user turn."""
+    from vllm_dflash.training.conversations import load_conversations
+    from vllm_dflash.training.loop import verifier_config
+
+    verifier_config(verifier)
+    conversations, _ = load_conversations(
+        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
+    )
+    requests = []
+    for conversation in conversations:
+        count = len(conversation.messages)
+        while count and conversation.messages[count - 1]["role"] == "assistant":
+            count -= 1
+        requests.append(replace(conversation, messages=conversation.messages[:count]))
+    return requests
+
+
 def load_prompts(
     verifier: str, data: str, chat_template_kwargs: dict[str, Any], limit: int
 ) -> list[list[int]]:
     """Prompts of a data file as the server would tokenise them, up to each last user turn."""
     from transformers import AutoTokenizer
 
-    from vllm_dflash.training.conversations import load_conversations
-    from vllm_dflash.training.loop import verifier_config
     from vllm_dflash.training.tokenization import prompt_token_ids
 
-    verifier_config(verifier)
-    conversations, _ = load_conversations(
-        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
-    )
+    requests = load_requests(verifier, data, chat_template_kwargs, limit)
     tokenizer = AutoTokenizer.from_pretrained(verifier)
-    prompts = []
-    for conversation in conversations:
-        count = len(conversation.messages)
-        while count and conversation.messages[count - 1]["role"] == "assistant":
-            count -= 1
-        prompts.append(prompt_token_ids(tokenizer, conversation, count))
-    return prompts
+    return [prompt_token_ids(tokenizer, request) for request in requests]
 
 
 @app.command()

@@ -43,6 +43,21 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def set_cpu_defaults() -> None:
+    """What vLLM's CPU backend wants on a small machine, for the processes started from here.
+
+    Variables that are set already stay as they are.
+    """
+    # Few cores: the engine's front end sleeps while the model runs, so all go to the model.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(_num_cores(), 8)))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.exists():
+        # What vLLM's CPU guide asks for.
+        os.environ.setdefault("LD_PRELOAD", str(openmp))
+
+
 def _dist_version(name: str) -> str | None:
     try:
         return version(name)

@@ -7,8 +7,9 @@ worker process and is part of vLLM's compile-cache key.
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PREFIX = "dflash_"
@@ -29,11 +30,17 @@ class Options:
             of scattering its logits over the verifier's first. The tokens are the same.
         ops: build blocks, tap the verifier and store the context's K/V with the plugin's ops instead of
             vLLM's sequences of calls. False to compare the two.
+        draft_length: "auto" drafts each step as many tokens for each request as pay, at most
+            ``num_speculative_tokens``; "fixed" always drafts so many, or what vLLM's batch-size table says.
+        lookup: "auto" takes prompt lookup's draft for a request where it promises more than the drafter's;
+            "off" leaves it out. Only with ``draft_length`` "auto".
     """
 
     check: bool = True
     greedy_draft_vocab: bool = True
     ops: bool = True
+    draft_length: str = field(default="auto", metadata={"allowed": ("auto", "fixed")})
+    lookup: str = field(default="auto", metadata={"allowed": ("auto", "off")})
 
     @classmethod
     def from_speculative_config(cls, config: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -43,7 +50,7 @@ class Options:
             ValueError: an unknown ``dflash_*`` key or a value of the wrong type.
         """
         allowed = {PREFIX + f.name: f for f in fields(cls)}
-        values: dict[str, bool] = {}
+        values: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for key, value in config.items():
             name = key.replace("-", "_")
@@ -55,9 +62,12 @@ class Options:
                     f"speculative-config key {key!r} (value {value!r}) is not an option of "
                     f"vllm-dflash; its options are {', '.join(sorted(allowed))}"
                 )
-            if not isinstance(value, bool):
+            choices = allowed[name].metadata.get("allowed", (True, False))
+            # 1 == True, and is no switch.
+            if type(value) is not type(choices[0]) or value not in choices:
+                listed = " and ".join(json.dumps(c) for c in choices)
                 raise ValueError(
-                    f"speculative-config key {key!r} is {value!r}; allowed are true and false"
+                    f"speculative-config key {key!r} is {value!r}; allowed are {listed}"
                 )
             values[allowed[name].name] = value
         return cls(**values), rest

@@ -34,7 +34,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,11 @@ class SpecCounters:
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
     @property
+    def draft_length(self) -> float | None:
+        """Mean number of tokens that a draft had; None when nothing was drafted."""
+        return self.num_draft_tokens / self.num_drafts if self.num_drafts else None
+
+    @property
     def acceptance_per_position(self) -> list[float] | None:
         """Share of drafts whose token at each position was accepted."""
         if not self.num_drafts:
@@ -160,6 +165,7 @@ class RunResult:
     wall_s: float
     counters: SpecCounters
     warmup: bool = False
+    chosen: ChosenLengths | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -182,7 +188,51 @@ class RunResult:
             wall_s=message["wall_s"],
             counters=SpecCounters(**counters, num_accepted_tokens_per_pos=per_pos),
             warmup=message["warmup"],
+            chosen=ChosenLengths(**message["chosen"]) if message.get("chosen") else None,
         )
+
+
+@dataclass(frozen=True)
+class ChosenLengths:
+    """What the plugin chose during a run, where it chooses draft lengths.
+
+    Attributes:
+        lengths: how often each draft length was chosen for a request, 0 included.
+        proposed, accepted, expected: draft tokens by source (drafter, lookup).
+        steps, drafted_steps: verifier steps without prompts, and those with a draft pass.
+        step_seconds, plain_seconds: spent on steps, and what plain ones would have taken for their tokens.
+    """
+
+    lengths: dict[str, float] = field(default_factory=dict)
+    proposed: dict[str, float] = field(default_factory=dict)
+    accepted: dict[str, float] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
+    steps: float = 0
+    drafted_steps: float = 0
+    step_seconds: float = 0
+    plain_seconds: float = 0
+
+    def __sub__(self, other: ChosenLengths) -> ChosenLengths:
+        return self._combine(other, -1)
+
+    def __add__(self, other: ChosenLengths) -> ChosenLengths:
+        return self._combine(other, 1)
+
+    def _combine(self, other: ChosenLengths, sign: int) -> ChosenLengths:
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, dict):
+                keys = sorted({*mine, *theirs})
+                values[f.name] = {k: mine.get(k, 0) + sign * theirs.get(k, 0) for k in keys}
+            else:
+                values[f.name] = mine + sign * theirs
+        return ChosenLengths(**values)
+
+    @property
+    def estimated_speedup(self) -> float | None:
+        """Over no speculation, by the measured costs of steps; None before the first step."""
+        return self.plain_seconds / self.step_seconds if self.step_seconds else None
 
 
 # -- the parent's side -------------------------------------------------------------------------
@@ -435,6 +485,28 @@ def _speculative_counters() -> SpecCounters:
     )
 
 
+def _chosen_lengths() -> ChosenLengths | None:
+    """The plugin's figures of chosen draft lengths; None where it does not choose them."""
+    from prometheus_client import REGISTRY
+
+    prefix, suffix = "vllm_dflash:", "_total"
+    values: dict[str, Any] = {}
+    for metric in REGISTRY.collect():
+        if not metric.name.startswith(prefix):
+            continue
+        for sample in metric.samples:
+            if not sample.name.endswith(suffix):
+                continue
+            name = sample.name[len(prefix) : -len(suffix)]
+            name = {"draft_length": "lengths"}.get(name, name.removesuffix("_tokens"))
+            label = sample.labels.get("length") or sample.labels.get("source")
+            if label is None:
+                values[name] = sample.value
+            else:
+                values.setdefault(name, {})[label] = sample.value
+    return ChosenLengths(**values) if values else None
+
+
 async def _generate(
     engine: Any, request_id: str, prompt: list[int], command: Mapping[str, Any]
 ) -> RequestResult:
@@ -479,7 +551,7 @@ async def _run(engine: Any, run_id: int, command: Mapping[str, Any]) -> RunResul
         for i, prompt in todo:
             results[i] = await _generate(engine, f"run{run_id}-{i}", prompt, command)
 
-    before = _speculative_counters()
+    before, chosen_before = _speculative_counters(), _chosen_lengths()
     start = time.perf_counter()
     tasks = [asyncio.create_task(client()) for _ in range(command["concurrency"])]
     try:
@@ -491,7 +563,12 @@ async def _run(engine: Any, run_id: int, command: Mapping[str, Any]) -> RunResul
     wall_s = time.perf_counter() - start
     # AsyncLLM records a step's statistics before it wakes the clients, so all of them are in.
     counters = _speculative_counters() - before
-    return RunResult(tuple(r for r in results if r), wall_s, counters, bool(command["warmup"]))
+    # The worker publishes a few times a second: the last steps count in the next run.
+    chosen = _chosen_lengths()
+    if chosen is not None:
+        chosen -= chosen_before or ChosenLengths()
+    done = tuple(r for r in results if r)
+    return RunResult(done, wall_s, counters, bool(command["warmup"]), chosen)
 
 
 async def _serve(

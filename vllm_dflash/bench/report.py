@@ -26,7 +26,7 @@ NO_VALUE = "-"
 
 
 @contextlib.contextmanager
-def _atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, so that the file gets the usual permissions and may keep its suffix.
@@ -41,7 +41,7 @@ def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
     path = Path(path)
     # allow_nan: a NaN would make the file unreadable for everything but Python.
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    with _atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text)
     return path
 
@@ -68,7 +68,7 @@ def replace_between_markers(path: Path, name: str, text: str) -> None:
     if begin not in old or end not in old:
         raise ValueError(f"{path} lacks the lines {begin} and {end}, between which the table goes")
     head, tail = old.split(begin)[0], old.split(end)[1]
-    with _atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
 
 
@@ -130,7 +130,7 @@ def write_png(report: Mapping[str, Any], path: str | Path) -> Path:
         axes.legend(frameon=False, ncols=len(modes), loc="upper left", bbox_to_anchor=(0, 1.08))
         figure.suptitle(f"{_title(report)}\n{_subtitle(report)}", fontsize=10)
         path = Path(path)
-        with _atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
     return path
 
@@ -209,11 +209,37 @@ def make_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def chosen_lines(report: Mapping[str, Any]) -> list[str]:
+    """One line for each mode and concurrency where draft lengths were chosen."""
+    lines = []
+    for mode, entry in report["modes"].items():
+        for concurrency, figures in entry.get("concurrency", {}).items():
+            chosen = figures.get("chosen")
+            if not chosen or not sum(chosen["lengths"].values()):
+                continue
+            total = sum(chosen["lengths"].values())
+            shares = " ".join(f"{k}:{n / total:.0%}" for k, n in chosen["lengths"].items())
+            sources = "; ".join(
+                f"{source} {chosen['accepted'][source]:.0f} of {tokens:.0f} tokens accepted, "
+                f"{chosen['expected'][source]:.0f} expected"
+                for source, tokens in chosen["proposed"].items()
+                if tokens
+            )
+            speedup = chosen["estimated_speedup"]
+            lines.append(
+                f"{mode}, {concurrency} in flight: draft lengths {shares}; {sources or 'no drafts'}; "
+                f"estimated {_number(speedup, 2)}x no speculation"
+            )
+    return lines
+
+
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints the table and what failed."""
     console = console or Console()
     if any(entry.get("concurrency") for entry in report["modes"].values()):
         console.print(make_table(report))
+        for line in chosen_lines(report):
+            console.print(line, highlight=False)
     for mode, message in report["errors"].items():
         # Messages quote logs, whose brackets are not markup.
         console.print(f"mode {mode} failed: {message}", style="red", markup=False)

@@ -141,43 +141,66 @@ class BenchConfig:
         return DrafterConfig.from_pretrained(self.drafter).num_speculative_tokens
 
 
-def engine_spec(config: BenchConfig, mode: str) -> EngineSpec:
-    """The engine of one mode; the modes differ in speculation and in the plugin only."""
+def speculative_config(config: BenchConfig, mode: str) -> dict[str, Any] | None:
+    """What one of :data:`MODES` gives to ``--speculative-config``."""
     num_tokens = config.resolve_num_speculative_tokens()
-    speculative_config: dict[str, Any] | None = None
     if mode == "ngram":
-        speculative_config = {
+        return {
             "method": "ngram",
             "num_speculative_tokens": num_tokens,
             "prompt_lookup_max": NGRAM_LOOKUP_MAX,
             "prompt_lookup_min": NGRAM_LOOKUP_MIN,
         }
-    elif mode in DRAFTER_MODES:
-        speculative_config = {
+    if mode in DRAFTER_MODES:
+        return {
             "method": "dflash",
             "model": config.drafter,
             "num_speculative_tokens": num_tokens,
         }
+    return None
+
+
+def engine_spec(config: BenchConfig, mode: str) -> EngineSpec:
+    """The engine of one mode; the modes differ in speculation and in the plugin only."""
+    speculative = speculative_config(config, mode)
+    return make_spec(config, mode, speculative, mode == "ours", len(config.modes))
+
+
+def make_spec(
+    config: BenchConfig,
+    mode: str,
+    speculative: Mapping[str, Any] | None,
+    plugin: bool,
+    num_engines: int,
+) -> EngineSpec:
+    """An engine with the settings of ``config`` under any name.
+
+    Args:
+        config: the settings that all engines share.
+        mode: what the engine is called.
+        speculative: its ``--speculative-config``.
+        plugin: whether it loads the vllm-dflash plugin.
+        num_engines: how many share the memory.
+    """
     engine_args: dict[str, Any] = {
         "dtype": config.dtype,
         "enforce_eager": config.enforce_eager,
         "enable_prefix_caching": config.prefix_caching,
         "max_num_seqs": max(config.concurrencies),
         # All engines live side by side, on the CPU (where the option means RAM) as on a GPU.
-        "gpu_memory_utilization": math.floor(1000 * MEMORY_SHARE / len(config.modes)) / 1000,
+        "gpu_memory_utilization": math.floor(1000 * MEMORY_SHARE / num_engines) / 1000,
     }
     if config.max_model_len is not None:
         engine_args["max_model_len"] = config.max_model_len
     # VLLM_PLUGINS is the list of allowed plugins. An empty one (which vLLM reads as one nameless
     # plugin, not as "unset") turns all groups off, stat loggers included; naming ours alone makes
     # our plugin the one difference between stock and ours.
-    plugins = PLUGIN_NAME if mode == "ours" else ""
     return EngineSpec(
         mode=mode,
         model=config.verifier,
         engine_args=engine_args | config.engine_args,
-        speculative_config=speculative_config,
-        env={**config.env, "VLLM_PLUGINS": plugins},
+        speculative_config=speculative,
+        env={**config.env, "VLLM_PLUGINS": PLUGIN_NAME if plugin else ""},
         log_path=Path(config.out_dir) / "logs" / f"{mode}.log",
     )
 
@@ -234,7 +257,7 @@ def run_bench(
             try:
                 entry["startup_s"] = _start(config, engine, mode, prompts)
             except (RuntimeError, OSError) as error:
-                _drop(report, engines, engine, mode, error, say)
+                drop_engine(report["errors"], engines, engine, error, say)
             else:
                 engines[mode] = engine
         _measure(config, prompts, engines, runs, report, say)
@@ -271,21 +294,31 @@ def _start(
 ) -> float:
     """Starts and warms one engine; returns its start-up time in seconds."""
     engine.start()
+    startup_s = await_engine(config, engine, plugin=mode == "ours")
+    for concurrency in config.concurrencies:
+        # First batches of a size pay for allocations, kernel look-ups and worker start.
+        run_prompts(config, engine, prompts[:concurrency], concurrency, warmup=True)
+    return startup_s
+
+
+def await_engine(config: BenchConfig, engine: EngineProcess, *, plugin: bool) -> float:
+    """Waits for a started engine; returns its start-up time in seconds.
+
+    Raises:
+        RuntimeError: it died, or the plugin is loaded where it must not be or the other way round.
+    """
     info = engine.wait_ready(config.startup_timeout_s)
-    if info["plugin_active"] != (mode == "ours"):
+    if info["plugin_active"] != plugin:
         # Figures under the wrong name are worse than none.
         state = "active" if info["plugin_active"] else "not active"
         raise RuntimeError(
-            f"the vllm-dflash plugin is {state} in mode {mode!r}; vLLM finds it once the package "
-            f"is installed (pip install --no-deps -e .), see also {engine.log_path}"
+            f"the vllm-dflash plugin is {state} in mode {engine.spec.mode!r}; vLLM finds it once the "
+            f"package is installed (pip install --no-deps -e .), see also {engine.log_path}"
         )
-    for concurrency in config.concurrencies:
-        # First batches of a size pay for allocations, kernel look-ups and worker start.
-        _run(config, engine, prompts[:concurrency], concurrency, warmup=True)
     return info["startup_s"]
 
 
-def _run(
+def run_prompts(
     config: BenchConfig,
     engine: EngineProcess,
     prompts: Sequence[Sequence[int]],
@@ -293,6 +326,7 @@ def _run(
     *,
     warmup: bool = False,
 ) -> RunResult:
+    """One run with the settings of ``config``; a warm-up is short."""
     return engine.run(
         prompts,
         max_tokens=min(config.max_tokens, WARMUP_MAX_TOKENS) if warmup else config.max_tokens,
@@ -316,31 +350,33 @@ def _measure(
     for repeat in range(config.repeats):
         for i, concurrency in enumerate(config.concurrencies):
             # In turn, each mode goes first.
-            for mode in [m for m in _rotate(config.modes, repeat + i) if m in engines]:
+            for mode in [m for m in rotate(config.modes, repeat + i) if m in engines]:
                 say(f"{mode}: repeat {repeat + 1} of {config.repeats}, concurrency {concurrency}")
                 time.sleep(config.settle_s)
                 try:
-                    result = _run(config, engines[mode], prompts, concurrency)
+                    result = run_prompts(config, engines[mode], prompts, concurrency)
                 except (RuntimeError, OSError) as error:
-                    _drop(report, engines, engines[mode], mode, error, say)
+                    drop_engine(report["errors"], engines, engines[mode], error, say)
                 else:
                     runs[mode][concurrency].append(result)
 
 
-def _rotate(modes: Sequence[str], turn: int) -> list[str]:
+def rotate(modes: Sequence[str], turn: int) -> list[str]:
+    """The modes from number ``turn`` on, then the ones before it."""
     shift = turn % len(modes)
     return [*modes[shift:], *modes[:shift]]
 
 
-def _drop(
-    report: dict[str, Any],
+def drop_engine(
+    errors: dict[str, str],
     engines: dict[str, EngineProcess],
     engine: EngineProcess,
-    mode: str,
     error: Exception,
     say: Progress,
 ) -> None:
-    report["errors"][mode] = str(error)
+    """Reports a mode's failure and leaves it out from now on."""
+    mode = engine.spec.mode
+    errors[mode] = str(error)
     engines.pop(mode, None)
     # Its memory and cores belong to the others now.
     engine.close()
@@ -363,11 +399,12 @@ def summarize(
     Returns:
         ``output_tokens_per_s`` (``raw``, ``median``, ``min``, ``max``), ``num_output_tokens`` per
         repeat, ``ttft_ms_p50`` and ``tpot_ms_p50`` over the requests of all repeats, ``tau``
-        (pooled over all drafts, the bonus token included), ``num_drafts``,
-        ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
+        (pooled over all drafts, the bonus token included), ``num_drafts``, ``draft_length`` (tokens
+        a draft), ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
         the repeats' own ratios), ``num_differing_from_none`` and ``num_unstable``: prompts whose
         output differs from mode ``none``'s in the first repeat, and between repeats of this mode.
-        In bf16 both happen without a fault, where two tokens are nearly tied.
+        In bf16 both happen without a fault, where two tokens are nearly tied. ``chosen``: see
+        :func:`chosen_lengths`.
     """
     speeds = [r.output_tokens_per_s for r in results]
     requests = [q for r in results for q in r.requests]
@@ -384,11 +421,22 @@ def summarize(
         "tpot_ms_p50": _median_tpot_ms(requests),
         "tau": counters.acceptance_length,
         "num_drafts": counters.num_drafts,
+        "draft_length": counters.draft_length,
         "acceptance_per_position": counters.acceptance_per_position,
         "over_none": over_none,
         "num_differing_from_none": differing,
         "num_unstable": num_differing(results) if temperature == 0 else None,
+        "chosen": chosen_lengths(results),
     }
+
+
+def chosen_lengths(results: Sequence[RunResult]) -> dict[str, Any] | None:
+    """What the plugin chose, pooled over the runs; None for modes in which it does not choose."""
+    given = [r.chosen for r in results if r.chosen is not None]
+    if not given:
+        return None
+    pooled = reduce(add, given)
+    return {**asdict(pooled), "estimated_speedup": pooled.estimated_speedup}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -46,7 +46,8 @@ class BlockInputs:
             num_rejected: ``[B]`` or None.
 
         Returns:
-            Number of query tokens, sample indices ``[B*K]``, and the block's attention metadata.
+            Number of query tokens, sample indices ``[B*K]``, and the block's attention metadata; of the
+            requests in ``proposer.draft_rows`` only, where that is set.
         """
         B, wanted = metadata.batch_size(), proposer.num_speculative_tokens
         # vLLM's batch-size table can ask for none; the context still has to be stored.
@@ -81,8 +82,18 @@ class BlockInputs:
             block_seq_lens=seq_lens,
             plain=self.plain,
         )
-        on_cpu = start_loc.device.type == "cpu"
         upper_bound = metadata.seq_lens_cpu_upper_bound
+        block_table = metadata.block_table_tensor
+        rows = groups.rows = proposer.draft_rows
+        if rows is not None:
+            B = len(rows)
+            self._keep(proposer, rows, Q)
+            query_slots = proposer.query_slots[:, : B * Q]
+            start_loc, seq_lens = self.start_loc[: B + 1], seq_lens[rows]
+            block_table = block_table[rows]
+            upper_bound = None if upper_bound is None else upper_bound[rows.to(upper_bound.device)]
+            sample_indices = self.sample_indices[: B * K]
+        on_cpu = start_loc.device.type == "cpu"
         block = type(metadata)(
             query_start_loc=start_loc,
             # On a GPU the offsets are known here without asking the device.
@@ -91,12 +102,25 @@ class BlockInputs:
             ),
             seq_lens=seq_lens,
             seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound + Q,
-            num_reqs=metadata.num_reqs,
+            num_reqs=metadata.num_reqs if rows is None else B,
             num_actual_tokens=B * Q,
             max_query_len=Q,
             max_seq_len=metadata.max_seq_len + Q,
-            block_table_tensor=metadata.block_table_tensor,
+            block_table_tensor=block_table,
             slot_mapping=query_slots[0],
             causal=proposer.dflash_causal,
         )
         return B * Q, sample_indices[: B * wanted], block
+
+    @staticmethod
+    def _keep(proposer: Any, rows: Tensor, num_queries: int) -> None:
+        """Moves the blocks of some requests to the front of the proposer's buffers.
+
+        Offsets and sample indices are those of a batch of that size already: all blocks are of one length.
+        """
+        each = torch.arange(num_queries, device=rows.device)
+        kept = (rows.unsqueeze(1) * num_queries + each).flatten()
+        count = len(kept)
+        for buffer in (proposer.input_ids, proposer.positions):
+            buffer[:count] = buffer[kept]
+        proposer.query_slots[:, :count] = proposer.query_slots[:, kept]

@@ -101,17 +101,25 @@ class DrafterModel(DFlashQwen3ForCausalLM):
             if hasattr(shared, "base_layer"):
                 setattr(owner, name, shared.base_layer)
 
-    def greedy_draft_tokens(self, hidden_states: Tensor) -> Tensor:
-        """Most likely verifier token id of each row ``[T, H]``, int64 ``[T]``.
+    def greedy_draft_tokens(
+        self, hidden_states: Tensor, confidence: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Most likely verifier token id of each row ``[T, H]``, int64 ``[T]``, and its probability.
 
         Equal to ``compute_logits(...).argmax(-1)``, but without scattering the logits of a draft
         vocabulary over the verifier's: d2t keeps the order, so ties resolve alike.
+
+        Args:
+            confidence: whether the probabilities are wanted, float32 ``[T]``; else they are None.
         """
         logits = self.logits_processor(self.lm_head, hidden_states)
-        tokens = logits.argmax(dim=-1)
+        best, tokens = logits.max(dim=-1)
+        probability = None
+        if confidence:
+            probability = (best.float() - torch.logsumexp(logits.float(), dim=-1)).exp()
         if self.draft_id_to_target_id is not None:
             tokens = tokens + self.draft_id_to_target_id[tokens]
-        return tokens
+        return tokens, probability
 
 
 def _normalize_context_k(model: Any, all_k: Tensor) -> Tensor:

@@ -33,7 +33,10 @@ class KVGroups:
             metadata of a step.
         groups: the draft layers by cache group and causality.
         layer_rows: for each draft layer in order, which of ``ids`` holds it.
+        rows: the requests of the step that are drafted for, None for all.
     """
+
+    rows: Tensor | None = None
 
     def __init__(self, groups: list[DraftGroup], ids: list[int], layer_names: list[str]) -> None:
         self.groups, self.ids = groups, ids
@@ -53,6 +56,19 @@ class KVGroups:
         ]
         return [metadata.block_table_tensor, *others]
 
+    def _drafting_tables(self, runner: Any, block: Any) -> list[Tensor]:
+        """Block tables of the requests that are drafted for; the first one comes with ``block``."""
+        if self.rows is None:
+            return self.block_tables(runner, block)
+        num_requests = runner.input_batch.num_reqs
+        return [
+            block.block_table_tensor,
+            *(
+                runner.input_batch.block_table[gid].get_device_tensor(num_requests)[self.rows]
+                for gid in self.ids[1:]
+            ),
+        ]
+
     def attention_metadata(
         self,
         runner: Any,
@@ -70,7 +86,7 @@ class KVGroups:
         Raises:
             RuntimeError: the attention backend cannot let queries see later positions.
         """
-        tables = self.block_tables(runner, block)
+        tables = self._drafting_tables(runner, block)
         per_group: list[Any] = []
         per_layer: dict[str, Any] = {}
         for group in self.groups:

@@ -2,13 +2,92 @@
 
 * ``vllm_dflash:drafter_info{drafter, num_speculative_tokens}``: 1.
 * ``vllm_dflash:acceptance_length{drafter}``: pooled tau since start, ``1 + accepted / drafts``.
+
+Where draft lengths are chosen, read from the worker's figures (:mod:`vllm_dflash.serving.draft_stats`) at
+every scrape:
+
+* ``vllm_dflash:steps_total``, ``vllm_dflash:drafted_steps_total``: steps, those with a draft pass.
+* ``vllm_dflash:draft_length_total{length}``: how often each length was chosen for a request.
+* ``vllm_dflash:proposed_tokens_total{source}``, ``vllm_dflash:accepted_tokens_total{source}``,
+  ``vllm_dflash:expected_tokens_total{source}``: draft tokens by source (drafter, lookup).
+* ``vllm_dflash:step_seconds_total``, ``vllm_dflash:plain_seconds_total``: spent on steps, and what their
+  tokens would have taken without speculation by the measured costs;
+  ``vllm_dflash:estimated_speedup``: their ratio.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from vllm_dflash.serving.draft_stats import read_stats, stats_file
 
 _PREFIX = "vllm_dflash:"
+
+
+class DraftLengthCollector:
+    """The worker's latest figures, as Prometheus metrics.
+
+    Args:
+        path: the worker's file.
+        labels: names and values that vLLM gives every metric of the engine.
+    """
+
+    #: As Prometheus' own metrics have it: what :func:`drafter_metrics_class` finds ours by.
+    _name = f"{_PREFIX}draft_lengths"
+
+    def __init__(self, path: Path, labels: dict[str, str]) -> None:
+        self.path, self.labels = path, labels
+
+    def describe(self) -> list[Any]:
+        """No names ahead of the figures, which may come late."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Called by Prometheus for each scrape."""
+        raw = read_stats(self.path)
+        if raw is None:
+            return
+        names, values = list(self.labels), [str(v) for v in self.labels.values()]
+
+        def counter(name: str, text: str, rows: dict[str, float], label: str | None = None) -> Any:
+            family = CounterMetricFamily(
+                _PREFIX + name, text, labels=[*names, label] if label else names
+            )
+            for key, value in rows.items():
+                family.add_metric([*values, key] if label else values, value)
+            return family
+
+        yield counter("steps", "Verifier steps without prompt chunks.", {"": raw["steps"]})
+        yield counter(
+            "drafted_steps", "Steps before which the drafter ran.", {"": raw["drafted_steps"]}
+        )
+        lengths = {str(k): n for k, n in enumerate(raw["lengths"])}
+        yield counter("draft_length", "How often each draft length was chosen.", lengths, "length")
+        for key, text in (
+            ("proposed", "Draft tokens sent to the verifier."),
+            ("accepted", "Draft tokens accepted."),
+            ("expected", "Draft tokens expected to be accepted."),
+        ):
+            yield counter(f"{key}_tokens", text, raw[key], "source")
+        yield counter("step_seconds", "Spent on those steps.", {"": raw["seconds"]})
+        yield counter(
+            "plain_seconds",
+            "What their tokens would have taken without speculation.",
+            {"": raw["plain_seconds"]},
+        )
+        if raw["seconds"]:
+            speedup = GaugeMetricFamily(
+                f"{_PREFIX}estimated_speedup",
+                "Estimated speed over no speculation since start.",
+                labels=names,
+            )
+            speedup.add_metric(values, raw["plain_seconds"] / raw["seconds"])
+            yield speedup
 
 
 def drafter_metrics_class(base: type) -> type:
@@ -49,6 +128,11 @@ def drafter_metrics_class(base: type) -> type:
                 info.labels(*values, drafter, tokens).set(1)
             self._tau = {i: tau.labels(*v, drafter) for i, v in per_engine_labelvalues.items()}
             self._totals = dict.fromkeys(per_engine_labelvalues, (0, 0))
+            name = getattr(speculative_config, "dflash_stats", None)
+            if name is not None and len(per_engine_labelvalues) == 1:
+                (values,) = per_engine_labelvalues.values()
+                labels = dict(zip(labelnames, values, strict=True))
+                registry.register(DraftLengthCollector(stats_file(name), labels))
 
         def observe(self, spec_decoding_stats, engine_idx: int = 0):
             super().observe(spec_decoding_stats, engine_idx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,11 @@ from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 if TYPE_CHECKING:
+    from vllm_dflash.serving.draft_length import DraftLengths
     from vllm_dflash.serving.features import FeatureRecorder
+
+
+logger = logging.getLogger("vllm.vllm_dflash")
 
 
 class Proposer(DFlashProposer):
@@ -39,6 +44,10 @@ class Proposer(DFlashProposer):
         context_slots: int64 ``[G, tokens]``, cache slots of the verifier's tokens.
         sample_from_anchor: whether the anchor's own output predicts: a block is then K wide, not K + 1.
         max_query_len: queries of a request.
+        lengths: chooses how much is drafted, or None where that is fixed.
+        draft_rows: int64 ``[G]``, the requests that ``propose`` of vLLM drafts for; None for all.
+        dummy_drafts: whether vLLM's dummy steps include a draft pass, as they do.
+        confidence: probabilities of the latest greedy draft tokens by the drafter, ``[G*K]``, or None.
     """
 
     model: Any
@@ -75,6 +84,10 @@ class Proposer(DFlashProposer):
         self._use_ops = self._options.ops and ops.worthwhile(device)
         self.sample_from_anchor = bool(self.dflash_config.get("sample_from_anchor", False))
         self.max_query_len = self.num_speculative_tokens + (not self.sample_from_anchor)
+        self.lengths: DraftLengths | None = None
+        self.draft_rows: Tensor | None = None
+        self.confidence: Tensor | None = None
+        self.dummy_drafts = True
 
     def load_model(self, target_model: nn.Module) -> None:
         config: Any = getattr(target_model, "config", None)
@@ -133,7 +146,7 @@ class Proposer(DFlashProposer):
         self._slot_mapping_buffer = self.query_slots[0]
         self._context_slot_mapping_buffer = self.context_slots[0]
         stock_knows = self.kv_groups.single and not self.sample_from_anchor
-        if self._use_ops or not stock_knows:
+        if self._use_ops or not stock_knows or self._options.draft_length == "auto":
             self._block_inputs = BlockInputs(self, plain=not self._use_ops)
 
     def build_per_group_and_layer_attn_metadata(
@@ -183,7 +196,8 @@ class Proposer(DFlashProposer):
             self._dflash_hidden_states = self._dflash_hidden_states[:0]
         return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
 
-    def propose(self, *args, **kwargs) -> Tensor:
+    def propose(self, *args, **kwargs) -> Any:
+        """Draft tokens ``[B, K]``, as vLLM's; where lengths are chosen a list of tokens for each request."""
         # vLLM's runner passes keywords only; the seam check in seams.py relies on their names.
         features = kwargs["target_hidden_states"]
         if self.tap is not None and self.tap.given(features):
@@ -199,7 +213,25 @@ class Proposer(DFlashProposer):
         if not self.drafting:
             batch_size = kwargs["common_attn_metadata"].batch_size()
             return torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
+        if self.lengths is not None:
+            return self.lengths.propose(super().propose, **kwargs)
         return super().propose(*args, **kwargs)
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        if self.dummy_drafts:
+            super().dummy_run(*args, **kwargs)
+
+    def choose_lengths(self) -> None:
+        """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
+        if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
+            return
+        from vllm_dflash.serving import draft_length
+
+        reason = draft_length.unsupported(self.runner, self.vllm_config)
+        if reason:
+            logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
+            return
+        self.lengths = draft_length.make(self)
 
     def set_inputs_first_pass(
         self,
@@ -231,7 +263,10 @@ class Proposer(DFlashProposer):
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
         plain = not (self.use_local_argmax_reduction or self.use_heterogeneous_vocab)
         if plain and self._options.greedy_draft_vocab and isinstance(self.model, DrafterModel):
-            return self.model.greedy_draft_tokens(hidden_states)
+            tokens, self.confidence = self.model.greedy_draft_tokens(
+                hidden_states, confidence=self.lengths is not None
+            )
+            return tokens
         return super()._greedy_sample(hidden_states)
 
 

@@ -127,6 +127,24 @@ def _patch_vllm_config(module: ModuleType) -> None:
     cls._dflash_needs_multi_kv_group = _dflash_needs_multi_kv_group
 
 
+def _patch_worker(module: ModuleType) -> None:
+    cls = next(vars(module)[n] for n in ("CPUWorker", "Worker") if n in vars(module))
+    warm_up = cls.compile_or_warm_up_model
+
+    @functools.wraps(warm_up)
+    def compile_or_warm_up_model(self):
+        out = warm_up(self)
+        # The first moment at which the engine can run steps, and the last before requests come.
+        choose_lengths = getattr(
+            getattr(self.model_runner, "drafter", None), "choose_lengths", None
+        )
+        if choose_lengths is not None:
+            choose_lengths()
+        return out
+
+    cls.compile_or_warm_up_model = compile_or_warm_up_model
+
+
 def _patch_metrics(module: ModuleType) -> None:
     from vllm_dflash.serving.metrics import drafter_metrics_class
 
@@ -164,6 +182,18 @@ SEAMS = (
         "prepare_dflash_inputs",
         ("input_buffers", "input_batch", "context_slot_mapping", "cp_size"),
         _patch_prepare_inputs,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_worker",
+        "Worker.compile_or_warm_up_model",
+        ("self",),
+        _patch_worker,
+    ),
+    Seam(
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker.compile_or_warm_up_model",
+        ("self",),
+        _patch_worker,
     ),
     Seam(
         "vllm.v1.metrics.loggers",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import uuid
+from dataclasses import fields
 from typing import Any
 
 from vllm_dflash import __version__
@@ -11,6 +13,7 @@ from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 
+_BLOCK_DROP = "disable_eagle_block_drop"
 #: Architectures in a drafter's config.json that end up in our drafter class.
 _OWN_ARCHS = {DRAFTER_ARCH, "DFlashSpeculator"}
 
@@ -87,6 +90,12 @@ def wrap_create_speculative_config(original):
         if model and drafter is not None:
             if rest.get("num_speculative_tokens") is None and self.spec_tokens is None:
                 rest["num_speculative_tokens"] = drafter.num_speculative_tokens
+            from vllm.config import SpeculativeConfig
+
+            if _BLOCK_DROP in {f.name for f in fields(SpeculativeConfig)}:
+                # vLLM computes the last block of a cached prefix anew for the states that an EAGLE drafter
+                # starts from. Ours reads its own cache of the prefix, which is as complete as the verifier's.
+                rest.setdefault(_BLOCK_DROP, True)
             tokens = rest.get("num_speculative_tokens", self.spec_tokens)
             too_many = isinstance(tokens, int) and tokens > drafter.num_speculative_tokens
             if options.check and too_many:
@@ -112,6 +121,10 @@ def wrap_create_speculative_config(original):
             **(self.additional_config or {}),
             ADDITIONAL_CONFIG_KEY: carried,
         }
-        return original(self, target_model_config, *args, **kwargs)
+        made = original(self, target_model_config, *args, **kwargs)
+        if made is not None and options.draft_length == "auto":
+            # Travels to the workers with it; not a field, so it keys no compile cache.
+            made.dflash_stats = uuid.uuid4().hex
+        return made
 
     return create_speculative_config

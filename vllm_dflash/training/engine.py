@@ -85,6 +85,8 @@ class VerifierEngine:
                 "method": "dflash",
                 "model": str(drafter),
                 "num_speculative_tokens": num_speculative_tokens,
+                # It drafts nothing, or all there is, to count what is accepted.
+                "dflash_draft_length": "fixed",
             },
             **options.extra,
         }

@@ -1,0 +1,372 @@
+"""How many draft tokens pay: the choice against brute force, what is learned, runs of a model world."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_dflash.draft_length.acceptance import CONFIDENCE_PRIOR, Predictor, confidence_cells
+from vllm_dflash.draft_length.choice import choose
+from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy, Request
+
+K = 7
+
+
+def brute_force(curves, seconds_M):
+    """Most expected tokens per second over every combination of lengths."""
+    best = 0.0
+    for lengths in itertools.product(*(range(len(c) + 1) for c in curves)):
+        tokens = sum(1 + c[:n].sum() for c, n in zip(curves, lengths, strict=True))
+        best = max(best, tokens / seconds_M[sum(lengths)])
+    return best
+
+
+probabilities = st.lists(st.floats(0.01, 1.0), min_size=0, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(probabilities, min_size=1, max_size=4),
+    st.floats(0.0, 0.5),
+    st.lists(st.floats(0.0, 0.3), min_size=17, max_size=17),
+)
+def test_choice_is_the_best_of_all(conditional, draft_pass, slopes) -> None:
+    """Whatever the acceptance, and whatever increasing cost."""
+    curves = [np.cumprod(p) for p in conditional]
+    padded = np.zeros((len(curves), 4))
+    for row, curve in zip(padded, curves, strict=True):
+        row[: len(curve)] = curve
+    seconds = 1.0 + draft_pass + np.concatenate(([0.0], np.cumsum(slopes[:16])))
+    seconds = seconds[: padded.size + 1]
+    got = choose(padded, seconds)
+    assert got.rate == pytest.approx(brute_force(curves, seconds))
+    tokens = sum(1 + c[:n].sum() for c, n in zip(curves, got.lengths, strict=True))
+    assert got.tokens == pytest.approx(tokens)
+    assert got.seconds == seconds[sum(got.lengths)]
+
+
+def test_choice_explains_itself() -> None:
+    certain, hopeless = np.full(4, 0.99).cumprod(), np.full(4, 0.05).cumprod()
+    flat, steep = np.ones(9), 1.0 + np.arange(9)
+    both = np.stack([certain, hopeless])
+    assert choose(both, flat).lengths == (4, 4)  # free tokens: all that may help
+    assert choose(both, 1 + 0.2 * np.arange(9)).lengths == (4, 0)
+    assert choose(both, steep).lengths == (0, 0)
+    assert choose(np.zeros((2, 4)), flat).lengths == (0, 0)
+    assert choose(np.empty((0, 4)), flat[:1]).lengths == ()
+
+
+# -- acceptance
+
+
+def test_predictor_finds_averages_and_requests() -> None:
+    rng = np.random.default_rng(0)
+    predictor = Predictor([0.5] * 3)
+    truth = {"good": 0.9, "bad": 0.3}
+    for _ in range(300):
+        for name, p in truth.items():
+            right = rng.random(3) < p
+            accepted = 3 if right.all() else int(np.argmin(right))
+            predictor.observe(np.arange(min(accepted + 1, 3)), accepted, name)
+    for name, p in truth.items():
+        assert predictor.conditional(np.array([[0, 1, 2]]), [name]) == pytest.approx(p, abs=0.12)
+    (new,) = predictor.curves(np.array([[0, 1, 2]]), ["new"])
+    new = new[1:] / new[:-1]
+    assert (new > 0.35).all()
+    assert (new < 0.95).all()
+    offsets = predictor.likely_offsets()
+    assert len(offsets) >= 3
+    predictor.forget("good")
+    assert not predictor.seen("good")
+    assert predictor.seen("bad")
+
+
+def test_one_refusal_is_no_verdict() -> None:
+    predictor = Predictor([0.8] * K)
+    positions = np.arange(K)[None]
+    before = predictor.curves(positions, ["r"])
+    predictor.observe(np.array([0]), 0, "r")
+    after = predictor.curves(positions, ["r"])
+    assert (after < before).all()
+    assert after[0, 0] > 0.4
+
+
+def test_confidence_cells_are_ordered_and_all_have_a_prior() -> None:
+    cells = confidence_cells(np.array([0.0, 0.02, 0.3, 0.5, 0.9, 0.999, 1.0]))
+    assert (np.diff(cells) >= 0).all()
+    assert cells[0] == 0
+    assert cells[-1] == len(CONFIDENCE_PRIOR) - 1
+    assert list(CONFIDENCE_PRIOR) == sorted(CONFIDENCE_PRIOR)
+
+
+def test_a_better_predictor_has_the_smaller_loss() -> None:
+    rng = np.random.default_rng(1)
+    knows, guesses = Predictor(CONFIDENCE_PRIOR), Predictor([0.5])
+    for _ in range(300):
+        confidence = rng.choice([0.05, 0.95])
+        right = int(rng.random() < confidence)
+        knows.observe(confidence_cells(np.array([confidence])), right, "r")
+        guesses.observe(np.array([0]), right, "r")
+    assert knows.loss < 0.6 * guesses.loss
+
+
+# -- costs
+
+
+def made(tokens_s=lambda n: 1 + 0.02 * n, draft=(0.1, 0.001), **kwargs) -> StepCost:
+    tokens = (1, 2, 4, 8, 16, 32, 64, 128)
+    return StepCost(tokens, [tokens_s(n) for n in tokens], draft=draft, **kwargs)
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    cost = made(per_context=1e-4, per_pair=1e-5, overhead=0.5)
+    assert cost.step(3, 3, 0) == pytest.approx(0.5 + 1.06)
+    assert cost.step(200, 3, 0) == pytest.approx(0.5 + 5.0, rel=0.01)
+    assert cost.step(8, 4, 1000) == pytest.approx(0.5 + 1.16 + 0.1 + 0.02)
+    assert cost.step(np.array([1, 2]), 1, 0) == pytest.approx([1.52, 1.54])
+    assert cost.draft(8) == pytest.approx(0.108)
+
+
+def test_a_slower_machine_slows_everything_alike() -> None:
+    cost = made()
+    before = cost.step(np.array([1, 8, 64]), 1, 0)
+    for _ in range(200):
+        cost.observe_step(8, 1, 0, 2 * 1.16)
+    after = cost.step(np.array([1, 8, 64]), 1, 0)
+    assert after[1] == pytest.approx(2 * before[1], rel=0.02)
+    assert after / before == pytest.approx(after[1] / before[1], rel=0.35)
+
+
+def test_a_wrong_knot_is_put_right_and_outliers_are_not_believed() -> None:
+    cost = made()
+    rng = np.random.default_rng(2)
+    truth = {1: 1.02, 8: 1.9, 16: 2.4}
+    for i in range(1500):
+        n = (1, 8, 16)[i % 3]
+        held_up = 30.0 if rng.random() < 0.03 else 1.0
+        cost.observe_step(n, 1, 0, truth[n] * held_up * rng.normal(1, 0.03))
+    got = {n: float(cost.step(n, 1, 0)) for n in truth}
+    assert got[8] / got[1] == pytest.approx(truth[8] / truth[1], rel=0.08)
+    assert got[16] / got[1] == pytest.approx(truth[16] / truth[1], rel=0.08)
+
+
+def test_pauses_while_idle_are_not_overhead() -> None:
+    cost = made()
+    rng = np.random.default_rng(3)
+    for _ in range(600):
+        cost.observe_overhead(60.0 if rng.random() < 0.1 else 0.05)
+    assert 0.03 < cost.overhead < 0.12
+
+
+def test_costs_survive_a_file() -> None:
+    cost = made(per_context=1e-4, per_pair=1e-5, overhead=0.2)
+    cost.observe_step(8, 2, 100, 3.0)
+    again = StepCost.from_dict(json.loads(json.dumps(cost.as_dict())))
+    for n in (1, 5, 100):
+        assert again.step(n, 2, 50) == pytest.approx(float(cost.step(n, 2, 50)))
+    assert again.draft(16) == pytest.approx(cost.draft(16))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {},
+        {"tokens": [1, 2], "seconds": [1.0]},
+        {"tokens": [2, 1]},
+        {"seconds": [1.0, float("nan")]},
+        {"overhead": -1},
+        {"draft": "none"},
+    ],
+)
+def test_files_that_are_no_costs(broken) -> None:
+    good = StepCost([1, 2], [1.0, 1.1]).as_dict()
+    raw = good | broken if broken else {}
+    with pytest.raises(ValueError, match="not the costs of a step"):
+        StepCost.from_dict(raw)
+
+
+# -- whole runs
+
+
+class World:
+    """A verifier that writes random text, a drafter that foretells each token with a probability.
+
+    Args:
+        quality: of each request of the batch; ended requests are followed by one of the same quality.
+        confident: whether the drafter knows when it will be right.
+    """
+
+    def __init__(self, policy, cost, quality, length=120, confident=False, seed=0, lookup=None):
+        self.policy, self.cost, self.quality = policy, cost, quality
+        self.length, self.confident, self.lookup = length, confident, lookup
+        self.rng = np.random.default_rng(seed)
+        self.count = itertools.count()
+        self.seconds = self.tokens = 0.0
+        self.running = [self._new() for _ in quality]
+        self.lengths: list[list[int]] = [[] for _ in quality]
+        self.passes = self.steps = 0
+
+    def _new(self):
+        text = self.rng.integers(1, 10**6, self.length + 20 + K)
+        return {"id": f"r{next(self.count)}", "text": text, "done": 20}
+
+    def step(self) -> None:
+        for i, r in enumerate(self.running):
+            if r["done"] >= self.length:
+                self.policy.forget([r["id"]])
+                self.running[i] = self._new()
+        requests, B = [], len(self.running)
+        for i, r in enumerate(self.running):
+            done = r["done"]
+            match = np.empty(0, dtype=np.int64)
+            if self.lookup and self.rng.random() < self.lookup[i]:
+                match = r["text"][done : done + K].copy()
+            requests.append(Request(r["id"], r["text"][:done], K, match, 5 if len(match) else 0))
+        plan = self.policy.plan(requests)
+        drafts = confidence = None
+        if plan.drafting:
+            drafts, confidence = [], []
+            for i in plan.drafting:
+                r = self.running[i]
+                right = self.rng.random(K) < self.quality[i]
+                truth = r["text"][r["done"] : r["done"] + K]
+                drafts.append(np.where(right, truth, 0))
+                known = np.where(right, 0.97, 0.1) if self.confident else np.full(K, 0.5)
+                confidence.append(known)
+            drafts, confidence = np.array(drafts), np.array(confidence)
+        chosen = self.policy.settle(plan, drafts, confidence)
+        total = B + sum(d.length for d in chosen)
+        context = sum(len(r.tokens) for r in requests)
+        verify = float(self.cost.step(total, B, context)) * self.rng.normal(1, 0.03)
+        draft = self.cost.draft(len(plan.drafting) * (K + 1)) if plan.drafting else 0.0
+        emitted = 0
+        for i, (r, d) in enumerate(zip(self.running, chosen, strict=True)):
+            truth = r["text"][r["done"] : r["done"] + d.length]
+            given = (
+                requests[i].match
+                if d.source == LOOKUP
+                else (drafts[plan.drafting.index(i)] if d.length else truth)
+            )
+            same = given[: d.length] == truth
+            accepted = d.length if same.all() else int(np.argmin(same))
+            r["done"] += accepted + 1
+            emitted += accepted + 1
+            self.lengths[i].append(d.length)
+        self.policy.cost.observe_step(total, B, context, verify)
+        self.policy.account(emitted, B, context, verify + draft)
+        self.seconds += verify + draft
+        self.tokens += emitted
+        self.passes += bool(plan.drafting)
+        self.steps += 1
+
+    def run(self, steps: int) -> float:
+        """Tokens per second, of the latter half."""
+        for _ in range(steps // 2):
+            self.step()
+        seconds, tokens = self.seconds, self.tokens
+        for _ in range(steps // 2):
+            self.step()
+        return (self.tokens - tokens) / (self.seconds - seconds)
+
+
+def fixed_rate(cost, quality, length, context=70):
+    """Tokens per second of a fixed draft length for all, in expectation."""
+    B = len(quality)
+    tokens = sum(1 + np.cumprod(np.full(length, q)).sum() for q in quality)
+    seconds = float(cost.step(B * (1 + length), B, context * B))
+    return tokens / (seconds + (cost.draft(B * (K + 1)) if length else 0))
+
+
+WORLDS = {
+    "good drafts, cheap tokens": ([0.85] * 2, 0.01),
+    "good drafts, dear tokens": ([0.85] * 4, 0.2),
+    "bad drafts, cheap tokens": ([0.2] * 2, 0.01),
+    "bad drafts, dear tokens": ([0.2] * 8, 0.2),
+    "middling": ([0.6] * 4, 0.08),
+    "mixed, dear tokens": ([0.9, 0.1] * 4, 0.1),
+    "one request": ([0.75], 0.02),
+    "one bad request": ([0.15], 0.05),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
+    """The bounds of the benchmark, in a world whose costs and acceptance are known."""
+    quality, slope = WORLDS[name]
+    cost = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
+    learned = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
+    rate = World(Policy(learned, K), cost, quality).run(1200)
+    fixed = [fixed_rate(cost, quality, n) for n in range(K + 1)]
+    assert rate >= 0.98 * fixed[0]
+    assert rate >= 0.96 * max(fixed)
+    if name.startswith("mixed"):
+        assert rate >= 1.1 * max(fixed)
+
+
+def test_confidence_is_used_where_it_helps() -> None:
+    quality, cost = [0.6] * 4, made(lambda n: 1 + 0.15 * n, draft=(0.05, 0.001))
+    rates = {}
+    for confident in (False, True):
+        policy = Policy(made(lambda n: 1 + 0.15 * n, draft=(0.05, 0.001)), K)
+        rates[confident] = World(policy, cost, quality, confident=confident).run(800)
+        assert policy.believes_confidence == confident
+    assert rates[True] > 1.15 * rates[False]
+
+
+def test_drafting_stops_and_comes_back() -> None:
+    cost = made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002))
+    policy = Policy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
+    world = World(policy, cost, [0.05] * 4)
+    world.run(400)
+    passes, seconds = world.passes, world.seconds
+    world.run(400)
+    spent = (world.passes - passes) * cost.draft(4 * (K + 1)) / (world.seconds - seconds)
+    assert 0 < spent < 0.02  # it goes on looking, cheaply
+    recent = [n for lengths in world.lengths for n in lengths[-300:]]
+    assert np.mean(recent) < 0.1
+    world.quality = [0.9] * 4
+    for _ in range(200):
+        world.step()
+    assert np.mean([lengths[-20:] for lengths in world.lengths]) > 2
+
+
+def test_lookup_is_preferred_where_it_is_better() -> None:
+    cost = made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002))
+    policy = Policy(made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002)), K)
+    world = World(policy, cost, [0.3, 0.3, 0.9, 0.9], lookup=[1.0, 0.0, 0.0, 1.0])
+    world.run(600)
+    totals = policy.totals
+    assert totals.proposed[LOOKUP] > 0
+    assert totals.proposed[DRAFTER] > 0
+    assert totals.accepted[LOOKUP] > 0.95 * totals.proposed[LOOKUP]
+    # A request with a sure match needs no draft pass.
+    assert np.mean(world.lengths[0][-100:]) == pytest.approx(K, abs=0.5)
+    for source in (DRAFTER, LOOKUP):
+        assert totals.accepted[source] == pytest.approx(totals.expected[source], rel=0.1)
+    assert totals.speedup > 1.2
+
+
+def test_all_or_none() -> None:
+    cost = made(lambda n: 1 + 0.05 * n)
+    policy = Policy(cost, K, together=True)
+    tokens = np.arange(1, 30)
+    requests = [Request(f"r{i}", tokens, K) for i in range(3)]
+    assert policy.plan(requests).drafting in ((), (0, 1, 2))
+
+
+def test_limits_are_kept() -> None:
+    policy = Policy(made(lambda n: 1 + 0.001 * n, draft=(0.001, 0.0)), K)
+    requests = [Request("a", np.arange(1, 30), 2), Request("b", np.arange(1, 30), 0)]
+    for most in (None, 1, 0):
+        plan = policy.plan(requests, most)
+        drafts = np.ones((len(plan.drafting), K), dtype=int)
+        got = policy.settle(plan, drafts, np.full(drafts.shape, 0.9))
+        assert got[0].length <= (2 if most is None else most)
+        assert got[1].length == 0
+        assert (most != 0) or plan.drafting == ()

@@ -1,0 +1,155 @@
+"""What a draft is worth: probabilities of acceptance, learned from what was accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: Trials of a cell after which what it learned counts half.
+_HALF_LIFE = 150.0
+#: The same inside a request, whose text moves on.
+_REQUEST_HALF_LIFE = 40.0
+#: Trials that the running average counts for against those of one request.
+_REQUEST_PRIOR = 6.0
+#: Requests over which the spread between requests is known.
+_RECENT = 64
+
+
+def _logit(p: Any) -> Any:
+    return np.log(p) - np.log1p(-p)
+
+
+def _probability(logit: Any) -> Any:
+    return 1 / (1 + np.exp(-logit))
+
+
+@dataclass
+class Trials:
+    """Decayed counts of one request: tokens tried, accepted, and how many were expected to be.
+
+    ``offset`` says how much better than the average its acceptance is, in log-odds.
+    """
+
+    tried: float = 0.0
+    accepted: float = 0.0
+    expected: float = 0.0
+    offset: float = 0.0
+
+    def add(self, tried: int, accepted: int, expected: float) -> None:
+        """Counts one draft."""
+        decay = 0.5 ** (tried / _REQUEST_HALF_LIFE)
+        self.tried = self.tried * decay + tried
+        self.accepted = self.accepted * decay + accepted
+        self.expected = self.expected * decay + expected
+        mean = min(max(self.expected / self.tried, 0.01), 0.99)
+        p = (self.accepted + _REQUEST_PRIOR * mean) / (self.tried + _REQUEST_PRIOR)
+        p = min(max(p, 0.005), 0.995)
+        self.offset = math.log(p / (1 - p)) - math.log(mean / (1 - mean))
+
+
+class Predictor:
+    """P(a draft token is accepted | those before it were), by cell and by request.
+
+    A cell is whatever tells draft tokens apart: their position, the drafter's confidence, the length of a
+    match. Each has a running average over all requests; a request shifts them by its own offset in log-odds
+    as it shows how it differs.
+
+    Args:
+        prior: the averages before anything was seen, ``[cells]``.
+        weight: trials that the prior counts for.
+    """
+
+    def __init__(self, prior: Sequence[float], weight: float = 6.0) -> None:
+        self._logit_C = _logit(np.clip(np.asarray(prior, dtype=float), 0.005, 0.995))
+        self._weight_C = np.full(len(self._logit_C), weight)
+        self._requests: dict[str, Trials] = {}
+        self._recent: list[float] = []
+        self._likely: np.ndarray | None = None
+        #: Running mean of -log P(what happened): which of two predictors is the better one.
+        self.loss = 0.0
+        self.trials = 0
+
+    def conditional(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+        """Probabilities ``[B, T]`` of the tokens in these cells, each given the ones before it."""
+        known = self._requests
+        offset_B = np.array([known[r].offset if r in known else 0.0 for r in requests])
+        return _probability(self._logit_C[cells_BT] + offset_B[:, None])
+
+    def curves(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+        """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
+
+        For a request that has shown nothing yet the mean over what requests are like.
+        """
+        out = np.cumprod(self.conditional(cells_BT, requests), axis=1)
+        for i, request in enumerate(requests):
+            if request not in self._requests:
+                out[i] = self.likely_curves(cells_BT[i]).mean(axis=0)
+        return out
+
+    def likely_curves(self, cells_T: np.ndarray) -> np.ndarray:
+        """Curves that a request of which nothing is known may have, ``[kinds of requests, T]``."""
+        offsets = self.likely_offsets()[:, None]
+        return np.cumprod(_probability(self._logit_C[cells_T] + offsets), axis=1)
+
+    def observe(self, cells_T: np.ndarray, num_accepted: int, request: str) -> None:
+        """Learns from one draft: the first ``num_accepted`` were right, the next one was not.
+
+        Averages learn what the request's offset does not explain (a logistic regression, token by token).
+        Else those of late tokens would be the averages of good requests, since others do not get there.
+
+        Args:
+            cells_T: of the tokens whose fate is known: those accepted, and one more unless all were.
+        """
+        if len(cells_T) == 0:
+            return
+        trials = self._requests.setdefault(request, Trials())
+        expected = 0.0
+        decay = 0.5 ** (1 / _HALF_LIFE)
+        for t, cell in enumerate(cells_T.tolist()):
+            right = t < num_accepted
+            average = float(self._logit_C[cell])
+            expected += 1 / (1 + math.exp(-average))
+            p = 1 / (1 + math.exp(-average - trials.offset))
+            self.trials += 1
+            surprise = -math.log(max(p if right else 1 - p, 1e-6))
+            self.loss += (surprise - self.loss) / min(self.trials, _HALF_LIFE)
+            weight = self._weight_C[cell] = self._weight_C[cell] * decay + 1
+            step = (right - p) / (weight * max(p * (1 - p), 0.05))
+            self._logit_C[cell] = min(max(average + step, -5.0), 5.0)
+        trials.add(len(cells_T), num_accepted, expected)
+
+    def seen(self, request: str) -> bool:
+        """Whether the request has shown anything yet."""
+        return request in self._requests
+
+    def forget(self, request: str) -> None:
+        """The request has ended; its offset stays as one of those that requests have."""
+        trials = self._requests.pop(request, None)
+        if trials is not None and trials.tried >= 2:
+            self._recent = [*self._recent[1 - _RECENT :], trials.offset]
+            self._likely = None
+
+    def likely_offsets(self, num: int = 5) -> np.ndarray:
+        """Offsets that a request of which nothing is known may have: quantiles of those seen."""
+        if self._likely is None:
+            if len(self._recent) < 4:
+                # Too few to know the spread.
+                self._likely = np.array([-1.5, 0.0, 1.5])
+            else:
+                self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num)
+        return self._likely
+
+
+#: Edges in the log-odds of the drafter's confidence.
+_EDGES = np.array([-2.0, -1.2, -0.6, 0.0, 0.5, 1.0, 1.6, 2.3, 3.2, 4.4, 6.0])
+#: Confidence taken at face value inside each cell, until acceptance says otherwise.
+CONFIDENCE_PRIOR = tuple(1 / (1 + np.exp(-np.array([-3.0, *(_EDGES[:-1] + _EDGES[1:]) / 2, 7.0]))))
+
+
+def confidence_cells(confidence: np.ndarray) -> np.ndarray:
+    """Cells of the drafter's probabilities of the tokens that it drafted."""
+    return np.searchsorted(_EDGES, _logit(np.clip(confidence, 1e-6, 1 - 1e-6)))

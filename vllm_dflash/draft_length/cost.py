@@ -1,0 +1,174 @@
+"""What a step costs: seconds by tokens in the batch and by context, measured, refined while serving."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+#: Numbers of tokens at which the step's cost is kept; straight lines between them.
+_KNOTS = (
+    *range(1, 8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), *range(64, 128, 16),
+    *range(128, 257, 32),
+)  # fmt: skip
+#: A step as far off as this factor is as much evidence as one that is farther: neighbours on the machine, a
+#: page fault, a garbage collection.
+_OUTLIER = 1.35
+#: Share of a surprise that is put down to the whole machine being faster or slower now.
+_MACHINE_RATE = 0.05
+#: Observations that a calibrated knot counts for.
+_KNOT_WEIGHT = 8.0
+#: Observations after which a knot's old ones count no more.
+_KNOT_MEMORY = 60.0
+
+
+def knots(max_tokens: int) -> np.ndarray:
+    """The numbers of tokens, ascending, up to ``max_tokens`` and by doubling beyond the table."""
+    out = [n for n in _KNOTS if n < max_tokens]
+    while out and out[-1] * 2 < max_tokens and out[-1] >= _KNOTS[-1]:
+        out.append(out[-1] * 2)
+    return np.array([*out, max_tokens])
+
+
+class StepCost:
+    """Seconds of the verifier's step and of a draft pass.
+
+    A step with N tokens of B requests that see S tokens of context altogether costs
+    ``machine * (base(N) + per_context * S + per_pair * N / B * S)``; a draft pass with Q query tokens
+    ``draft_fixed + per_query * Q``. All but the form is measured. ``machine`` follows the speed of the
+    machine from step to step, so that other load moves all costs together and choices, which depend on
+    their ratios, stay.
+
+    Args:
+        tokens: numbers of tokens that were measured, ascending.
+        seconds: of steps with so many tokens and next to no context.
+        per_context: seconds for each token of context of the batch.
+        per_pair: seconds for each pair of a token and a token of its context.
+        draft: seconds of a draft pass: fixed, and for each query token.
+        overhead: seconds between steps: scheduling, sampling, messages.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        seconds: Sequence[float],
+        *,
+        per_context: float = 0.0,
+        per_pair: float = 0.0,
+        draft: tuple[float, float] = (0.0, 0.0),
+        overhead: float = 0.0,
+        max_tokens: int = 0,
+    ) -> None:
+        self.tokens_N = knots(max(max_tokens, int(tokens[-1])))
+        self.base_N = np.maximum(_interpolate(self.tokens_N, tokens, seconds), 1e-7)
+        self.per_context, self.per_pair = per_context, per_pair
+        self.draft_fixed, self.per_query = draft
+        self.overhead = overhead
+        self.machine = 1.0
+        self._seen_N = np.full(len(self.tokens_N), _KNOT_WEIGHT)
+        self.steps = 0
+
+    def step(self, num_tokens: Any, num_requests: int, context: float) -> Any:
+        """Seconds of steps with these numbers of tokens (a number or an array of them)."""
+        pairs = np.asarray(num_tokens) / max(num_requests, 1) * context
+        attention = self.per_context * context + self.per_pair * pairs
+        base = _interpolate(num_tokens, self.tokens_N, self.base_N)
+        return self.machine * (base + attention) + self.overhead
+
+    def draft(self, num_queries: float) -> float:
+        """Seconds of a draft pass."""
+        return self.machine * (self.draft_fixed + self.per_query * num_queries)
+
+    def observe_step(
+        self, num_tokens: int, num_requests: int, context: float, seconds: float
+    ) -> None:
+        """Learns from a step that took ``seconds`` without draft pass and overhead."""
+        if num_tokens > self.tokens_N[-1] or seconds <= 0:
+            return
+        self.steps += 1
+        want = float(self.step(num_tokens, num_requests, context)) - self.overhead
+        surprise = float(np.clip(np.log(seconds / want), -np.log(_OUTLIER), np.log(_OUTLIER)))
+        self.machine *= float(np.exp(_MACHINE_RATE * surprise))
+        i = int(np.searchsorted(self.tokens_N, num_tokens))
+        if self.tokens_N[i] == num_tokens:
+            near = [(i, 1.0)]
+        else:
+            low, high = self.tokens_N[i - 1], self.tokens_N[i]
+            share = (num_tokens - low) / (high - low)
+            near = [(i - 1, 1 - share), (i, share)]
+        # The surprise is the attention's and the rest's by their shares of the step.
+        base = self.machine * float(_interpolate(num_tokens, self.tokens_N, self.base_N))
+        rest = min(base / want, 1.0)
+        for knot, share in near:
+            self._seen_N[knot] = min(self._seen_N[knot] + share, _KNOT_MEMORY)
+            self.base_N[knot] *= np.exp(rest * share * surprise / self._seen_N[knot])
+        factor = float(np.exp((1 - rest) * surprise / _KNOT_MEMORY))
+        self.per_context *= factor
+        self.per_pair *= factor
+
+    def observe_draft(self, num_queries: int, seconds: float) -> None:
+        """Learns from a draft pass."""
+        want = self.draft(num_queries)
+        if want <= 0 or seconds <= 0:
+            return
+        surprise = float(np.clip(np.log(seconds / want), -np.log(_OUTLIER), np.log(_OUTLIER)))
+        factor = float(np.exp(surprise / 20))
+        self.draft_fixed *= factor
+        self.per_query *= factor
+
+    def observe_overhead(self, seconds: float) -> None:
+        """Learns from a pause between steps. Pauses while nothing is asked for are long, and weigh little:
+        the estimate goes up by a small step and down by a larger one."""
+        if self.overhead == 0:
+            self.overhead = min(seconds, 0.2 * float(self.base_N[0]))
+        rate = 0.03 if seconds > self.overhead else 0.07
+        step = np.clip(seconds / max(self.overhead, 1e-7) - 1, -1, 1)
+        self.overhead *= 1 + rate * float(step)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the machine's present speed is part of the costs."""
+        return {
+            "tokens": self.tokens_N.tolist(),
+            "seconds": (self.base_N * self.machine).tolist(),
+            "per_context": self.per_context * self.machine,
+            "per_pair": self.per_pair * self.machine,
+            "draft": [self.draft_fixed * self.machine, self.per_query * self.machine],
+            "overhead": self.overhead,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> StepCost:
+        """ValueError where the dictionary is not one of :meth:`as_dict`'s."""
+        try:
+            tokens = [int(n) for n in raw["tokens"]]
+            numbers = [float(s) for s in raw["seconds"]]
+            fixed, per_query = (float(x) for x in raw["draft"])
+            rest: dict[str, Any] = {
+                k: float(raw[k]) for k in ("per_context", "per_pair", "overhead")
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the costs of a step: {error!r}") from error
+        every = [*numbers, fixed, per_query, *rest.values()]
+        ascending = all(a < b for a, b in itertools.pairwise(tokens))
+        if (
+            not tokens
+            or len(tokens) != len(numbers)
+            or not ascending
+            or not np.isfinite(every).all()
+        ):
+            raise ValueError(f"not the costs of a step: {len(tokens)} numbers of tokens, {every}")
+        if min(every) < 0:
+            raise ValueError(f"not the costs of a step: {min(every)} seconds")
+        return cls(tokens, numbers, draft=(fixed, per_query), **rest)
+
+
+def _interpolate(at: Any, tokens: Any, seconds: Any) -> Any:
+    """Straight lines between what was measured, the last one going on behind it."""
+    tokens, seconds = np.asarray(tokens, dtype=float), np.asarray(seconds, dtype=float)
+    inside = np.interp(at, tokens, seconds)
+    if len(tokens) < 2:
+        return inside
+    slope = max((seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2]), 0.0)
+    return inside + np.maximum(np.asarray(at) - tokens[-1], 0) * slope

@@ -1,0 +1,373 @@
+"""Which requests to draft for, how, and how many tokens of it to have verified: one decision a step.
+
+The caller shows every step's requests and the tokens that they have so far (:meth:`Policy.plan`), runs the
+drafter for those that the plan names, and gets the lengths (:meth:`Policy.settle`). Whatever was drafted,
+verified, in part or not at all, is compared with the text that the verifier goes on to write, so that drafts
+that were not sent to the verifier are evidence like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_dflash.draft_length.acceptance import CONFIDENCE_PRIOR, Predictor, confidence_cells
+from vllm_dflash.draft_length.choice import Choice, choose
+from vllm_dflash.draft_length.cost import StepCost
+
+DRAFTER, LOOKUP = "drafter", "lookup"
+#: Lengths of a match that are told apart; longer ones count as the last.
+MATCHES = (2, 3, 4, 5)
+#: How much more a step with drafts must promise than one without, and one with a draft pass than one with
+#: matches alone. Estimates are off by as much.
+_MARGIN = 1.02
+#: Share of the time that may go into drafts made only to see whether drafting pays again.
+_PROBE_SHARE = 0.005
+#: Steps that a request's first draft is taken to be of use for.
+_HORIZON = 20
+#: Steps that took longer than so many plain ones say nothing of speculation.
+_HELD_UP = 10.0
+#: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
+_ENOUGH, _BETTER = 64, 0.97
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a step that can take a draft.
+
+    Attributes:
+        id: vLLM's.
+        tokens: all its tokens, the one just sampled (the anchor) last, ``[n]``.
+        most: draft tokens that it may have at most.
+        match: prompt lookup's draft, ``[<= K]``; empty where nothing matches.
+        match_len: tokens of the context that matched.
+    """
+
+    id: str
+    tokens: np.ndarray
+    most: int
+    match: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    match_len: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do before the next step.
+
+    Attributes:
+        requests: those of the step.
+        allowed_BK: whether a request may have so many draft tokens, bool.
+        drafting: indices of those to run the drafter for, ascending.
+        lookups_BK: of each request, the probabilities that prompt lookup's first tokens are all accepted.
+        seconds_M: of a step with 0, 1, ... draft tokens, without a draft pass.
+        expected: the choice that the plan was made for.
+    """
+
+    requests: Sequence[Request]
+    allowed_BK: np.ndarray
+    drafting: tuple[int, ...]
+    lookups_BK: np.ndarray
+    seconds_M: np.ndarray
+    expected: Choice
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one request gets: the first ``length`` tokens of its source's draft."""
+
+    source: str
+    length: int
+
+
+@dataclass
+class _Block:
+    """A draft whose fate is not known yet: it would start at index ``start`` of the request's tokens."""
+
+    start: int
+    tokens: np.ndarray
+    learners: Sequence[tuple[Predictor, np.ndarray]]
+    source: str
+    length: int
+    expected: float
+
+
+@dataclass
+class Totals:
+    """Counts since start, by source where they differ.
+
+    Attributes:
+        steps: verifier steps without prompt chunks.
+        drafted_steps: those before which the drafter ran.
+        tokens, seconds: emitted by those steps, and spent on them, draft passes included.
+        plain_seconds: what the same tokens would have taken without speculation, by the measured costs.
+        lengths: how often each draft length was chosen, ``[K + 1]``.
+        proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
+    """
+
+    steps: int = 0
+    drafted_steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    plain_seconds: float = 0.0
+    lengths: list[int] = field(default_factory=list)
+    proposed: dict[str, int] = field(default_factory=lambda: {DRAFTER: 0, LOOKUP: 0})
+    accepted: dict[str, int] = field(default_factory=lambda: {DRAFTER: 0, LOOKUP: 0})
+    expected: dict[str, float] = field(default_factory=lambda: {DRAFTER: 0.0, LOOKUP: 0.0})
+
+    @property
+    def speedup(self) -> float | None:
+        """Estimated speed over that without speculation; None before the first step."""
+        return self.plain_seconds / self.seconds if self.seconds else None
+
+
+class Policy:
+    """Chooses sources and lengths of drafts for most expected tokens per second.
+
+    Args:
+        cost: of steps and draft passes.
+        num_tokens: K, the most draft tokens of a request.
+        together: draft for all requests or for none.
+    """
+
+    def __init__(self, cost: StepCost, num_tokens: int, together: bool = False) -> None:
+        self.cost, self.num_tokens, self.together = cost, num_tokens, together
+        self.by_position = Predictor([0.7] * num_tokens)
+        self.by_confidence = Predictor(CONFIDENCE_PRIOR)
+        # The first token behind a short match is a guess; the ones behind it follow it.
+        first = (0.35, 0.5, 0.6, 0.75)
+        self.by_match = Predictor([p for f in first for p in (f, *[0.85] * (num_tokens - 1))])
+        self.totals = Totals(lengths=[0] * (num_tokens + 1))
+        self._blocks: dict[str, list[_Block]] = {}
+        self._credit = 0.0
+
+    # -- before the draft pass
+
+    def plan(self, requests: Sequence[Request], most: int | None = None) -> Plan:
+        """Decides for which requests the drafter runs.
+
+        Args:
+            requests: of the coming step.
+            most: draft tokens of a request at most, where the step has a limit of its own.
+        """
+        for request in requests:
+            self._learn(request)
+        limit = self.num_tokens if most is None else min(most, self.num_tokens)
+        B, K = len(requests), self.num_tokens
+        ids = [r.id for r in requests]
+        caps_B = np.array([min(r.most, limit) for r in requests], dtype=int)
+        allowed_BK = np.arange(K) < caps_B[:, None]
+        context = float(sum(len(r.tokens) for r in requests))
+        seconds_M = self.cost.step(np.arange(B, B + B * K + 1), B, context)
+        lookups_BK = self._match_curves(requests) * allowed_BK
+        drafts_BK = self.by_position.curves(self._positions(B), ids) * allowed_BK
+        best = choose(lookups_BK, seconds_M)
+        drafting: list[int] = []
+        gain = _PROBE_SHARE * best.seconds
+        self._credit = min(self._credit + gain, 2 * self._pass_seconds(B))
+        worth_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
+        order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
+        margin = _MARGIN
+        for size in _sizes(len(order), self.together):
+            chosen = order[:size]
+            curves_BK = lookups_BK.copy()
+            curves_BK[chosen] = drafts_BK[chosen]
+            passed = self._pass_seconds(B if self.together else size)
+            choice = choose(curves_BK, seconds_M + passed)
+            if choice.rate > margin * best.rate:
+                best, drafting, margin = choice, chosen.tolist(), 1.0
+        drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
+        if self.together and drafting:
+            drafting = list(range(B))
+        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M, best)
+
+    def _pass_seconds(self, num_requests: int) -> float:
+        return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
+
+    def _positions(self, num_requests: int) -> np.ndarray:
+        return np.broadcast_to(np.arange(self.num_tokens), (num_requests, self.num_tokens))
+
+    def _match_cells(self, match_len: int) -> np.ndarray:
+        kind = min(max(match_len, MATCHES[0]), MATCHES[-1]) - MATCHES[0]
+        return kind * self.num_tokens + np.arange(self.num_tokens)
+
+    def _match_curves(self, requests: Sequence[Request]) -> np.ndarray:
+        """``[B, K]``, 0 behind the end of a match."""
+        K = self.num_tokens
+        out = np.zeros((len(requests), K))
+        rows = [i for i, r in enumerate(requests) if len(r.match)]
+        if rows:
+            cells = np.stack([self._match_cells(requests[i].match_len) for i in rows])
+            lens = np.array([len(requests[i].match) for i in rows])
+            curves = self.by_match.curves(cells, [requests[i].id for i in rows])
+            out[rows] = curves * (np.arange(K) < lens[:, None])
+        return out
+
+    def _probes(
+        self,
+        requests: Sequence[Request],
+        drafting: Sequence[int],
+        lookups_BK: np.ndarray,
+        caps_B: np.ndarray,
+        best: Choice,
+        seconds_M: np.ndarray,
+    ) -> list[int]:
+        """Requests to draft for although it is not expected to pay: what it shows may."""
+        left = [
+            i
+            for i, r in enumerate(requests)
+            if i not in drafting and caps_B[i] > 0 and not self._waiting(r.id, DRAFTER)
+        ]
+        if not left:
+            return []
+        before = self._pass_seconds(len(drafting))
+        cost = self._pass_seconds(len(drafting) + len(left)) - before
+        if cost <= self._credit:
+            self._credit -= cost
+            return left
+        new = [i for i in left if not self.by_position.seen(requests[i].id)]
+        if not new:
+            return []
+        # What a token costs now, and a draft, in tokens.
+        M = sum(best.lengths)
+        last = len(seconds_M) - 1
+        price = best.rate * float(seconds_M[min(M + 1, last)] - seconds_M[M])
+        draft = best.rate * (self._pass_seconds(len(drafting) + 1) - before)
+        # [kinds of requests, K]: what each kind would gain a step.
+        chances = np.maximum(self.by_position.likely_curves(np.arange(self.num_tokens)) - price, 0)
+        out = []
+        for i in new:
+            instead = np.maximum(lookups_BK[i] - price, 0).sum()
+            gains = chances[:, : caps_B[i]].sum(axis=1) - instead - draft
+            steps = min(_HORIZON, requests[i].most)
+            if np.maximum(gains, 0).mean() * steps > draft:
+                out.append(i)
+        return out
+
+    def _waiting(self, request: str, source: str) -> bool:
+        return any(b.source == source for b in self._blocks.get(request, ()))
+
+    # -- behind it
+
+    def settle(
+        self, plan: Plan, drafts: np.ndarray | None, confidence: np.ndarray | None
+    ) -> list[Draft]:
+        """Sources and lengths for the requests of the plan.
+
+        Args:
+            drafts: what the drafter drafted, ``[len(plan.drafting), K]``; None if it did not run.
+            confidence: its probability of each, or None where it is not known.
+        """
+        B, K = len(plan.requests), self.num_tokens
+        curves_BK = plan.lookups_BK
+        rows = list(plan.drafting)
+        cells = None if confidence is None else confidence_cells(confidence)
+        by_drafter = np.zeros(B, dtype=bool)
+        if rows:
+            ids = [plan.requests[i].id for i in rows]
+            if cells is not None and self.believes_confidence:
+                drafted = self.by_confidence.curves(cells, ids)
+            else:
+                drafted = self.by_position.curves(self._positions(len(rows)), ids)
+            drafted = drafted * plan.allowed_BK[rows]
+            by_drafter[rows] = drafted.sum(axis=1) > curves_BK[rows].sum(axis=1)
+            curves_BK = curves_BK.copy()
+            curves_BK[rows] = np.where(by_drafter[rows][:, None], drafted, curves_BK[rows])
+        # The draft pass is spent either way.
+        passed = self._pass_seconds(len(rows))
+        choice = choose(curves_BK, plan.seconds_M + passed)
+        if choice.rate < _MARGIN * B / (plan.seconds_M[0] + passed):
+            choice = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
+        out = []
+        row_of = {i: row for row, i in enumerate(rows)}
+        for i, request in enumerate(plan.requests):
+            length = choice.lengths[i]
+            draft = Draft(DRAFTER if by_drafter[i] else LOOKUP, length)
+            out.append(draft)
+            self.totals.lengths[length] += 1
+            expected = float(curves_BK[i, :length].sum())
+            if i in row_of and drafts is not None:
+                learners = [(self.by_position, np.arange(K))]
+                if cells is not None:
+                    learners.append((self.by_confidence, cells[row_of[i]]))
+                self._await(request, DRAFTER, drafts[row_of[i]], learners, draft, expected)
+            if len(request.match):
+                learners = [(self.by_match, self._match_cells(request.match_len))]
+                self._await(request, LOOKUP, request.match, learners, draft, expected)
+        return out
+
+    @property
+    def believes_confidence(self) -> bool:
+        """Whether the drafter's confidence has foretold acceptance better than position has."""
+        known, by = self.by_confidence, self.by_position
+        return bool(known.trials >= _ENOUGH and known.loss < _BETTER * by.loss)
+
+    def _await(
+        self,
+        request: Request,
+        source: str,
+        tokens: np.ndarray,
+        learners: Sequence[tuple[Predictor, np.ndarray]],
+        draft: Draft,
+        expected: float,
+    ) -> None:
+        used = draft.source == source and draft.length > 0
+        if not used and self._waiting(request.id, source):
+            return  # one unverified draft at a time says enough
+        block = _Block(
+            start=len(request.tokens),
+            tokens=np.array(tokens),
+            learners=learners,
+            source=source,
+            length=draft.length if used else 0,
+            expected=expected if used else 0.0,
+        )
+        self._blocks.setdefault(request.id, []).append(block)
+
+    def _learn(self, request: Request) -> None:
+        """Compares drafts of earlier steps with the text that followed."""
+        blocks = self._blocks.get(request.id)
+        if not blocks:
+            return
+        known = request.tokens
+        undecided = []
+        for block in blocks:
+            came = known[block.start : block.start + len(block.tokens)]
+            same = came == block.tokens[: len(came)]
+            right = len(came) if same.all() else int(np.argmin(same))
+            if block.length:
+                # As many as were verified are in the text by now, or the one in the place of a wrong one is.
+                self.totals.proposed[block.source] += block.length
+                self.totals.expected[block.source] += block.expected
+                self.totals.accepted[block.source] += min(right, block.length)
+                block.length = 0
+            if right == len(came) < len(block.tokens):
+                undecided.append(block)
+                continue
+            for predictor, cells in block.learners:
+                predictor.observe(cells[: right + 1], right, request.id)
+        self._blocks[request.id] = undecided
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests have ended."""
+        for request in request_ids:
+            self._blocks.pop(request, None)
+            for predictor in (self.by_position, self.by_confidence, self.by_match):
+                predictor.forget(request)
+
+    def account(self, num_tokens: int, num_requests: int, context: float, seconds: float) -> None:
+        """Counts a step that emitted ``num_tokens`` and took ``seconds``, its draft pass included."""
+        plain = float(self.cost.step(num_requests, num_requests, context))
+        self.totals.steps += 1
+        self.totals.tokens += num_tokens
+        # A step that took much longer was held up by something else.
+        self.totals.seconds += min(seconds, _HELD_UP * plain)
+        self.totals.plain_seconds += plain * num_tokens / num_requests
+
+
+def _sizes(candidates: int, together: bool) -> list[int]:
+    """Numbers of requests to try drafting for."""
+    if together or candidates <= 2:
+        return [candidates] if together and candidates else list(range(1, candidates + 1))
+    return sorted({1, candidates // 2, candidates})

@@ -1,0 +1,284 @@
+"""Draft lengths on vLLM's V1 runner: feeds the policy what the proposer sees, carries out what it decides.
+
+vLLM's V1 runner without asynchronous scheduling takes drafts as lists, of any length for each request. So a
+step here is: what was emitted and how long it took, a plan, the draft pass for those it names (or none: the
+context's K/V is then kept for later), the lengths, the lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import envs
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.platforms import current_platform
+
+from vllm_dflash import __version__
+from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.policy import DRAFTER, Plan, Policy, Request
+from vllm_dflash.serving import calibration
+from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving.draft_stats import DraftStats, stats_file
+from vllm_dflash.serving.lookup import PromptLookup
+
+logger = logging.getLogger("vllm.vllm_dflash")
+
+
+def unsupported(runner: Any, vllm_config: Any) -> str | None:
+    """Why draft lengths cannot be chosen here; None where they can."""
+    parallel, spec = vllm_config.parallel_config, vllm_config.speculative_config
+    if runner is None or getattr(runner, "use_async_scheduling", False):
+        return "asynchronous scheduling fixes the number of draft tokens before a step is done"
+    if parallel.data_parallel_size > 1:
+        return "data parallel engines must draft in step"
+    if spec.disable_padded_drafter_batch:
+        return "disable_padded_drafter_batch gives the proposer other batches"
+    return None
+
+
+class StepClock:
+    """When the runner's present step began, and when the last one let go."""
+
+    def __init__(self, runner: Any) -> None:
+        self.began = self.ended = 0.0
+        execute = runner.execute_model
+
+        def execute_model(*args: Any, **kwargs: Any) -> Any:
+            self.began = time.perf_counter()
+            return execute(*args, **kwargs)
+
+        runner.execute_model = execute_model
+
+
+class DraftLengths:
+    """Chooses sources and lengths of drafts for one proposer.
+
+    Args:
+        proposer: ours, with its KV cache laid out.
+        cost: measured, or a guess to start from.
+        lookup: prompt lookup, or None.
+        stats: where the figures go, or None.
+    """
+
+    def __init__(
+        self, proposer: Any, cost: StepCost, lookup: PromptLookup | None, stats: DraftStats | None
+    ) -> None:
+        self.proposer = proposer
+        self.num_tokens = proposer.max_query_len - (not proposer.sample_from_anchor)
+        # Drafts that are sampled come with their probabilities, a row for every request.
+        self.together = bool(proposer._enable_probabilistic_draft_probs)
+        self.policy = Policy(cost, self.num_tokens, self.together)
+        self.lookup = None if self.together else lookup
+        self.stats = stats
+        self.context = DeferredContext(proposer)
+        self.clock = StepClock(proposer.runner)
+        self._group = _tensor_parallel_group()
+        self._requests: set[str] = set()
+
+    def propose(self, propose: Callable[..., Tensor], **kwargs: Any) -> list[list[int]]:
+        """In place of ``DFlashProposer.propose``, whose keywords these are.
+
+        Args:
+            propose: vLLM's own, for the requests of ``proposer.draft_rows``.
+
+        Returns:
+            Draft tokens of each request of the batch.
+        """
+        proposer, metadata = self.proposer, kwargs["common_attn_metadata"]
+        num_requests = metadata.batch_size()
+        most = min(kwargs["num_speculative_tokens"], self.num_tokens)
+        plan: Plan | None = None
+        rows: list[int] = []
+        drafting: list[int] = []
+        if self._group is None or self._group.rank_in_group == 0:
+            rows, requests = self._observe(kwargs, num_requests)
+            plan = self.policy.plan(requests, most)
+            drafting = [rows[i] for i in plan.drafting]
+            if self.together and drafting:
+                drafting = list(range(num_requests))
+        if self._group is not None:
+            # Draft passes are joint work of the ranks, whose clocks differ: the first one decides.
+            drafting = self._group.broadcast_object(drafting)
+        began = time.perf_counter()
+        drafted: Tensor | None = None
+        if drafting and most > 0:
+            self.context.flush()
+            whole = len(drafting) == num_requests
+            proposer.draft_rows = None if whole else torch.tensor(drafting, device=proposer.device)
+            proposer.confidence = None
+            try:
+                drafted = propose(**{**kwargs, "num_speculative_tokens": self.num_tokens})
+            finally:
+                proposer.draft_rows = None
+        else:
+            drafting = []
+            self._store_context(kwargs)
+        if plan is None:
+            return [[] for _ in range(num_requests)]
+        tokens = None if drafted is None else drafted.cpu().numpy()
+        confidence = proposer.confidence
+        if tokens is not None and confidence is not None:
+            confidence = confidence.float().cpu().numpy().reshape(tokens.shape)
+        seconds = time.perf_counter() - began
+        if drafting:
+            queries = len(drafting) * proposer.max_query_len
+            self.policy.cost.observe_draft(queries, seconds)
+        out = self._settle(plan, rows, drafting, tokens, confidence, num_requests)
+        self._note(seconds, bool(drafting))
+        return out
+
+    def _settle(
+        self,
+        plan: Plan,
+        rows: list[int],
+        drafting: list[int],
+        tokens: np.ndarray | None,
+        confidence: np.ndarray | None,
+        num_requests: int,
+    ) -> list[list[int]]:
+        of_plan = [drafting.index(rows[i]) for i in plan.drafting] if tokens is not None else []
+        if tokens is None and plan.drafting:
+            plan = replace(plan, drafting=())
+        drafts = self.policy.settle(
+            plan,
+            None if tokens is None else tokens[of_plan],
+            None if confidence is None else confidence[of_plan],
+        )
+        out: list[list[int]] = [[] for _ in range(num_requests)]
+        row_of = dict(zip(plan.drafting, of_plan, strict=True))
+        for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            if draft.source == DRAFTER and tokens is not None and draft.length:
+                out[row] = tokens[row_of[i], : draft.length].tolist()
+            else:
+                out[row] = plan.requests[i].match[: draft.length].tolist()
+        return out
+
+    def _observe(
+        self, kwargs: dict[str, Any], num_requests: int
+    ) -> tuple[list[int], list[Request]]:
+        """Accounts for the step that is done; the batch rows that can take a draft, and their requests."""
+        proposer = self.proposer
+        runner, metadata = proposer.runner, kwargs["common_attn_metadata"]
+        batch = runner.input_batch
+        anchors = kwargs["next_token_ids"].tolist()
+        now = time.perf_counter()
+        rejected = kwargs.get("num_rejected_tokens_gpu")
+        num_rejected = [0] * num_requests if rejected is None else rejected.tolist()
+        discarded = runner.discard_request_mask.np
+        rows, requests, emitted, context = [], [], 0, 0
+        limit = batch.token_ids_cpu.shape[1]
+        for row, request_id in enumerate(batch.req_ids[:num_requests]):
+            if discarded[row]:
+                continue
+            before = int(batch.num_tokens_no_spec[row])
+            accepted = len(batch.spec_token_ids[row]) - int(num_rejected[row])
+            end = before + accepted + 1
+            emitted += accepted + 1
+            context += end
+            if end >= limit:
+                continue
+            # Where vLLM's bookkeeping writes it right after this.
+            batch.token_ids_cpu[row, end - 1] = anchors[row]
+            tokens = batch.token_ids_cpu[row, :end]
+            state = runner.requests[request_id]
+            most = proposer.max_model_len - end - 1
+            if state.sampling_params is not None and state.sampling_params.max_tokens:
+                written = end - state.num_prompt_tokens
+                # The last token is the verifier's own.
+                most = min(most, state.sampling_params.max_tokens - written - 1)
+            most = max(0, min(most, self.num_tokens))
+            match, match_len = np.empty(0, dtype=np.int64), 0
+            if self.lookup is not None and most > 0:
+                match, match_len = self.lookup.draft(tokens, most)
+            rows.append(row)
+            requests.append(Request(request_id, tokens, most, match, match_len))
+        self._time(metadata, num_requests, emitted, context, now)
+        self._forget(set(batch.req_ids[:num_requests]))
+        return rows, requests
+
+    def _time(
+        self, metadata: Any, num_requests: int, emitted: int, context: int, now: float
+    ) -> None:
+        cost, clock = self.policy.cost, self.clock
+        if clock.ended:
+            cost.observe_overhead(clock.began - clock.ended)
+        decoding = metadata.max_query_len <= self.num_tokens + 1 and emitted >= num_requests
+        self._step = None
+        if decoding and clock.began:
+            seconds = now - clock.began
+            cost.observe_step(metadata.num_actual_tokens, num_requests, context, seconds)
+            self._step = (emitted, num_requests, context, seconds)
+
+    def _note(self, draft_seconds: float, drafted: bool) -> None:
+        policy = self.policy
+        if self._step is not None:
+            emitted, num_requests, context, seconds = self._step
+            seconds += policy.cost.overhead + draft_seconds
+            policy.account(emitted, num_requests, context, seconds)
+        policy.totals.drafted_steps += drafted
+        if self.stats is not None:
+            self.stats.update(policy)
+        self.clock.ended = time.perf_counter()
+
+    def _forget(self, present: set[str]) -> None:
+        self.policy.forget(self._requests - present)
+        self._requests = present
+
+    def _store_context(self, kwargs: dict[str, Any]) -> None:
+        self.context.add(
+            kwargs["target_hidden_states"],
+            kwargs["next_token_ids"],
+            kwargs["target_positions"],
+            kwargs["common_attn_metadata"],
+            kwargs.get("num_rejected_tokens_gpu"),
+        )
+
+
+def _tensor_parallel_group() -> Any:
+    group = get_tp_group()
+    return group if group.world_size > 1 else None
+
+
+def make(proposer: Any) -> DraftLengths:
+    """Draft lengths for a proposer whose engine can run steps."""
+    path = costs_file(proposer.vllm_config)
+    cost = calibration.measured(proposer, path)
+    lookup = None
+    if proposer._options.lookup == "auto":
+        lookup = PromptLookup(proposer.max_model_len)
+    name = getattr(proposer.vllm_config.speculative_config, "dflash_stats", None)
+    return DraftLengths(proposer, cost, lookup, DraftStats(stats_file(name) if name else None))
+
+
+def costs_file(vllm_config: Any) -> Path:
+    """Where the measured costs of this configuration on this machine are kept, beside vLLM's own caches."""
+    machine = (
+        current_platform.get_device_name(),
+        os.environ.get("OMP_NUM_THREADS", ""),
+        len(os.sched_getaffinity(0)),
+        torch.get_num_threads(),
+    )
+    scheduler = vllm_config.scheduler_config
+    spec = vllm_config.speculative_config
+    parts = (
+        __version__,
+        torch.__version__,
+        vllm_config.compute_hash(),
+        str(vllm_config.model_config.model),
+        str(spec.model),
+        spec.num_speculative_tokens,
+        scheduler.max_num_seqs,
+        machine,
+    )
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    return Path(envs.VLLM_CACHE_ROOT) / "vllm_dflash" / "step_costs" / f"{key}.json"

@@ -1,0 +1,110 @@
+"""Figures of the chosen draft lengths: to the log once a minute, and to the server's ``/metrics``.
+
+The policy works in a worker process, metrics are served by another one. vLLM has no way for a plugin's
+figures from the one to the other, so they go through a small file that the worker replaces now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy
+
+logger = logging.getLogger("vllm.vllm_dflash")
+_LOG_SECONDS = 60.0
+_FILE_SECONDS = 0.2
+
+
+def stats_file(name: str) -> Path:
+    """Where the figures of the engine called ``name`` are."""
+    return Path(tempfile.gettempdir()) / f"vllm_dflash_{os.getuid()}_{name}.json"
+
+
+def read_stats(path: Path) -> dict[str, Any] | None:
+    """The latest figures; None where there are none yet."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+class DraftStats:
+    """Publishes a policy's totals.
+
+    Args:
+        path: of :func:`stats_file`, or None for the log only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._written = self._logged = time.monotonic()
+        self._before: dict[str, Any] | None = None
+
+    def update(self, policy: Policy) -> None:
+        """Called once a step; cheap unless something is due."""
+        now = time.monotonic()
+        if self.path is not None and now - self._written >= _FILE_SECONDS:
+            self._written = now
+            self._write(figures(policy))
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            after = figures(policy)
+            logger.info("vllm-dflash: %s", sentence(after, self._before))
+            self._before = after
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self.path is not None
+        part = self.path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(values))
+        os.replace(part, self.path)
+
+
+def figures(policy: Policy) -> dict[str, Any]:
+    """A policy's totals as plain numbers."""
+    totals = policy.totals
+    return {
+        "steps": totals.steps,
+        "drafted_steps": totals.drafted_steps,
+        "tokens": totals.tokens,
+        "seconds": totals.seconds,
+        "plain_seconds": totals.plain_seconds,
+        "lengths": list(totals.lengths),
+        "proposed": dict(totals.proposed),
+        "accepted": dict(totals.accepted),
+        "expected": dict(totals.expected),
+        "believes_confidence": policy.believes_confidence,
+    }
+
+
+def sentence(after: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """One line on what happened between two readings."""
+
+    def since(key: str, part: str | int | None = None) -> float:
+        old = before[key] if before else None
+        if part is None:
+            return after[key] - (old or 0)
+        return after[key][part] - (old[part] if old else 0)
+
+    lengths = [since("lengths", k) for k in range(len(after["lengths"]))]
+    drafts = sum(lengths)
+    mean = sum(k * n for k, n in enumerate(lengths)) / drafts if drafts else 0.0
+    sources = []
+    for source in (DRAFTER, LOOKUP):
+        proposed = since("proposed", source)
+        if proposed:
+            sources.append(
+                f"{source}: {proposed:.0f} tokens proposed, {since('accepted', source):.0f} accepted, "
+                f"{since('expected', source):.0f} expected"
+            )
+    seconds = since("seconds")
+    speed = f"{since('plain_seconds') / seconds:.2f}x" if seconds else "unknown"
+    return (
+        f"{since('steps'):.0f} steps, drafts for {since('drafted_steps'):.0f}; mean draft length {mean:.2f}; "
+        f"{'; '.join(sources) or 'nothing proposed'}; estimated speed over no speculation {speed}"
+    )
