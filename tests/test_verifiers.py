@@ -50,6 +50,23 @@ def test_features_and_output(model_type, prompts_file, prompts, table) -> None:
         assert row["lossless"], row
 
 
+@pytest.mark.parametrize(
+    "model_type", ["nemotron_h", pytest.param("falcon_h1", marks=pytest.mark.slow)]
+)
+def test_hybrids_with_drafts_of_any_length(model_type, verifier, prompts, folder) -> None:
+    """Steps without drafts between steps with some: recurrent states go on from the accepted token."""
+    path = verifiers.make(folder / f"{model_type}-any", model_type, verifier)
+    drafter = tiny.make_drafter(folder / f"{model_type}-any-drafter", path)
+    runs = [
+        drafted(path, drafter, prompts[:8], folder, max_tokens=24, random_lengths=random)
+        for random in (False, True)
+    ]
+    assert runs[0]["sequences"] == runs[1]["sequences"]
+    figures = runs[1]["lengths"]
+    assert min(figures["lengths"]) > 0
+    assert 0 < figures["drafted_steps"] < figures["steps"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "nemotron_h", "granitemoehybrid"])
 def test_training(model_type, verifier, prompts_file, folder) -> None:
