@@ -102,6 +102,22 @@ def test_serving_on_two_ranks(trained, prompts, folder) -> None:
     assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_accepted_tokens_total"] > 100
 
 
+def test_one_rank_chooses_draft_lengths(trained, prompts, folder) -> None:
+    """Clocks and so costs differ between the ranks; whom they draft for does not."""
+    out = serve(
+        trained.verifier,
+        trained.drafter,
+        prompts[:8],
+        folder,
+        speculative={"dflash_draft_length": "auto"},
+    )
+    plain, run = out["runs"]["plain"], out["runs"]["run"]
+    assert tokens(run) == tokens(plain)
+    first, second = run["ranks"]
+    assert first["drafts"] == second["drafts"]
+    assert len(first["drafts"]) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "speculative"),

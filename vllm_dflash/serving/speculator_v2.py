@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from vllm_dflash.options import Options
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
+logger = logging.getLogger("vllm.vllm_dflash")
 #: The speculator whose ``propose`` is running; ``prepare_dflash_inputs`` of vLLM does not get it.
 _proposing: Any = None
 
@@ -108,7 +110,13 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
     if from_anchor:
         speculator.sample_from_anchor = True
         speculator.num_query_per_req = speculator.num_speculative_steps
-    adopt(speculator, Options.from_additional_config(vllm_config.additional_config))
+    options = Options.from_additional_config(vllm_config.additional_config)
+    adopt(speculator, options)
+    if options.draft_length == "auto":
+        logger.info(
+            "vllm-dflash drafts %d tokens for every request: lengths are chosen on vLLM's V1 runner only",
+            vllm_config.speculative_config.num_speculative_tokens,
+        )
     return speculator
 
 
