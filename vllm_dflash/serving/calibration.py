@@ -88,6 +88,13 @@ def calibrate(proposer: Any) -> StepCost:
     wide = min(batch * proposer.max_query_len, most)
 
     def step(num_tokens: int, **attention: Any) -> Callable[[], None]:
+        rows = num_tokens
+        if config.lora_config is not None:
+            # vLLM maps as many rows of logits to adapters as the dummy step has requests; what the others cost
+            # shows while serving.
+            blocks = attention.get("uniform_decode", False)
+            rows = min(num_tokens // proposer.max_query_len if blocks else num_tokens, requests)
+
         def run() -> None:
             proposer.dummy_drafts = False
             try:
@@ -96,7 +103,7 @@ def calibrate(proposer: Any) -> StepCost:
                 )
             finally:
                 proposer.dummy_drafts = True
-            runner.model.compute_logits(hidden[:num_tokens])
+            runner.model.compute_logits(hidden[:rows])
 
         return run
 

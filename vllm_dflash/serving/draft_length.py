@@ -249,10 +249,24 @@ def _tensor_parallel_group() -> Any:
     return group if group.world_size > 1 else None
 
 
-def make(proposer: Any) -> DraftLengths:
-    """Draft lengths for a proposer whose engine can run steps."""
-    path = costs_file(proposer.vllm_config)
-    cost = calibration.measured(proposer, path)
+def make(proposer: Any) -> DraftLengths | None:
+    """Draft lengths for a proposer whose engine can run steps.
+
+    None where the steps cannot be measured, on any rank: a server that could draft a fixed number of tokens
+    must not end for want of a better number. The log has the error.
+    """
+    try:
+        cost = calibration.measured(proposer, costs_file(proposer.vllm_config))
+    except Exception:
+        logger.exception("vllm-dflash cannot measure its steps and drafts a fixed number of tokens")
+        cost = None
+    group = _tensor_parallel_group()
+    if group is not None:
+        costs: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(costs, cost is not None, group=group.cpu_group)
+        cost = cost if all(costs) else None
+    if cost is None:
+        return None
     lookup = None
     if proposer._options.lookup == "auto":
         lookup = PromptLookup(proposer.max_model_len)

@@ -152,7 +152,7 @@ def _served(
 ) -> dict[str, Any]:
     """Serves the same prompts with the drafter and reads vLLM's speculative counters."""
     from vllm_dflash.bench.engine_process import EngineProcess
-    from vllm_dflash.bench.runner import BenchConfig, engine_spec
+    from vllm_dflash.bench.runner import BenchConfig, make_spec, speculative_config
 
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         bench = BenchConfig(
@@ -167,10 +167,13 @@ def _served(
             out_dir=Path(scratch),
             engine_args={"tensor_parallel_size": config.engine.ranks},
         )
+        # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
+        speculative = {**(speculative_config(bench, "ours") or {}), "dflash_draft_length": "fixed"}
+        spec = make_spec(bench, "ours", speculative, plugin=True, num_engines=1)
         prompts = [ids for ids, _ in first_prompts(examples)]
         with (
             reporter.stage("serving the same prompts"),
-            EngineProcess(engine_spec(bench, "ours")) as process,
+            EngineProcess(spec) as process,
         ):
             process.start()
             process.wait_ready()
