@@ -90,7 +90,7 @@ def calibrate(proposer: Any) -> StepCost:
     def step(num_tokens: int, **attention: Any) -> Callable[[], None]:
         rows = num_tokens
         if config.lora_config is not None:
-            # vLLM maps as many rows of logits to adapters as the dummy step has requests; what the others cost
+            # vLLM maps as many rows of logits to adapters as the dummy step has requests; what more cost
             # shows while serving.
             blocks = attention.get("uniform_decode", False)
             rows = min(num_tokens // proposer.max_query_len if blocks else num_tokens, requests)
