@@ -21,6 +21,7 @@ def make_proposer() -> SimpleNamespace:
     return SimpleNamespace(
         runner=None,
         sample_from_anchor=False,
+        draft_rows=None,
         max_query_len=K + 1,
         kv_groups=KVGroups([], [0], []),
         kv_block_sizes=[BLOCK],
@@ -110,6 +111,37 @@ def test_equal_to_vllms(lens, rejected, plain) -> None:
         assert torch.equal(a[:T][valid], b[:T][valid]), name
         assert torch.equal(a[T:], b[T:]), name
     assert (ours._context_slot_mapping_buffer[:T][~valid] == -1).all()
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 2], [2]])
+def test_blocks_of_some_requests(rows) -> None:
+    """As if the batch had only those; the context's slots are those of all."""
+    from vllm_dflash.serving.block_inputs import BlockInputs
+
+    lens, seq_lens, rejected = [40, 6, 1], [40, 17, 23], torch.tensor([0, 5, 0])
+    positions = torch.cat([torch.arange(s - n, s) for s, n in zip(seq_lens, lens, strict=True)])
+    anchors = torch.tensor([7, 8, 9], dtype=torch.int32)
+    whole, some = make_proposer(), make_proposer()
+    kept = some.draft_rows = torch.tensor(rows)
+    results = [
+        BlockInputs(p, plain=False).build(
+            p, anchors, positions, make_metadata(lens, seq_lens), rejected
+        )
+        for p in (whole, some)
+    ]
+    (_, indices, all_blocks), (num_queries, some_indices, blocks) = results
+    Q, B = K + 1, len(rows)
+    assert num_queries == blocks.num_actual_tokens == B * Q
+    assert blocks.num_reqs == B
+    assert torch.equal(some_indices, indices[: B * K])
+    assert blocks.query_start_loc.tolist() == [Q * i for i in range(B + 1)]
+    for name in ("seq_lens", "seq_lens_cpu_upper_bound", "block_table_tensor"):
+        assert torch.equal(getattr(blocks, name), getattr(all_blocks, name)[kept]), name
+    at = (kept[:, None] * Q + torch.arange(Q)).flatten()
+    for name in ("input_ids", "positions", "_slot_mapping_buffer"):
+        assert torch.equal(getattr(some, name)[: B * Q], getattr(whole, name)[at]), name
+    assert torch.equal(blocks.slot_mapping, whole._slot_mapping_buffer[at])
+    assert torch.equal(some._context_slot_mapping_buffer, whole._context_slot_mapping_buffer)
 
 
 def test_rows_of_mrope_and_the_end_of_the_model() -> None:
