@@ -101,7 +101,8 @@ class Reference:
         self.embedding = weights.get(
             "embed_tokens.weight", base["model.embed_tokens.weight"]
         ).float()
-        self.head = weights.get("lm_head.weight", base["lm_head.weight"]).float()
+        tied = base.get("lm_head.weight", base["model.embed_tokens.weight"])
+        self.head = weights.get("lm_head.weight", tied).float()
         self.ids = None
         if self.config.has_draft_vocab:
             self.ids = weights["d2t"] + torch.arange(len(weights["d2t"]))

@@ -22,7 +22,12 @@ from vllm_dflash.serving.context_kv import ContextKV
 
 
 class DrafterLayer(DFlashQwen3DecoderLayer):
-    """A draft layer that need not know the types of the others: vLLM refuses mixed ones on the V1 runner."""
+    """A draft layer with its own type of attention only.
+
+    It need not know the types of the others (vLLM refuses mixed ones on the V1 runner), and has no window but
+    its own: vLLM gives one without a window that of a verifier whose layers all have one, so that a drafter
+    is served with another attention than it was trained with.
+    """
 
     def __init__(self, vllm_config: Any, *, config: Any, layer_idx: int, **kwargs: Any) -> None:
         types = getattr(config, "layer_types", None)
@@ -31,6 +36,10 @@ class DrafterLayer(DFlashQwen3DecoderLayer):
             config.layer_types = [types[layer_idx]] * len(types)
             # Read only where no layer is sliding, and then for all of them.
             config.dflash_config = {**(config.dflash_config or {}), "use_swa": False}
+        cache_config = kwargs.get("cache_config")
+        if getattr(cache_config, "sliding_window", None) is not None:
+            kwargs["cache_config"] = cache_config = copy.copy(cache_config)
+            cache_config.sliding_window = None
         super().__init__(vllm_config, config=config, layer_idx=layer_idx, **kwargs)
 
 
