@@ -6,6 +6,7 @@ figures from the one to the other, so they go through a small file that the work
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -45,6 +46,8 @@ class DraftStats:
         self.path = path
         self._written = self._logged = time.monotonic()
         self._before: dict[str, Any] | None = None
+        if path is not None:
+            atexit.register(path.unlink, missing_ok=True)
 
     def update(self, policy: Policy) -> None:
         """Called once a step; cheap unless something is due."""
