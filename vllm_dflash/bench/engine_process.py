@@ -458,25 +458,28 @@ def _read_commands(conn: Connection, commands: queue.SimpleQueue[dict[str, Any]]
         commands.put(command)
 
 
-def _speculative_counters() -> SpecCounters:
-    """vLLM's counters as this process knows them, summed over the engines (data parallelism)."""
+def _counters(prefix: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name without ``prefix`` and ``_total``, labels and value of this process' Prometheus counters."""
     from prometheus_client import REGISTRY
 
-    prefix, suffix = "vllm:spec_decode_", "_total"
+    suffix = "_total"
+    for metric in REGISTRY.collect():
+        if metric.name.startswith(prefix):
+            for sample in metric.samples:
+                if sample.name.endswith(suffix):
+                    yield sample.name[len(prefix) : -len(suffix)], sample.labels, sample.value
+
+
+def _speculative_counters() -> SpecCounters:
+    """vLLM's counters as this process knows them, summed over the engines (data parallelism)."""
     totals: dict[str, int] = {}
     per_pos: dict[int, int] = {}
-    for metric in REGISTRY.collect():
-        if not metric.name.startswith(prefix):
-            continue
-        for sample in metric.samples:
-            if not sample.name.endswith(suffix):
-                continue
-            name = sample.name[len(prefix) : -len(suffix)]
-            if name == "num_accepted_tokens_per_pos":
-                pos = int(sample.labels["position"])
-                per_pos[pos] = per_pos.get(pos, 0) + int(sample.value)
-            else:
-                totals[name] = totals.get(name, 0) + int(sample.value)
+    for name, labels, value in _counters("vllm:spec_decode_"):
+        if name == "num_accepted_tokens_per_pos":
+            pos = int(labels["position"])
+            per_pos[pos] = per_pos.get(pos, 0) + int(value)
+        else:
+            totals[name] = totals.get(name, 0) + int(value)
     return SpecCounters(
         num_drafts=totals.get("num_drafts", 0),
         num_draft_tokens=totals.get("num_draft_tokens", 0),
@@ -487,23 +490,14 @@ def _speculative_counters() -> SpecCounters:
 
 def _chosen_lengths() -> ChosenLengths | None:
     """The plugin's figures of chosen draft lengths; None where it does not choose them."""
-    from prometheus_client import REGISTRY
-
-    prefix, suffix = "vllm_dflash:", "_total"
     values: dict[str, Any] = {}
-    for metric in REGISTRY.collect():
-        if not metric.name.startswith(prefix):
-            continue
-        for sample in metric.samples:
-            if not sample.name.endswith(suffix):
-                continue
-            name = sample.name[len(prefix) : -len(suffix)]
-            name = {"draft_length": "lengths"}.get(name, name.removesuffix("_tokens"))
-            label = sample.labels.get("length") or sample.labels.get("source")
-            if label is None:
-                values[name] = sample.value
-            else:
-                values.setdefault(name, {})[label] = sample.value
+    for name, labels, value in _counters("vllm_dflash:"):
+        name = {"draft_length": "lengths"}.get(name, name.removesuffix("_tokens"))
+        label = labels.get("length") or labels.get("source")
+        if label is None:
+            values[name] = value
+        else:
+            values.setdefault(name, {})[label] = value
     return ChosenLengths(**values) if values else None
 
 

@@ -36,7 +36,7 @@ class DrafterLayer(DFlashQwen3DecoderLayer):
             config.layer_types = [types[layer_idx]] * len(types)
             # Read only where no layer is sliding, and then for all of them.
             config.dflash_config = {**(config.dflash_config or {}), "use_swa": False}
-        cache_config = kwargs.get("cache_config")
+        cache_config: Any = kwargs.get("cache_config")
         if getattr(cache_config, "sliding_window", None) is not None:
             kwargs["cache_config"] = cache_config = copy.copy(cache_config)
             cache_config.sliding_window = None
