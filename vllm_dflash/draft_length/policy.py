@@ -62,7 +62,6 @@ class Plan:
         drafting: indices of those to run the drafter for, ascending.
         lookups_BK: of each request, the probabilities that prompt lookup's first tokens are all accepted.
         seconds_M: of a step with 0, 1, ... draft tokens, without a draft pass.
-        expected: the choice that the plan was made for.
     """
 
     requests: Sequence[Request]
@@ -70,7 +69,6 @@ class Plan:
     drafting: tuple[int, ...]
     lookups_BK: np.ndarray
     seconds_M: np.ndarray
-    expected: Choice
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class Policy:
         drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
         if self.together and drafting:
             drafting = list(range(B))
-        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M, best)
+        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M)
 
     def _pass_seconds(self, num_requests: int) -> float:
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +110,16 @@ class DraftLengths:
             drafting = self._group.broadcast_object(drafting)
         began = time.perf_counter()
         drafted: Tensor | None = None
-        if drafting and most > 0:
+        proposer.confidence = None
+        if drafting:
             self.context.flush()
             whole = len(drafting) == num_requests
             proposer.draft_rows = None if whole else torch.tensor(drafting, device=proposer.device)
-            proposer.confidence = None
             try:
                 drafted = propose(**{**kwargs, "num_speculative_tokens": self.num_tokens})
             finally:
                 proposer.draft_rows = None
         else:
-            drafting = []
             self._store_context(kwargs)
         if plan is None:
             return [[] for _ in range(num_requests)]
@@ -147,8 +145,6 @@ class DraftLengths:
         num_requests: int,
     ) -> list[list[int]]:
         of_plan = [drafting.index(rows[i]) for i in plan.drafting] if tokens is not None else []
-        if tokens is None and plan.drafting:
-            plan = replace(plan, drafting=())
         drafts = self.policy.settle(
             plan,
             None if tokens is None else tokens[of_plan],
