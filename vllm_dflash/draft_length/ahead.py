@@ -1,0 +1,240 @@
+"""Draft lengths where the scheduler decides: a draft pass is for the whole batch, drafts stay on the device.
+
+Two decisions a step, both from what earlier steps have shown: whether the step ends with a draft pass
+(:meth:`Ahead.draft`), and how many of the tokens that the last pass drafted go to the verifier with each
+request (:meth:`Ahead.lengths`). With asynchronous scheduling the outcome of the step before is not known yet.
+
+Only what was verified teaches (:meth:`Ahead.observe`); :class:`Policy` can also compare drafts that were not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_dflash.draft_length.choice import choose
+from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.policy import _HORIZON, _MARGIN, _PROBE_SHARE, DRAFTER, Policy
+
+#: Weight of a new observation in what uneven batches cost more.
+_UNEVEN_RATE = 0.1
+#: What is left of it after a step without one, so that it is looked at again.
+_UNEVEN_KEPT = 0.999
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One request of a step.
+
+    Attributes:
+        id: vLLM's.
+        context: tokens that it has in the cache.
+        drafted: draft tokens that there are for it.
+        most: how many can be of use at most: the request may be near its end.
+    """
+
+    id: str
+    context: int
+    drafted: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Draft tokens to verify.
+
+    Attributes:
+        lengths: of each request.
+        expected_BK: probabilities that its first 1, 2, ... are all accepted, ``[B, K]``.
+    """
+
+    lengths: tuple[int, ...]
+    expected_BK: np.ndarray
+
+
+class Ahead(Policy):
+    """Chooses, a step ahead, whether to draft and how much of the drafts to verify.
+
+    Args:
+        cost: of steps and draft passes.
+        num_tokens: K, the tokens of a draft.
+    """
+
+    def __init__(self, cost: StepCost, num_tokens: int) -> None:
+        super().__init__(cost, num_tokens, together=True)
+        #: Seconds that a step costs more where requests have different numbers of tokens: vLLM's full CUDA
+        #: graphs are for equal ones.
+        self.uneven = 0.0
+        self._num_uneven = 0
+        self._tried: set[str] = set()
+        self._probing: set[str] = set()
+
+    # -- decisions
+
+    def draft(self, slots: Sequence[Slot]) -> bool:
+        """Whether to end the step with a draft pass.
+
+        Args:
+            slots: the requests that go on after it, with what a draft could be of use for.
+        """
+        B = len(slots)
+        if not B:
+            return False
+        caps_B, curves_BK, seconds_M = self._batch(slots)
+        if not caps_B.any():
+            return False
+        passed = self._pass_seconds(B)
+        plain = B / seconds_M[0]
+        verified = np.minimum(self._probe_length(B), caps_B)
+        M = int(verified.sum())
+        probe = passed + float(seconds_M[M] - seconds_M[0])
+        self._credit = min(self._credit + _PROBE_SHARE * float(seconds_M[0]), 2 * probe)
+        if choose(curves_BK, seconds_M + passed).rate > _MARGIN * plain:
+            self._tried.update(s.id for s in slots)
+            return True
+        if probe <= self._credit:
+            # Tokens that it brings are paid back in observe().
+            self._credit -= probe
+            self._try(slots)
+            return True
+        new = [i for i, s in enumerate(slots) if s.id not in self._tried and caps_B[i]]
+        if new and self._worth_trying(slots, new, caps_B, curves_BK, plain, passed, seconds_M, M):
+            self._try([slots[i] for i in new])
+            return True
+        return False
+
+    def lengths(self, slots: Sequence[Slot]) -> Lengths:
+        """How many of their draft tokens go to the verifier.
+
+        Args:
+            slots: the requests of the step.
+        """
+        caps_B, curves_BK, seconds_M = self._batch(slots)
+        B = len(slots)
+        drafted_B = np.array([s.drafted for s in slots], dtype=int)
+        if not drafted_B.any():
+            return Lengths((0,) * B, curves_BK)
+        passed = self._pass_seconds(B)
+        choice = choose(curves_BK, seconds_M + passed)
+        chosen = np.array(choice.lengths)
+        if choice.rate <= _MARGIN * B / float(seconds_M[0] + passed):
+            chosen[:] = 0
+        for i, slot in enumerate(slots):
+            if slot.id in self._probing:
+                self._probing.discard(slot.id)
+                chosen[i] = max(chosen[i], min(self._probe_length(B), caps_B[i]))
+        return Lengths(tuple(np.minimum(chosen, drafted_B).tolist()), curves_BK)
+
+    def _batch(self, slots: Sequence[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Most tokens of use ``[B]``, probabilities ``[B, K]``, seconds of 0, 1, ... draft tokens in all."""
+        B, K = len(slots), self.num_tokens
+        caps_B = np.array([min(s.most, s.drafted) for s in slots], dtype=int)
+        curves_BK = self.by_position.curves(self._positions(B), [s.id for s in slots])
+        curves_BK = curves_BK * (np.arange(K) < caps_B[:, None])
+        seconds_M = self.verify(B, float(sum(s.context for s in slots)), B * K)
+        seconds_M[1:] += self.uneven
+        if all(s.drafted == K for s in slots):
+            seconds_M[B * K :] -= self.uneven if B * K else 0.0
+        return caps_B, curves_BK, seconds_M
+
+    def verify(self, num_requests: int, context: float, max_drafts: int) -> np.ndarray:
+        """Seconds of an even step with 0, 1, ... ``max_drafts`` draft tokens, ``[max_drafts + 1]``."""
+        tokens = np.arange(num_requests, num_requests + max_drafts + 1)
+        return np.array(self.cost.step(tokens, num_requests, context))
+
+    def _probe_length(self, num_requests: int) -> int:
+        """Tokens that a request's draft is tried with: the more requests, the fewer of each say enough."""
+        return min(self.num_tokens, 1 + self.num_tokens // num_requests)
+
+    def _try(self, slots: Sequence[Slot]) -> None:
+        self._tried.update(s.id for s in slots)
+        self._probing.update(s.id for s in slots)
+
+    def _worth_trying(
+        self,
+        slots: Sequence[Slot],
+        new: Sequence[int],
+        caps_B: np.ndarray,
+        curves_BK: np.ndarray,
+        plain: float,
+        passed: float,
+        seconds_M: np.ndarray,
+        M: int,
+    ) -> bool:
+        """Whether a draft for requests of which nothing is known is worth what it may lead to."""
+        K = self.num_tokens
+        price = plain * float(seconds_M[M] - seconds_M[0]) / M
+        draft = plain * passed
+        # [kinds of requests, K]: what each kind would gain a step.
+        chances = np.maximum(self.by_position.likely_curves(np.arange(K)) - price, 0)
+        known = np.delete(curves_BK, new, axis=0)
+        gains = np.maximum(known - price, 0).sum() - draft
+        gains = gains + sum(chances[:, : caps_B[i]].sum(axis=1) for i in new)
+        steps = min(_HORIZON, max(slots[i].most for i in new))
+        return bool(np.maximum(gains, 0).mean() * steps > draft + price * M)
+
+    # -- what happened
+
+    def observe(self, request: str, length: int, accepted: int, expected: float) -> None:
+        """Learns from one request of a step, once it is done.
+
+        Args:
+            length: draft tokens that were verified.
+            accepted: of them.
+            expected: how many were expected to be, when they were chosen.
+        """
+        self.totals.lengths[length] += 1
+        if not length:
+            return
+        self.totals.proposed[DRAFTER] += length
+        self.totals.accepted[DRAFTER] += accepted
+        self.totals.expected[DRAFTER] += expected
+        self.by_position.observe(np.arange(min(accepted + 1, length)), accepted, request)
+
+    def observe_step(
+        self,
+        *,
+        num_requests: int,
+        drafts: int,
+        context: float,
+        emitted: int,
+        seconds: float,
+        even: bool,
+        drafted: bool | None,
+    ) -> None:
+        """Learns from a step without prompt chunks.
+
+        Args:
+            num_requests: requests of the step; drafts, emitted: draft tokens verified and tokens put out.
+            context: tokens that they had in the cache.
+            seconds: between the outputs of the step before and its own.
+            even: whether all requests had none or all of their draft tokens verified.
+            drafted: whether a draft pass is part of ``seconds``; None where that is not sure.
+        """
+        B = num_requests
+        self.uneven *= _UNEVEN_KEPT
+        self.account(emitted, B, context, seconds)
+        # What the tokens brought counts against what their probing cost.
+        self._credit += max(emitted - B, 0) / B * float(self.verify(B, context, 0)[0])
+        if drafted is None:
+            return
+        step = float(self.verify(B, context, drafts)[-1])
+        passed = self._pass_seconds(B) if drafted else 0.0
+        uneven = 0.0
+        if not even:
+            self._num_uneven += 1
+            rate = max(_UNEVEN_RATE, 1 / (self._num_uneven + 2))
+            extra = float(np.clip(seconds - step - passed, 0.0, step))
+            uneven = self.uneven = self.uneven + rate * (extra - self.uneven)
+        ratio = seconds / (step + uneven + passed)
+        self.cost.observe_step(B + drafts, B, context, ratio * step)
+        if drafted:
+            self.cost.observe_draft(B * (self.num_tokens + 1), ratio * passed)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        request_ids = list(request_ids)
+        super().forget(request_ids)
+        self._tried.difference_update(request_ids)
+        self._probing.difference_update(request_ids)
