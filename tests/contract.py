@@ -22,6 +22,11 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.dflash.DFlashProposer"
 _V2 = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
 _SPECULATOR = f"{_V2}.DFlashSpeculator"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
+_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+_OUTPUT = "vllm.v1.core.sched.output.SchedulerOutput"
+_REQUEST = "vllm.v1.request.Request"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DRAFT_MODEL = "vllm.model_executor.models.qwen3_dflash.DFlashQwen3Model"
 _METADATA = "vllm.v1.attention.backend.CommonAttentionMetadata"
 _MODEL_CONFIG = "vllm.config.ModelConfig"
@@ -47,6 +52,8 @@ ROLES: dict[str, dict[str, str]] = {
         "model": _DRAFT_MODEL, "vllm_config": "vllm.config.VllmConfig",
         "shared": "vllm.lora.layers.VocabParallelEmbeddingWithLoRA",
     },
+    "serving/graphs.py": {"module": _GRAPHS, "config": "vllm.config.VllmConfig"},
+    "serving/graphs.py:_init_candidates": {"self": f"{_GRAPHS}.ModelCudaGraphManager"},
     "serving/kv_groups.py": {
         "runner": _RUNNER, "metadata": _METADATA, "block": _METADATA, "common": _METADATA,
         "runner.input_batch.block_table[]": "vllm.v1.worker.block_table.BlockTable",
@@ -65,6 +72,16 @@ ROLES: dict[str, dict[str, str]] = {
         "cache_group": "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
     },
     "serving/proposer_v1.py:propose": {"kwargs": f"{_PARAMETERS}{_PROPOSER}.propose"},
+    "serving/calibration.py:_run": {"runner": _RUNNER_V2},
+    "serving/draft_switch.py": {
+        "runner": _RUNNER_V2, "speculator": _SPECULATOR, "config": "vllm.config.VllmConfig",
+        "scheduler_output": _OUTPUT,
+    },
+    "serving/scheduler.py": {
+        "vllm_config": "vllm.config.VllmConfig", "scheduler": _SCHEDULER, "self.scheduler": _SCHEDULER,
+        "cls": _SCHEDULER, "request": _REQUEST, "r": _REQUEST, "output": _OUTPUT,
+        "result": "vllm.v1.outputs.ModelRunnerOutput", "scheduler_output": _OUTPUT,
+    },
     "serving/seams.py:_patch_v2_speculator": {
         "vllm_config": "vllm.config.VllmConfig", "spec_config": "vllm.config.SpeculativeConfig",
         "speculator": _SPECULATOR,

@@ -8,11 +8,13 @@ SamplingParams for all or per prompt, ``lora``: per prompt the folder of an adap
 ``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
 features and drafts that the proposer sees, ``config``: whether to return the engine's configuration,
 ``features``: false to save none of them, ``random_lengths``: whether draft lengths, and whom to draft for,
-are left to chance.
+are left to chance, ``async``: whether to schedule asynchronously, which vLLM does not on a CPU, ``costs``:
+[seconds of a step, of each token more, of a draft pass] in place of measured ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -113,6 +115,48 @@ def random_lengths(seed: int = 0) -> None:
     policy.Policy._probes = probes
 
 
+def random_lengths_ahead(seed: int = 0) -> None:
+    """The same where the scheduler chooses: draft passes at random, and lengths."""
+    import numpy as np
+
+    from vllm_dflash.draft_length.ahead import Ahead
+
+    rng = np.random.default_rng(seed)
+    choose = Ahead.lengths
+
+    def lengths(self, slots):
+        chosen = choose(self, slots)
+        some = tuple(int(rng.integers(0, s.drafted + 1)) for s in slots)
+        return dataclasses.replace(chosen, lengths=some)
+
+    Ahead.lengths = lengths
+    Ahead.draft = lambda self, slots: bool(rng.random() < 0.6)
+
+
+def schedule_asynchronously() -> None:
+    """Undoes what vLLM's CPU platform does to ``async_scheduling``."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(cls, vllm_config):
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def fixed_costs(step: float, token: float, draft: float) -> None:
+    """What dummy steps would say, without the minutes that interpreted ones take."""
+    from vllm_dflash.draft_length.cost import StepCost
+    from vllm_dflash.serving import calibration
+
+    def measured(*args):
+        return StepCost([1, 64], [step, step + 63 * token], draft=(draft, 0.0))
+
+    calibration.measured = measured
+
+
 def count_ops() -> dict[str, int]:
     """Counts the calls of the plugin's ops from now on."""
     from vllm_dflash import ops
@@ -146,7 +190,7 @@ class RecorderV2:
         def propose(speculator, batch, *args, **kwargs):
             drafted = stock(speculator, batch, *args, **kwargs)
             given = inspect.signature(stock).bind(speculator, batch, *args, **kwargs).arguments
-            if self.recording:
+            if self.recording and not getattr(speculator, "_skipping", False):
                 self._observe(batch, given["last_sampled"], given["num_rejected"], drafted)
             return drafted
 
@@ -296,6 +340,11 @@ def main(job_file: str, out_file: str) -> None:
     calls = count_ops()
     if job.get("random_lengths"):
         random_lengths()
+        random_lengths_ahead()
+    if job.get("async"):
+        schedule_asynchronously()
+    if job.get("costs"):
+        fixed_costs(*job["costs"])
     recorder: Any = None
     if job.get("record"):
         recorder = RecorderV2() if v2 else Recorder()
@@ -360,7 +409,10 @@ def main(job_file: str, out_file: str) -> None:
         result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
     result["counters"] = counters()
     result["ops"] = calls
-    lengths = getattr(drafter, "lengths", None)
+    scheduler = engine.engine_core.engine_core.scheduler
+    result["scheduler"] = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
+    result["batches"] = engine.engine_core.engine_core.batch_queue_size
+    lengths = getattr(drafter, "lengths", None) or getattr(scheduler, "draft_lengths", None)
     if lengths is not None:
         from vllm_dflash.serving.draft_stats import figures
 

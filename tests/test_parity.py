@@ -36,6 +36,7 @@ def drafted(
     max_tokens=MAX_TOKENS,
     random_lengths=False,
     features=True,
+    job=None,
     **speculative,
 ) -> dict[str, Any]:
     """Serves the prompts and records every draft with the features it was made from.
@@ -50,6 +51,7 @@ def drafted(
         }
     record = folder / f"features-{len(list(folder.glob('features-*')))}.safetensors"
     job = {
+        **(job or {}),
         "engine": {
             "model": str(verifier),
             "max_model_len": 192,

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,13 +25,134 @@ _QUANTILE = 0.25
 _CONTEXT = 1024
 
 
-def measured(proposer: Any, path: Path) -> StepCost:
+class Runs(Protocol):
+    """The dummy steps of one runner.
+
+    Attributes:
+        vllm_config: vLLM's.
+        width: query tokens of a request in a draft pass.
+        draft_has_step: whether :meth:`draft` also runs the verifier for as many tokens as the pass has.
+    """
+
+    vllm_config: Any
+    width: int
+    draft_has_step: bool
+
+    def step(self, num_tokens: int, context: int = 0, blocks: bool = False) -> Callable[[], None]:
+        """A step of the verifier: one token a request, or a block each, with a context of so many tokens."""
+
+    def draft(self, num_requests: int) -> Callable[[], None]:
+        """A draft pass."""
+
+
+class RunsV1:
+    """Dummy steps of vLLM's V1 runner.
+
+    Args:
+        proposer: ours, with its runner.
+    """
+
+    draft_has_step = False
+
+    def __init__(self, proposer: Any) -> None:
+        self.proposer, self.vllm_config = proposer, proposer.vllm_config
+        self.width = proposer.max_query_len
+
+    def step(self, num_tokens: int, context: int = 0, blocks: bool = False) -> Callable[[], None]:
+        """See :class:`Runs`."""
+        proposer, runner = self.proposer, self.proposer.runner
+        rows = num_tokens
+        if self.vllm_config.lora_config is not None:
+            # vLLM maps as many rows of logits to adapters as the dummy step has requests; what more cost
+            # shows while serving.
+            most = self.vllm_config.scheduler_config.max_num_seqs
+            rows = min(num_tokens // self.width if blocks else num_tokens, most)
+        attention: dict[str, Any] = {}
+        if context:
+            attention = {"force_attention": True, "profile_seq_lens": context}
+
+        def run() -> None:
+            proposer.dummy_drafts = False
+            try:
+                hidden, _ = runner._dummy_run(
+                    num_tokens,
+                    skip_eplb=True,
+                    randomize_inputs=True,
+                    uniform_decode=blocks,
+                    **attention,
+                )
+            finally:
+                proposer.dummy_drafts = True
+            runner.model.compute_logits(hidden[:rows])
+
+        return run
+
+    def draft(self, num_requests: int) -> Callable[[], None]:
+        """See :class:`Runs`."""
+        proposer = self.proposer
+
+        def run() -> None:
+            proposer.dummy_run(num_requests * self.width)
+            drafted = num_requests * proposer.num_speculative_tokens
+            proposer.model.greedy_draft_tokens(proposer.hidden_states[:drafted], confidence=True)
+
+        return run
+
+
+class RunsV2:
+    """Dummy steps of vLLM's V2 runner, which end with a draft pass unless ours leaves it out.
+
+    Args:
+        runner: vLLM's, with our speculator.
+    """
+
+    draft_has_step = True
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.vllm_config = runner, runner.vllm_config
+        self.width = runner.decode_query_len
+
+    def step(self, num_tokens: int, context: int = 0, blocks: bool = False) -> Callable[[], None]:
+        """See :class:`Runs`."""
+        return self._run(num_tokens, context, blocks, drafts=False)
+
+    def draft(self, num_requests: int) -> Callable[[], None]:
+        """See :class:`Runs`."""
+        return self._run(num_requests * self.width, 0, True, drafts=True)
+
+    def _run(self, num_tokens: int, context: int, blocks: bool, drafts: bool) -> Callable[[], None]:
+        runner = self.runner
+
+        def run() -> None:
+            runner.speculator.dummy_drafts = drafts
+            try:
+                hidden, sampled = runner._dummy_run(
+                    num_tokens,
+                    skip_eplb=True,
+                    randomize_inputs=True,
+                    uniform_decode=blocks,
+                    context_len=context,
+                )
+            finally:
+                runner.speculator.dummy_drafts = True
+            # A row of logits for each request is what vLLM maps to adapters.
+            lora = self.vllm_config.lora_config is not None
+            runner.model.compute_logits(sampled if lora else hidden[:num_tokens])
+
+        return run
+
+
+def measured(proposer: Any, path: Path, runs: Runs | None = None) -> StepCost:
     """The costs kept at ``path``, else measured now and kept there.
 
     Every rank of a tensor parallel engine must get here: the dummy steps are joint work.
+
+    Args:
+        proposer: our V1 proposer, where ``runs`` are not given.
     """
+    runs = runs or RunsV1(proposer)
     kept = _read(path)
-    if proposer.vllm_config.parallel_config.tensor_parallel_size > 1:
+    if runs.vllm_config.parallel_config.tensor_parallel_size > 1:
         from vllm.distributed.parallel_state import get_tp_group
 
         # A rank on a fresh disk would measure alone.
@@ -39,7 +160,7 @@ def measured(proposer: Any, path: Path) -> StepCost:
     if kept is not None:
         return kept
     began = time.perf_counter()
-    cost = calibrate(proposer)
+    cost = calibrate(runs)
     write(cost, path)
     logger.info(
         "vllm-dflash measured its steps in %.1f s: %.1f ms for 1 token, %.1f ms for %d; a draft pass %.1f ms",
@@ -47,7 +168,7 @@ def measured(proposer: Any, path: Path) -> StepCost:
         1e3 * float(cost.step(1, 1, 0)),
         1e3 * float(cost.step(int(cost.tokens_N[-1]), 1, 0)),
         cost.tokens_N[-1],
-        1e3 * cost.draft(proposer.max_query_len),
+        1e3 * cost.draft(runs.width),
     )
     return cost
 
@@ -76,72 +197,45 @@ def write(cost: StepCost, path: Path) -> None:
 
 
 @torch.inference_mode()
-def calibrate(proposer: Any) -> StepCost:
+def calibrate(runs: Runs) -> StepCost:
     """Times dummy steps of the verifier and dummy draft passes."""
-    runner = proposer.runner
-    config = proposer.vllm_config
+    config, width = runs.vllm_config, runs.width
     requests = config.scheduler_config.max_num_seqs
-    most = min(requests * proposer.max_query_len, config.scheduler_config.max_num_batched_tokens)
+    most = min(requests * width, config.scheduler_config.max_num_batched_tokens)
     sizes = sorted({*(n for n in _TOKENS if n < most), most})
     context = min(_CONTEXT, config.model_config.max_model_len // 2)
     batch = min(requests, 8)
-    wide = min(batch * proposer.max_query_len, most)
-
-    def step(num_tokens: int, **attention: Any) -> Callable[[], None]:
-        rows = num_tokens
-        if config.lora_config is not None:
-            # vLLM maps as many rows of logits to adapters as the dummy step has requests; what more cost
-            # shows while serving.
-            blocks = attention.get("uniform_decode", False)
-            rows = min(num_tokens // proposer.max_query_len if blocks else num_tokens, requests)
-
-        def run() -> None:
-            proposer.dummy_drafts = False
-            try:
-                hidden, _ = runner._dummy_run(
-                    num_tokens, skip_eplb=True, randomize_inputs=True, **attention
-                )
-            finally:
-                proposer.dummy_drafts = True
-            runner.model.compute_logits(hidden[:rows])
-
-        return run
-
-    def draft(num_requests: int) -> Callable[[], None]:
-        def run() -> None:
-            queries = num_requests * proposer.max_query_len
-            proposer.dummy_run(queries)
-            drafted = num_requests * proposer.num_speculative_tokens
-            proposer.model.greedy_draft_tokens(proposer.hidden_states[:drafted], confidence=True)
-
-        return run
-
+    wide = max(min(batch * width, most // width * width), width)
+    step, draft = runs.step, runs.draft
+    blocks = wide // width
     jobs: dict[Any, Callable[[], None]] = {n: step(n) for n in sizes}
     # One token a request, then a block of them, both with context: the cost of a token of context, and
     # of a pair of a token and one.
-    near = {"force_attention": True, "profile_seq_lens": proposer.max_query_len}
-    far = {"force_attention": True, "profile_seq_lens": context}
     jobs |= {
-        "narrow, near": step(batch, **near),
-        "narrow, far": step(batch, **far),
-        "wide, near": step(wide, uniform_decode=True, **near),
-        "wide, far": step(wide, uniform_decode=True, **far),
+        "narrow, near": step(batch, width),
+        "narrow, far": step(batch, context),
+        "wide, near": step(wide, width, blocks=True),
+        "wide, far": step(wide, context, blocks=True),
         "draft 1": draft(1),
-        "draft all": draft(batch),
+        "draft all": draft(blocks),
     }
+    if runs.draft_has_step:
+        jobs |= {"block 1": step(width, blocks=True), "block all": step(wide, blocks=True)}
     seconds = {name: _quantile(times) for name, times in _alternating(jobs).items()}
-    blocks = wide / proposer.max_query_len
+    if runs.draft_has_step:
+        for name in ("1", "all"):
+            seconds[f"draft {name}"] = max(seconds[f"draft {name}"] - seconds[f"block {name}"], 0.0)
     narrow = max(seconds["narrow, far"] - seconds["narrow, near"], 0.0)
     wider = max(seconds["wide, far"] - seconds["wide, near"], 0.0)
     # seconds = (per_context + per_pair * tokens of a request) * context of all requests
     one = narrow / (batch * context)
     block = wider / (blocks * context)
-    per_pair = max((block - one) / max(proposer.max_query_len - 1, 1), 0.0)
+    per_pair = max((block - one) / max(width - 1, 1), 0.0)
     per_context = max(one - per_pair, 0.0)
-    queries = (batch - 1) * proposer.max_query_len
+    queries = (blocks - 1) * width
     per_query = (seconds["draft all"] - seconds["draft 1"]) / queries if queries else 0.0
     per_query = max(per_query, 0.0)
-    fixed = max(seconds["draft 1"] - per_query * proposer.max_query_len, 1e-6)
+    fixed = max(seconds["draft 1"] - per_query * width, 1e-6)
     return StepCost(
         sizes,
         [seconds[n] for n in sizes],

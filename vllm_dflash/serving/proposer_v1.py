@@ -221,7 +221,7 @@ class Proposer(DFlashProposer):
         if self.dummy_drafts:
             super().dummy_run(*args, **kwargs)
 
-    def choose_lengths(self) -> None:
+    def choose_lengths(self, runner: Any) -> None:
         """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
         if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
             return

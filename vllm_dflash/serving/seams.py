@@ -106,6 +106,12 @@ def _patch_prepare_inputs(module: ModuleType) -> None:
     patch_prepare_inputs(module)
 
 
+def _patch_graphs(module: ModuleType) -> None:
+    from vllm_dflash.serving.graphs import patch_candidates
+
+    patch_candidates(module)
+
+
 def _patch_engine_args(module: ModuleType) -> None:
     from vllm_dflash.serving.speculative_config import wrap_create_speculative_config
 
@@ -135,14 +141,20 @@ def _patch_worker(module: ModuleType) -> None:
     def compile_or_warm_up_model(self):
         out = warm_up(self)
         # The first moment at which the engine can run steps, and the last before requests come.
-        choose_lengths = getattr(
-            getattr(self.model_runner, "drafter", None), "choose_lengths", None
-        )
+        runner = self.model_runner
+        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        choose_lengths = getattr(drafter, "choose_lengths", None)
         if choose_lengths is not None:
-            choose_lengths()
+            choose_lengths(runner)
         return out
 
     cls.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _patch_scheduler(module: ModuleType) -> None:
+    from vllm_dflash.serving.scheduler import wrap_init
+
+    module.Scheduler.__init__ = wrap_init(module.Scheduler.__init__)  # type: ignore[attr-defined]
 
 
 def _patch_metrics(module: ModuleType) -> None:
@@ -184,6 +196,12 @@ SEAMS = (
         _patch_prepare_inputs,
     ),
     Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils",
+        "ModelCudaGraphManager._init_candidates",
+        ("self",),
+        _patch_graphs,
+    ),
+    Seam(
         "vllm.v1.worker.gpu_worker",
         "Worker.compile_or_warm_up_model",
         ("self",),
@@ -194,6 +212,12 @@ SEAMS = (
         "CPUWorker.compile_or_warm_up_model",
         ("self",),
         _patch_worker,
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.__init__",
+        ("vllm_config",),
+        _patch_scheduler,
     ),
     Seam(
         "vllm.v1.metrics.loggers",

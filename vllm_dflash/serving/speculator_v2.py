@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,6 @@ from vllm_dflash.options import Options
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
-logger = logging.getLogger("vllm.vllm_dflash")
 #: The speculator whose ``propose`` is running; ``prepare_dflash_inputs`` of vLLM does not get it.
 _proposing: Any = None
 
@@ -28,8 +26,9 @@ def observed(cls: type) -> type:
     ``propose`` is passed through whole, because its parameters change from release to release. Made per
     class: DFlash 2, LiLiCorr and DSpark inherit from ``DFlashSpeculator``, so that cannot be replaced.
 
-    The instances have a ``recorder`` (gets the verifier's features of every step, or None) and a ``tap``
-    (where the verifier's layers write their features, None where vLLM collects them).
+    The instances have a ``recorder`` (gets the verifier's features of every step, or None), a ``tap``
+    (where the verifier's layers write their features, None where vLLM collects them), ``num_wanted`` (draft
+    tokens that the step is to end with, None for all) and ``dummy_drafts`` (whether dummy steps draft).
     """
 
     # Behind self and input_batch. Real steps pass most by position, dummy runs by name.
@@ -38,7 +37,10 @@ def observed(cls: type) -> type:
     class Observed(cls):  # type: ignore[valid-type,misc]
         recorder: Any = None
         tap: FeatureTap | None = None
+        num_wanted: int | None = None
+        dummy_drafts = True
         _use_ops = False
+        _skipping = False
 
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             model: Any = super().load_draft_model(target_model, *args, **kwargs)
@@ -55,16 +57,40 @@ def observed(cls: type) -> type:
             global _proposing
             given = dict(zip(names, args, strict=False)) | kwargs
             real = not given.get("dummy_run", False)
+            if not (real or self.dummy_drafts or given.get("skip_attn_for_dummy_run")):
+                return self.draft_tokens[: input_batch.num_reqs]
             aux: Any = given.get("aux_hidden_states")
             if self.tap is not None and aux and self.tap.given(aux[0]):
                 aux = given["aux_hidden_states"] = [self.tap.take(aux[0].shape[0], real)]
             if self.recorder is not None and real:
                 self._observe(input_batch, aux, given["num_rejected"])
+            if real and self.num_wanted == 0:
+                # vLLM 0.33 does as much itself. Before, an eager pass is the one that stores the context's
+                # K/V outside the query's CUDA graph; the rest of it is left out below.
+                self._skipping = given["is_profile"] = True
             _proposing = self if self._use_ops else None
             try:
                 return super().propose(input_batch, **given)
             finally:
                 _proposing = None
+                self._skipping = False
+
+        def _build_uniform_attn_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return None if self._skipping else super()._build_uniform_attn_metadata(*args, **kwargs)
+
+        def _prepare_eplb_forward(self, *args: Any, **kwargs: Any) -> None:
+            if not self._skipping:
+                super()._prepare_eplb_forward(*args, **kwargs)
+
+        def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
+            if not self._skipping:
+                super()._generate_draft(*args, **kwargs)
+
+        def choose_lengths(self, runner: Any) -> None:
+            """Measures what steps cost, for the scheduler to choose by; once the engine can run steps."""
+            from vllm_dflash.serving import draft_switch
+
+            draft_switch.install(runner, self)
 
         def _observe(
             self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor
@@ -112,11 +138,6 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
         speculator.num_query_per_req = speculator.num_speculative_steps
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
-    if options.draft_length == "auto":
-        logger.info(
-            "vllm-dflash drafts %d tokens for every request: lengths are chosen on vLLM's V1 runner only",
-            vllm_config.speculative_config.num_speculative_tokens,
-        )
     return speculator
 
 

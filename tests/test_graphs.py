@@ -1,0 +1,74 @@
+"""The list of CUDA graphs that vLLM's V2 runner is to capture; none is captured here."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu import cudagraph_utils
+
+from vllm_dflash.serving import scheduler
+from vllm_dflash.serving.graphs import patch_candidates
+
+K = 7
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """vLLM's module; its class is as it was afterwards."""
+    cls = cudagraph_utils.ModelCudaGraphManager
+    base = cudagraph_utils.CudaGraphManager._init_candidates
+    monkeypatch.setattr(cls, "_init_candidates", base)
+    patch_candidates(cudagraph_utils)
+    return cudagraph_utils
+
+
+def lengths(module, monkeypatch, reason: str | None, table=None) -> set[int | None]:
+    """Tokens of each request in the full graphs."""
+    monkeypatch.setattr(scheduler, "wanted", lambda config: True)
+    monkeypatch.setattr(scheduler, "unsupported", lambda config: reason)
+    spec = Spec(num_speculative_tokens=K, num_speculative_tokens_per_batch_size=table)
+    manager = module.ModelCudaGraphManager.__new__(module.ModelCudaGraphManager)
+    config = SimpleNamespace(
+        speculative_config=spec,
+        num_speculative_tokens=K,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )
+    vars(manager).update(
+        vllm_config=config,
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=[8, 16, 32], max_cudagraph_capture_size=32
+        ),
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+        max_num_reqs=16,
+        decode_query_len=K + 1,
+        varlen_decode=False,
+        lora_capture_cases=[0],
+        ubatch_runner=None,
+        _candidates={},
+        _capture_descs={},
+    )
+    before = module.build_dynamic_sd_schedule_lookup, copy.copy(vars(spec))
+    manager._init_candidates()
+    assert manager.vllm_config is config
+    assert (module.build_dynamic_sd_schedule_lookup, vars(spec)) == before
+    full = manager._capture_descs[CUDAGraphMode.FULL]
+    assert all(d.num_tokens == d.num_reqs * d.uniform_token_count for d in full)
+    return {d.uniform_token_count for d in full}
+
+
+class Spec(SimpleNamespace):
+    def uses_dynamic_speculative_decoding(self) -> bool:
+        return self.num_speculative_tokens_per_batch_size is not None
+
+
+def test_steps_without_drafts_get_graphs(module, monkeypatch) -> None:
+    assert lengths(module, monkeypatch, None) == {1, K + 1}
+    assert lengths(module, monkeypatch, None, [(1, 8, 5), (9, 16, 2)]) == {1, 3, 6}
+
+
+def test_fixed_lengths_leave_it_as_it_is(module, monkeypatch) -> None:
+    assert lengths(module, monkeypatch, "not here") == {K + 1}
+    assert lengths(module, monkeypatch, "not here", [(1, 16, 5)]) == {6}

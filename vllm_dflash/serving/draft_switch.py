@@ -1,0 +1,56 @@
+"""The worker's side of draft lengths on vLLM's V2 runner: it measures costs, and drafts when told to."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_dflash.serving import calibration, handover, scheduler
+from vllm_dflash.serving.draft_length import costs_file
+
+logger = logging.getLogger("vllm.vllm_dflash")
+
+
+def install(runner: Any, speculator: Any) -> None:
+    """Measures the costs of steps, hands them to the scheduler, and drafts as that says from now on.
+
+    Nothing happens where the scheduler will not choose. Where the steps cannot be measured, on any rank, it
+    gets nothing and drafts a fixed number of tokens; the log has the error.
+
+    Args:
+        runner: vLLM's V2 runner, able to run steps.
+        speculator: its speculator, ours.
+    """
+    config = runner.vllm_config
+    if not scheduler.wanted(config) or scheduler.unsupported(config):
+        return
+    path = costs_file(config)
+    path = path.with_name(f"v2-{path.name}")
+    try:
+        cost = calibration.measured(None, path, calibration.RunsV2(runner))
+    except Exception:
+        logger.exception("vllm-dflash cannot measure its steps")
+        cost = None
+    group = get_tp_group()
+    if group.world_size > 1:
+        costs: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(costs, cost is not None, group=group.cpu_group)
+        cost = cost if all(costs) else None
+    _follow(runner, speculator)
+    if cost is not None and group.rank_in_group == 0:
+        handover.give(config.speculative_config.dflash_stats, cost)
+
+
+def _follow(runner: Any, speculator: Any) -> None:
+    """Tells the speculator what the step's schedule says: vLLM 0.31 does not, 0.32 does without effect."""
+    execute = runner.execute_model
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        dummy = kwargs.get("dummy_run", False)
+        speculator.num_wanted = None if dummy else scheduler_output.num_spec_tokens_to_schedule
+        return execute(scheduler_output, *args, **kwargs)
+
+    runner.execute_model = execute_model

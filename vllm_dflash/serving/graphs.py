@@ -1,0 +1,41 @@
+"""Full CUDA graphs of the V2 runner for steps without draft tokens."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import ModuleType
+
+from vllm_dflash.serving import scheduler
+
+
+def patch_candidates(module: ModuleType) -> None:
+    """Has vLLM capture the verifier's decode graphs for one token a request too.
+
+    With a drafter it captures them for ``num_speculative_tokens + 1`` each, or for the lengths in a
+    batch-size table. A step for which nothing was drafted would run without a full graph, slower than
+    without speculation. So where the scheduler chooses, such a table is put in for the while, with a zero.
+    """
+    cls = module.ModelCudaGraphManager
+    init = cls._init_candidates
+
+    @functools.wraps(init)
+    def _init_candidates(self):
+        config = self.vllm_config
+        if not scheduler.wanted(config) or scheduler.unsupported(config):
+            return init(self)
+        spec = copy.copy(config.speculative_config)
+        spec.num_speculative_tokens_per_batch_size = spec.num_speculative_tokens_per_batch_size or [
+            (1, 1, spec.num_speculative_tokens)
+        ]
+        self.vllm_config = copy.copy(config)
+        self.vllm_config.speculative_config = spec
+        lengths = module.build_dynamic_sd_schedule_lookup
+        module.build_dynamic_sd_schedule_lookup = lambda *a, **k: [*lengths(*a, **k), 0]  # type: ignore[attr-defined]
+        try:
+            return init(self)
+        finally:
+            self.vllm_config = config
+            module.build_dynamic_sd_schedule_lookup = lengths  # type: ignore[attr-defined]
+
+    cls._init_candidates = _init_candidates

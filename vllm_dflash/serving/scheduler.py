@@ -1,0 +1,249 @@
+"""Draft lengths on vLLM's V2 runner, with asynchronous scheduling or without: the scheduler chooses them.
+
+Drafts stay on the device there: each step the scheduler says how many tokens of its draft go to the verifier
+with each request, and whether the step ends with a draft pass at all (``num_spec_tokens_to_schedule``).
+Both are vLLM's own quantities; here they follow :class:`~vllm_dflash.draft_length.ahead.Ahead`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dflash.draft_length.ahead import Ahead, Slot
+from vllm_dflash.options import Options
+from vllm_dflash.serving import handover
+from vllm_dflash.serving.draft_stats import DraftStats, stats_file
+from vllm_dflash.serving.seams import DRAFTER_ARCH
+
+logger = logging.getLogger("vllm.vllm_dflash")
+
+
+def wanted(vllm_config: Any) -> bool:
+    """Whether draft lengths are to be chosen and the V1 proposer will not do it."""
+    spec = vllm_config.speculative_config
+    if spec is None or spec.method != "dflash" or not vllm_config.use_v2_model_runner:
+        return False
+    return Options.from_additional_config(vllm_config.additional_config).draft_length == "auto"
+
+
+def unsupported(vllm_config: Any) -> str | None:
+    """Why the scheduler cannot choose; None where it can. The same in the engine core and its workers."""
+    spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    if DRAFTER_ARCH not in (spec.draft_model_config.architectures or ()):
+        return f"vLLM serves {spec.model} with a drafter class of its own"
+    if parallel.data_parallel_size > 1:
+        return "data parallel engines must draft in step"
+    if parallel.pipeline_parallel_size > 1:
+        return "with pipeline stages a step's requests are not those of the step before"
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        return f"the scheduler is {vllm_config.scheduler_config.scheduler_cls}, not vLLM's"
+    if getattr(spec, "dflash_stats", None) is None:
+        return "its speculative configuration was not made by EngineArgs"
+    return None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that has been scheduled and is not done.
+
+    Attributes:
+        scheduled: when, by the clock.
+        lengths: draft tokens by request, with how many are expected to be accepted.
+        context: tokens of all requests in the cache.
+        tokens: scheduled altogether.
+        even: whether all requests had none or all of their draft tokens.
+        drafting: whether it ends with a draft pass.
+    """
+
+    scheduled: float
+    lengths: dict[str, tuple[int, float]]
+    context: float
+    tokens: int
+    even: bool
+    drafting: bool
+
+
+class EngineLengths:
+    """What the scheduler knows, for the policy; what the policy says, for the scheduler.
+
+    Args:
+        scheduler: vLLM's.
+        policy: chooses.
+        stats: where the figures go.
+    """
+
+    def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats) -> None:
+        self.scheduler, self.policy, self.stats = scheduler, policy, stats
+        self.num_tokens = policy.num_tokens
+        #: Whether the latest step ends with a draft pass.
+        self.drafting = True
+        self._expected: dict[str, Any] = {}
+        self._in_flight: dict[int, _Step] = {}
+        self._updated = 0.0
+        self._drafted: bool | None = None
+
+    def trim(self) -> None:
+        """Before a step is scheduled: leaves each request as much of its draft as is to be verified."""
+        running = [r for r in self.scheduler.running if not r.is_prefill_chunk]
+        slots = [self._slot(r, len(r.spec_token_ids), 0) for r in running]
+        chosen = self.policy.lengths(slots)
+        self._expected = {}
+        for row, (request, length) in enumerate(zip(running, chosen.lengths, strict=True)):
+            self._expected[request.request_id] = chosen.expected_BK[row]
+            if length < len(request.spec_token_ids):
+                # Not in place: vLLM's asynchronous scheduler gives all requests one list.
+                request.spec_token_ids = list(request.spec_token_ids[:length])
+
+    def scheduled(self, output: Any) -> None:
+        """After a step has been scheduled: whether it ends with a draft pass."""
+        scheduler = self.scheduler
+        if not output.num_scheduled_tokens:
+            return
+        drafts = output.scheduled_spec_decode_tokens
+        slots, lengths, context, even = [], {}, 0, set()
+        for name, tokens in output.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            length = len(drafts.get(name, ()))
+            curve = self._expected.get(name)
+            expected = float(curve[:length].sum()) if curve is not None else 0.0
+            lengths[name] = (length, expected)
+            even.add(length)
+            context += request.num_computed_tokens
+            known = request.num_tokens + request.num_output_placeholders
+            if request.num_computed_tokens + tokens >= known:
+                slots.append(self._slot(request, self.num_tokens, 1))
+        limit = output.num_spec_tokens_to_schedule
+        self.drafting = limit > 0 and self.policy.draft(slots)
+        if not self.drafting:
+            output.num_spec_tokens_to_schedule = 0
+        self._in_flight[id(output)] = _Step(
+            scheduled=time.perf_counter(),
+            lengths=lengths,
+            context=float(context),
+            tokens=output.total_num_scheduled_tokens,
+            even=even <= {0} or even == {self.num_tokens},
+            drafting=self.drafting,
+        )
+
+    def _slot(self, request: Any, drafted: int, more: int) -> Slot:
+        """Args:
+        drafted: draft tokens that it has, or will have.
+        more: steps to be scheduled before the one that verifies them.
+        """
+        # A step in flight brings a token at least, and the verifier's own is the last one.
+        coming = more + (request.num_output_placeholders > 0)
+        most = request.max_tokens - request.num_output_tokens - coming - 1
+        context = request.num_computed_tokens
+        most = min(most, self.scheduler.max_model_len - context - more - 1)
+        return Slot(request.request_id, context, drafted, max(most, 0))
+
+    def done(self, output: Any, result: Any) -> None:
+        """Before a step's result is taken in: learns from it."""
+        now = time.perf_counter()
+        step = self._in_flight.pop(id(output), None)
+        if step is None:
+            return
+        emitted = drafts = 0
+        sampled = result.sampled_token_ids
+        for name, (length, expected) in step.lengths.items():
+            request = self.scheduler.requests.get(name)
+            row = result.req_id_to_index.get(name)
+            if request is None or request.is_finished() or row is None or not sampled:
+                continue
+            tokens = len(sampled[row])
+            if not tokens:  # part of a prompt
+                continue
+            emitted += tokens
+            drafts += length
+            self.policy.observe(name, length, tokens - 1, expected)
+        requests = len(step.lengths)
+        self.policy.totals.drafted_steps += step.drafting
+        if step.tokens == requests + drafts and emitted >= requests:
+            # The pass of this step or of the one before is in between, by how the device works.
+            sure = self._drafted == step.drafting
+            self.policy.observe_step(
+                num_requests=requests,
+                drafts=drafts,
+                context=step.context,
+                emitted=emitted,
+                seconds=now - max(self._updated, step.scheduled),
+                even=step.even,
+                drafted=step.drafting if sure else None,
+            )
+        self._updated, self._drafted = now, step.drafting
+        self.stats.update(self.policy)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests have ended."""
+        self.policy.forget(request_ids)
+
+
+def choosing(cls: type) -> type:
+    """A subclass of one of vLLM's schedulers that follows an :class:`EngineLengths`."""
+
+    class Choosing(cls):  # type: ignore[valid-type,misc]
+        draft_lengths: Any = None  # an EngineLengths
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            self.draft_lengths.trim()
+            return super().schedule(*args, **kwargs)
+
+        def _update_after_schedule(self, scheduler_output: Any) -> None:
+            self.draft_lengths.scheduled(scheduler_output)
+            super()._update_after_schedule(scheduler_output)
+            self.draft_lengths.forget(scheduler_output.finished_req_ids)
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+            self.draft_lengths.done(scheduler_output, model_runner_output)
+            return super().update_from_output(scheduler_output, model_runner_output)
+
+        def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+            # vLLM 0.31 names as many as ever behind a step without a draft pass.
+            if self.draft_lengths.drafting:
+                super().update_draft_token_ids(draft_token_ids)
+
+    Choosing.__name__ = Choosing.__qualname__ = cls.__name__
+    return Choosing
+
+
+def adopt(scheduler: Any, vllm_config: Any) -> None:
+    """Turns one of vLLM's schedulers into one that chooses draft lengths; the instance is changed.
+
+    The costs of steps come from the workers, which have measured them by now. Without, lengths stay fixed.
+    """
+    spec = vllm_config.speculative_config
+    cost = handover.take(spec.dflash_stats)
+    if cost is None:
+        logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
+        return
+    if scheduler.dynamic_sd_lookup is None:
+        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted.
+        most = vllm_config.scheduler_config.max_num_seqs
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
+    policy = Ahead(cost, scheduler.num_spec_tokens)
+    stats = DraftStats(stats_file(spec.dflash_stats))
+    scheduler.__class__ = choosing(type(scheduler))
+    scheduler.draft_lengths = EngineLengths(scheduler, policy, stats)
+    logger.info("vllm-dflash chooses draft lengths in the scheduler")
+
+
+def wrap_init(original: Any) -> Any:
+    """Wraps ``Scheduler.__init__``; schedulers of other engines are as they were."""
+
+    @functools.wraps(original)
+    def init(self, vllm_config, *args, **kwargs):
+        original(self, vllm_config, *args, **kwargs)
+        if not wanted(vllm_config):
+            return
+        reason = unsupported(vllm_config)
+        if reason:
+            logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
+        else:
+            adopt(self, vllm_config)
+
+    return init
