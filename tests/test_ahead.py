@@ -105,8 +105,8 @@ class World:
         rows = zip(step.ids, step.chosen.lengths, step.accepted, strict=True)
         for row, (i, length, accepted) in enumerate(rows):
             if i in self.ids:
-                expected = float(step.chosen.expected_BK[row, :length].sum())
-                policy.observe(str(i), length, accepted, expected)
+                promised = float(step.chosen.promised_BK[row, :length].sum())
+                policy.observe(str(i), length, accepted, promised)
         policy.observe_step(
             num_requests=len(step.ids),
             drafts=sum(step.chosen.lengths),

@@ -25,10 +25,9 @@ def module(monkeypatch):
     return cudagraph_utils
 
 
-def lengths(module, monkeypatch, reason: str | None, table=None) -> set[int | None]:
+def lengths(module, monkeypatch, chooses: bool, table=None) -> set[int | None]:
     """Tokens of each request in the full graphs."""
-    monkeypatch.setattr(scheduler, "wanted", lambda config: True)
-    monkeypatch.setattr(scheduler, "unsupported", lambda config: reason)
+    monkeypatch.setattr(scheduler, "chooses", lambda config: chooses)
     spec = Spec(num_speculative_tokens=K, num_speculative_tokens_per_batch_size=table)
     manager = module.ModelCudaGraphManager.__new__(module.ModelCudaGraphManager)
     config = SimpleNamespace(
@@ -65,10 +64,10 @@ class Spec(SimpleNamespace):
 
 
 def test_steps_without_drafts_get_graphs(module, monkeypatch) -> None:
-    assert lengths(module, monkeypatch, None) == {1, K + 1}
-    assert lengths(module, monkeypatch, None, [(1, 8, 5), (9, 16, 2)]) == {1, 3, 6}
+    assert lengths(module, monkeypatch, True) == {1, K + 1}
+    assert lengths(module, monkeypatch, True, [(1, 8, 5), (9, 16, 2)]) == {1, 3, 6}
 
 
 def test_fixed_lengths_leave_it_as_it_is(module, monkeypatch) -> None:
-    assert lengths(module, monkeypatch, "not here") == {K + 1}
-    assert lengths(module, monkeypatch, "not here", [(1, 16, 5)]) == {6}
+    assert lengths(module, monkeypatch, False) == {K + 1}
+    assert lengths(module, monkeypatch, False, [(1, 16, 5)]) == {6}

@@ -62,6 +62,52 @@ def test_features_of_the_tap_replace_its_mark() -> None:
     assert speculator.propose(None, None, whole, None) is whole
 
 
+class Drafting:
+    """What our class relies on in the ``propose`` of vLLM 0.31 and 0.32."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.draft_tokens = torch.zeros(4, 7)
+
+    def propose(self, input_batch, num_rejected=None, dummy_run=False, is_profile=False):
+        self.calls.append("eager" if is_profile else "graph")
+        self._prepare_eplb_forward(1)
+        self._generate_draft(self._build_uniform_attn_metadata())
+        return self.draft_tokens[: input_batch.num_reqs]
+
+    def _prepare_eplb_forward(self, num_tokens):
+        self.calls.append("eplb")
+
+    def _build_uniform_attn_metadata(self):
+        self.calls.append("metadata")
+        return {}
+
+    def _generate_draft(self, metadata):
+        self.calls.append("query")
+
+
+def test_no_query_pass_where_nothing_is_wanted() -> None:
+    speculator = Drafting()
+    speculator_v2.adopt(speculator, Options(ops=False))
+    batch = SimpleNamespace(num_reqs=2)
+    whole = ["graph", "eplb", "metadata", "query"]
+    for wanted, calls in ((None, whole), (0, ["eager"]), (7, whole), (3, whole)):
+        speculator.calls.clear()
+        speculator.num_wanted = wanted
+        assert speculator.propose(batch).shape == (2, 7)
+        assert speculator.calls == calls
+    speculator.calls.clear()
+    speculator.num_wanted = 0
+    speculator.propose(batch, dummy_run=True)
+    assert speculator.calls == whole
+    speculator.calls.clear()
+    speculator.dummy_drafts = False
+    assert speculator.propose(batch, dummy_run=True).shape == (2, 7)
+    assert speculator.calls == []
+
+
 def test_a_tap_that_nothing_writes_is_an_error() -> None:
     tap = FeatureTap(nn.Module(), torch.zeros(8, 6))
     assert tap.take(5, real=False).shape == (5, 6)

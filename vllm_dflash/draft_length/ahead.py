@@ -16,8 +16,17 @@ import numpy as np
 
 from vllm_dflash.draft_length.choice import choose
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import _HORIZON, _MARGIN, _PROBE_SHARE, DRAFTER, Policy
+from vllm_dflash.draft_length.policy import (
+    _HORIZON,
+    _MARGIN,
+    _PROBE_SHARE,
+    _REST,
+    DRAFTER,
+    Policy,
+)
 
+#: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
+_PROBES_KEPT = 6
 #: Weight of a new observation in what uneven batches cost more.
 _UNEVEN_RATE = 0.1
 #: What is left of it after a step without one, so that it is looked at again.
@@ -47,11 +56,12 @@ class Lengths:
 
     Attributes:
         lengths: of each request.
-        expected_BK: probabilities that its first 1, 2, ... are all accepted, ``[B, K]``.
+        promised_BK: probabilities that its first 1, 2, ... are all accepted, ``[B, K]``, before what promises
+            are worth is taken into account.
     """
 
     lengths: tuple[int, ...]
-    expected_BK: np.ndarray
+    promised_BK: np.ndarray
 
 
 class Ahead(Policy):
@@ -80,17 +90,29 @@ class Ahead(Policy):
             slots: the requests that go on after it, with what a draft could be of use for.
         """
         B = len(slots)
-        if not B:
+        if not any(min(s.most, s.drafted) > 0 for s in slots):
             return False
-        caps_B, curves_BK, seconds_M = self._batch(slots)
-        if not caps_B.any():
+        context = float(sum(s.context for s in slots))
+        self._credit += _PROBE_SHARE * float(self.cost.verify(B, context, 0)[0])
+        ids = [s.id for s in slots]
+        if self._rests(ids):
             return False
+        drafting = self._pays(slots)
+        if not drafting:
+            self._verdict, self._rest = (ids, self.by_position.trials), _REST
+        return drafting
+
+    def _pays(self, slots: Sequence[Slot]) -> bool:
+        """Whether a draft pass pays, or is made to see whether it does."""
+        B = len(slots)
+        caps_B, promised_BK, seconds_M = self._batch(slots)
+        curves_BK = promised_BK * self.promises[DRAFTER].share
         passed = self._pass_seconds(B)
         plain = B / seconds_M[0]
         verified = np.minimum(self._probe_length(B), caps_B)
         M = int(verified.sum())
         probe = passed + float(seconds_M[M] - seconds_M[0])
-        self._credit = min(self._credit + _PROBE_SHARE * float(seconds_M[0]), 2 * probe)
+        self._credit = min(self._credit, _PROBES_KEPT * probe)
         if choose(curves_BK, seconds_M + passed).rate > _MARGIN * plain:
             self._tried.update(s.id for s in slots)
             return True
@@ -111,11 +133,12 @@ class Ahead(Policy):
         Args:
             slots: the requests of the step.
         """
-        caps_B, curves_BK, seconds_M = self._batch(slots)
         B = len(slots)
         drafted_B = np.array([s.drafted for s in slots], dtype=int)
         if not drafted_B.any():
-            return Lengths((0,) * B, curves_BK)
+            return Lengths((0,) * B, np.zeros((B, self.num_tokens)))
+        caps_B, promised_BK, seconds_M = self._batch(slots)
+        curves_BK = promised_BK * self.promises[DRAFTER].share
         passed = self._pass_seconds(B)
         choice = choose(curves_BK, seconds_M + passed)
         chosen = np.array(choice.lengths)
@@ -125,7 +148,7 @@ class Ahead(Policy):
             if slot.id in self._probing:
                 self._probing.discard(slot.id)
                 chosen[i] = max(chosen[i], min(self._probe_length(B), caps_B[i]))
-        return Lengths(tuple(np.minimum(chosen, drafted_B).tolist()), curves_BK)
+        return Lengths(tuple(np.minimum(chosen, drafted_B).tolist()), promised_BK)
 
     def _batch(self, slots: Sequence[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Most tokens of use ``[B]``, probabilities ``[B, K]``, seconds of 0, 1, ... draft tokens in all."""
@@ -133,16 +156,12 @@ class Ahead(Policy):
         caps_B = np.array([min(s.most, s.drafted) for s in slots], dtype=int)
         curves_BK = self.by_position.curves(self._positions(B), [s.id for s in slots])
         curves_BK = curves_BK * (np.arange(K) < caps_B[:, None])
-        seconds_M = self.verify(B, float(sum(s.context for s in slots)), B * K)
+        seconds_M = self.cost.verify(B, float(sum(s.context for s in slots)), B * K)
         seconds_M[1:] += self.uneven
-        if all(s.drafted == K for s in slots):
-            seconds_M[B * K :] -= self.uneven if B * K else 0.0
+        widths = {s.drafted for s in slots}
+        if len(widths) == 1 and (M := sum(s.drafted for s in slots)):
+            seconds_M[M] -= self.uneven
         return caps_B, curves_BK, seconds_M
-
-    def verify(self, num_requests: int, context: float, max_drafts: int) -> np.ndarray:
-        """Seconds of an even step with 0, 1, ... ``max_drafts`` draft tokens, ``[max_drafts + 1]``."""
-        tokens = np.arange(num_requests, num_requests + max_drafts + 1)
-        return np.array(self.cost.step(tokens, num_requests, context))
 
     def _probe_length(self, num_requests: int) -> int:
         """Tokens that a request's draft is tried with: the more requests, the fewer of each say enough."""
@@ -177,20 +196,21 @@ class Ahead(Policy):
 
     # -- what happened
 
-    def observe(self, request: str, length: int, accepted: int, expected: float) -> None:
+    def observe(self, request: str, length: int, accepted: int, promised: float) -> None:
         """Learns from one request of a step, once it is done.
 
         Args:
             length: draft tokens that were verified.
             accepted: of them.
-            expected: how many were expected to be, when they were chosen.
+            promised: how many were to be, by :attr:`Lengths.promised_BK`.
         """
         self.totals.lengths[length] += 1
         if not length:
             return
         self.totals.proposed[DRAFTER] += length
         self.totals.accepted[DRAFTER] += accepted
-        self.totals.expected[DRAFTER] += expected
+        self.totals.expected[DRAFTER] += promised * self.promises[DRAFTER].share
+        self.promises[DRAFTER].add(promised, accepted)
         self.by_position.observe(np.arange(min(accepted + 1, length)), accepted, request)
 
     def observe_step(
@@ -217,10 +237,10 @@ class Ahead(Policy):
         self.uneven *= _UNEVEN_KEPT
         self.account(emitted, B, context, seconds)
         # What the tokens brought counts against what their probing cost.
-        self._credit += max(emitted - B, 0) / B * float(self.verify(B, context, 0)[0])
+        self._credit += max(emitted - B, 0) / B * float(self.cost.verify(B, context, 0)[0])
         if drafted is None:
             return
-        step = float(self.verify(B, context, drafts)[-1])
+        step = float(self.cost.verify(B, context, drafts)[-1])
         passed = self._pass_seconds(B) if drafted else 0.0
         uneven = 0.0
         if not even:
@@ -229,7 +249,7 @@ class Ahead(Policy):
             extra = float(np.clip(seconds - step - passed, 0.0, step))
             uneven = self.uneven = self.uneven + rate * (extra - self.uneven)
         ratio = seconds / (step + uneven + passed)
-        self.cost.observe_step(B + drafts, B, context, ratio * step)
+        self.cost.observe_step(B + drafts, B, context, ratio * step, drafts)
         if drafted:
             self.cost.observe_draft(B * (self.num_tokens + 1), ratio * passed)
 

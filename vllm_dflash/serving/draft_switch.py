@@ -1,8 +1,9 @@
-"""The worker's side of draft lengths on vLLM's V2 runner: it measures costs, and drafts when told to."""
+"""The worker's side of draft lengths that the scheduler chooses: costs are measured, drafts made if told."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +18,28 @@ logger = logging.getLogger("vllm.vllm_dflash")
 def install(runner: Any, speculator: Any) -> None:
     """Measures the costs of steps, hands them to the scheduler, and drafts as that says from now on.
 
-    Nothing happens where the scheduler will not choose. Where the steps cannot be measured, on any rank, it
-    gets nothing and drafts a fixed number of tokens; the log has the error.
+    Nothing happens where the scheduler will not choose.
 
     Args:
         runner: vLLM's V2 runner, able to run steps.
         speculator: its speculator, ours.
     """
     config = runner.vllm_config
-    if not scheduler.wanted(config) or scheduler.unsupported(config):
+    if not scheduler.chooses(config):
         return
     path = costs_file(config)
-    path = path.with_name(f"v2-{path.name}")
+    hand_over(calibration.RunsV2(runner), path.with_name(f"v2-{path.name}"))
+    _follow(runner, speculator)
+
+
+def hand_over(runs: calibration.Runs, path: Path) -> None:
+    """Measures the costs of steps, or takes those kept at ``path``, for the scheduler.
+
+    Where they cannot be measured, on any rank, the scheduler gets nothing and schedules a fixed number of
+    draft tokens; the log has the error.
+    """
     try:
-        cost = calibration.measured(None, path, calibration.RunsV2(runner))
+        cost = calibration.measured(None, path, runs)
     except Exception:
         logger.exception("vllm-dflash cannot measure its steps")
         cost = None
@@ -39,9 +48,8 @@ def install(runner: Any, speculator: Any) -> None:
         costs: list[Any] = [None] * group.world_size
         torch.distributed.all_gather_object(costs, cost is not None, group=group.cpu_group)
         cost = cost if all(costs) else None
-    _follow(runner, speculator)
     if cost is not None and group.rank_in_group == 0:
-        handover.give(config.speculative_config.dflash_stats, cost)
+        handover.give(runs.vllm_config.speculative_config.dflash_stats, cost)
 
 
 def _follow(runner: Any, speculator: Any) -> None:

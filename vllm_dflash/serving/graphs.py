@@ -22,7 +22,7 @@ def patch_candidates(module: ModuleType) -> None:
     @functools.wraps(init)
     def _init_candidates(self):
         config = self.vllm_config
-        if not scheduler.wanted(config) or scheduler.unsupported(config):
+        if not scheduler.chooses(config):
             return init(self)
         spec = copy.copy(config.speculative_config)
         spec.num_speculative_tokens_per_batch_size = spec.num_speculative_tokens_per_batch_size or [

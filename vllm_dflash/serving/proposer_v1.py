@@ -17,6 +17,7 @@ from vllm_dflash.options import Options
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
+from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
 from vllm_dflash.serving.tap import FeatureTap, install_tap
@@ -44,7 +45,8 @@ class Proposer(DFlashProposer):
         context_slots: int64 ``[G, tokens]``, cache slots of the verifier's tokens.
         sample_from_anchor: whether the anchor's own output predicts: a block is then K wide, not K + 1.
         max_query_len: queries of a request.
-        lengths: chooses how much is drafted, or None where that is fixed.
+        lengths: chooses how much is drafted, or None where that is fixed or the scheduler's.
+        context: stores the context of steps without a draft pass where the scheduler chooses, else None.
         draft_rows: int64 ``[G]``, the requests that ``propose`` of vLLM drafts for; None for all.
         dummy_drafts: whether vLLM's dummy steps include a draft pass, as they do.
         confidence: probabilities of the latest greedy draft tokens by the drafter, ``[G*K]``, or None.
@@ -85,6 +87,7 @@ class Proposer(DFlashProposer):
         self.sample_from_anchor = bool(self.dflash_config.get("sample_from_anchor", False))
         self.max_query_len = self.num_speculative_tokens + (not self.sample_from_anchor)
         self.lengths: DraftLengths | None = None
+        self.context: DeferredContext | None = None
         self.draft_rows: Tensor | None = None
         self.confidence: Tensor | None = None
         self.dummy_drafts = True
@@ -215,6 +218,16 @@ class Proposer(DFlashProposer):
             return torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
         if self.lengths is not None:
             return self.lengths.propose(super().propose, **kwargs)
+        if self.context is not None and kwargs["num_speculative_tokens"] == 0:
+            metadata = kwargs["common_attn_metadata"]
+            self.context.add(
+                kwargs["target_hidden_states"],
+                kwargs["next_token_ids"],
+                kwargs["target_positions"],
+                metadata,
+                kwargs.get("num_rejected_tokens_gpu"),
+            )
+            return torch.empty(metadata.batch_size(), 0, dtype=torch.int64, device=self.device)
         return super().propose(*args, **kwargs)
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
@@ -225,8 +238,16 @@ class Proposer(DFlashProposer):
         """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
         if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
             return
-        from vllm_dflash.serving import draft_length
+        from vllm_dflash.serving import calibration, draft_length, draft_switch, scheduler
 
+        if scheduler.chooses(self.vllm_config):
+            # Rows are written at once: gathering them would wait for the device, which runs ahead here.
+            self.context = DeferredContext(self, num_rows=0)
+            path = draft_length.costs_file(self.vllm_config)
+            draft_switch.hand_over(calibration.RunsV1(self), path)
+            return
+        if scheduler.wanted(self.vllm_config):
+            return  # it says why lengths are fixed
         reason = draft_length.unsupported(self.runner, self.vllm_config)
         if reason:
             logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)

@@ -1,4 +1,4 @@
-"""Draft lengths on vLLM's V2 runner, with asynchronous scheduling or without: the scheduler chooses them.
+"""Draft lengths that the scheduler chooses: on vLLM's V2 runner, and wherever scheduling is asynchronous.
 
 Drafts stay on the device there: each step the scheduler says how many tokens of its draft go to the verifier
 with each request, and whether the step ends with a draft pass at all (``num_spec_tokens_to_schedule``).
@@ -26,7 +26,9 @@ logger = logging.getLogger("vllm.vllm_dflash")
 def wanted(vllm_config: Any) -> bool:
     """Whether draft lengths are to be chosen and the V1 proposer will not do it."""
     spec = vllm_config.speculative_config
-    if spec is None or spec.method != "dflash" or not vllm_config.use_v2_model_runner:
+    if spec is None or spec.method != "dflash":
+        return False
+    if not (vllm_config.use_v2_model_runner or vllm_config.scheduler_config.async_scheduling):
         return False
     return Options.from_additional_config(vllm_config.additional_config).draft_length == "auto"
 
@@ -47,13 +49,18 @@ def unsupported(vllm_config: Any) -> str | None:
     return None
 
 
+def chooses(vllm_config: Any) -> bool:
+    """Whether the scheduler chooses draft lengths, if it learns what steps cost."""
+    return wanted(vllm_config) and unsupported(vllm_config) is None
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step that has been scheduled and is not done.
 
     Attributes:
         scheduled: when, by the clock.
-        lengths: draft tokens by request, with how many are expected to be accepted.
+        lengths: draft tokens by request, with how many of them promise to be accepted.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
         even: whether all requests had none or all of their draft tokens.
@@ -79,10 +86,9 @@ class EngineLengths:
 
     def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats) -> None:
         self.scheduler, self.policy, self.stats = scheduler, policy, stats
-        self.num_tokens = policy.num_tokens
-        #: Whether the latest step ends with a draft pass.
-        self.drafting = True
-        self._expected: dict[str, Any] = {}
+        #: Draft tokens of each request that the latest step ends with.
+        self.num_drafted = policy.num_tokens
+        self._promised: dict[str, Any] = {}
         self._in_flight: dict[int, _Step] = {}
         self._updated = 0.0
         self._drafted: bool | None = None
@@ -90,11 +96,13 @@ class EngineLengths:
     def trim(self) -> None:
         """Before a step is scheduled: leaves each request as much of its draft as is to be verified."""
         running = [r for r in self.scheduler.running if not r.is_prefill_chunk]
-        slots = [self._slot(r, len(r.spec_token_ids), 0) for r in running]
+        self._promised = {}
+        if not any(r.spec_token_ids for r in running):
+            return
+        slots = [self._slot(r, len(r.spec_token_ids)) for r in running]
         chosen = self.policy.lengths(slots)
-        self._expected = {}
         for row, (request, length) in enumerate(zip(running, chosen.lengths, strict=True)):
-            self._expected[request.request_id] = chosen.expected_BK[row]
+            self._promised[request.request_id] = chosen.promised_BK[row]
             if length < len(request.spec_token_ids):
                 # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                 request.spec_token_ids = list(request.spec_token_ids[:length])
@@ -105,41 +113,44 @@ class EngineLengths:
         if not output.num_scheduled_tokens:
             return
         drafts = output.scheduled_spec_decode_tokens
+        limit = output.num_spec_tokens_to_schedule
         slots, lengths, context, even = [], {}, 0, set()
         for name, tokens in output.num_scheduled_tokens.items():
             request = scheduler.requests[name]
             length = len(drafts.get(name, ()))
-            curve = self._expected.get(name)
-            expected = float(curve[:length].sum()) if curve is not None else 0.0
-            lengths[name] = (length, expected)
+            curve = self._promised.get(name)
+            promised = float(curve[:length].sum()) if curve is not None else 0.0
+            lengths[name] = (length, promised)
             even.add(length)
             context += request.num_computed_tokens
             known = request.num_tokens + request.num_output_placeholders
             if request.num_computed_tokens + tokens >= known:
-                slots.append(self._slot(request, self.num_tokens, 1))
-        limit = output.num_spec_tokens_to_schedule
-        self.drafting = limit > 0 and self.policy.draft(slots)
-        if not self.drafting:
+                slots.append(self._slot(request, limit, tokens))
+        drafting = limit > 0 and self.policy.draft(slots)
+        if not drafting:
             output.num_spec_tokens_to_schedule = 0
+        before, self.num_drafted = self.num_drafted, limit if drafting else 0
         self._in_flight[id(output)] = _Step(
             scheduled=time.perf_counter(),
             lengths=lengths,
             context=float(context),
             tokens=output.total_num_scheduled_tokens,
-            even=even <= {0} or even == {self.num_tokens},
-            drafting=self.drafting,
+            even=even in ({0}, {before}),
+            drafting=drafting,
         )
 
-    def _slot(self, request: Any, drafted: int, more: int) -> Slot:
-        """Args:
-        drafted: draft tokens that it has, or will have.
-        more: steps to be scheduled before the one that verifies them.
+    def _slot(self, request: Any, drafted: int, tokens: int = 0) -> Slot:
+        """A request as the policy sees it.
+
+        Args:
+            drafted: draft tokens that it has, or will have.
+            tokens: those of the step just scheduled, where it is about the drafts behind that.
         """
-        # A step in flight brings a token at least, and the verifier's own is the last one.
-        coming = more + (request.num_output_placeholders > 0)
+        # Each step brings a token at least, and the verifier's own is the last one.
+        coming = (tokens > 0) + (request.num_output_placeholders > 0)
         most = request.max_tokens - request.num_output_tokens - coming - 1
-        context = request.num_computed_tokens
-        most = min(most, self.scheduler.max_model_len - context - more - 1)
+        context = request.num_computed_tokens + tokens
+        most = min(most, self.scheduler.max_model_len - context - 1)
         return Slot(request.request_id, context, drafted, max(most, 0))
 
     def done(self, output: Any, result: Any) -> None:
@@ -150,7 +161,7 @@ class EngineLengths:
             return
         emitted = drafts = 0
         sampled = result.sampled_token_ids
-        for name, (length, expected) in step.lengths.items():
+        for name, (length, promised) in step.lengths.items():
             request = self.scheduler.requests.get(name)
             row = result.req_id_to_index.get(name)
             if request is None or request.is_finished() or row is None or not sampled:
@@ -160,7 +171,7 @@ class EngineLengths:
                 continue
             emitted += tokens
             drafts += length
-            self.policy.observe(name, length, tokens - 1, expected)
+            self.policy.observe(name, length, tokens - 1, promised)
         requests = len(step.lengths)
         self.policy.totals.drafted_steps += step.drafting
         if step.tokens == requests + drafts and emitted >= requests:
@@ -204,7 +215,7 @@ def choosing(cls: type) -> type:
 
         def update_draft_token_ids(self, draft_token_ids: Any) -> None:
             # vLLM 0.31 names as many as ever behind a step without a draft pass.
-            if self.draft_lengths.drafting:
+            if self.draft_lengths.num_drafted:
                 super().update_draft_token_ids(draft_token_ids)
 
     Choosing.__name__ = Choosing.__qualname__ = cls.__name__

@@ -1,4 +1,4 @@
-"""Draft lengths that the scheduler chooses, on vLLM's V2 runner, run for real with interpreted kernels."""
+"""Draft lengths that the scheduler chooses: on vLLM's V2 runner, interpreted, and on V1 scheduled ahead."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def token_ids(out) -> list[list[int]]:
     return [o[0]["token_ids"] for o in out["runs"]["run"]["outputs"]]
 
 
-def served(trained, folder, run, asynchronous, *, costs=CHEAP, engine=None, **job) -> dict:
+def served(
+    trained, folder, run, asynchronous, *, costs=CHEAP, engine=None, runner="v2", env=None, **job
+) -> dict:
     speculative = {"method": "dflash", "model": str(trained.drafter)}
     speculative |= job.pop("speculative", {})
     given = {
@@ -51,22 +53,30 @@ def served(trained, folder, run, asynchronous, *, costs=CHEAP, engine=None, **jo
         "speculative_config": speculative,
         **(engine or {}),
     }
-    job |= {"engine": given, "runner": "v2", "async": asynchronous, "costs": costs, "runs": [run]}
-    out = tiny.engine_job(job, folder, env={"VLLM_LOGGING_LEVEL": "INFO"})
+    job |= {"engine": given, "runner": runner, "async": asynchronous, "costs": costs, "runs": [run]}
+    out = tiny.engine_job(
+        job, folder, timeout=900, env={"VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
+    )
     assert "error" not in out, out
     assert out["batches"] == 1 + asynchronous
     return out
 
 
-@SCHEDULERS
-def test_lengths_and_pauses_change_nothing(asynchronous, trained, prompts, folder, plain) -> None:
+@pytest.mark.parametrize(
+    ("runner", "asynchronous"),
+    [("v2", False), ("v2", True), ("v1", True)],
+    ids=["V2 sync", "V2 async", "V1 async"],
+)
+def test_lengths_and_pauses_change_nothing(
+    runner, asynchronous, trained, prompts, folder, plain
+) -> None:
     """Random lengths, now and then no draft pass: outputs are the verifier's, later drafts PyTorch's."""
     out = drafted(
         trained.verifier,
         trained.drafter,
         prompts[:6],
         folder,
-        runner="v2",
+        runner=runner,
         max_tokens=MAX_TOKENS,
         random_lengths=True,
         job={"async": asynchronous, "costs": CHEAP},
@@ -91,7 +101,7 @@ def test_few_blocks(asynchronous, trained, prompts, folder, plain) -> None:
     """Preempted requests, prompts in chunks, cached prefixes."""
     engine = {
         "block_size": 32,
-        "num_gpu_blocks_override": 9,
+        "num_gpu_blocks_override": 8,
         "enable_prefix_caching": True,
         "max_num_batched_tokens": 64,
     }
@@ -157,10 +167,12 @@ def test_a_scheduler_of_the_user(trained, prompts, folder, plain) -> None:
     assert "lengths" not in out
 
 
-@pytest.mark.slow
-def test_steps_are_measured(trained, prompts, folder, plain) -> None:
-    """Dummy steps and draft passes of the V2 runner, a minute of them when interpreted."""
-    out = served(trained, folder, greedy(prompts), False, costs=None)
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+def test_steps_are_measured(runner, trained, prompts, folder, plain) -> None:
+    """Dummy steps and draft passes; on V2 a minute of them, interpreted."""
+    env = {"VLLM_CACHE_ROOT": str(folder / f"cache-{runner}")}
+    run = greedy(prompts)
+    out = served(trained, folder, run, True, costs=None, runner=runner, env=env)
     assert "measured its steps in" in out["log"]
     assert token_ids(out) == plain
     assert out["lengths"]["steps"] > 0

@@ -1,0 +1,68 @@
+"""When the scheduler chooses draft lengths, and how measured costs get to it; engines are in
+test_scheduler_lengths.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.serving import handover, scheduler
+
+
+def config(*, v2=True, asynchronous=True, cls=None, options=None, **changes) -> SimpleNamespace:
+    parallel = {"data_parallel_size": 1, "pipeline_parallel_size": 1}
+    spec = {"method": "dflash", "model": "drafter", "dflash_stats": "name"}
+    spec["draft_model_config"] = SimpleNamespace(architectures=["DFlashDraftModel"])
+    return SimpleNamespace(
+        use_v2_model_runner=v2,
+        scheduler_config=SimpleNamespace(async_scheduling=asynchronous, scheduler_cls=cls),
+        additional_config={"vllm_dflash": options or {}},
+        parallel_config=SimpleNamespace(
+            **parallel | {k: changes.pop(k) for k in parallel if k in changes}
+        ),
+        speculative_config=SimpleNamespace(**(spec | changes)),
+    )
+
+
+def test_where_it_chooses() -> None:
+    assert scheduler.chooses(config())
+    assert scheduler.chooses(config(asynchronous=False))
+    assert scheduler.chooses(config(v2=False))
+    # There the V1 proposer does.
+    assert not scheduler.wanted(config(v2=False, asynchronous=False))
+    assert not scheduler.wanted(config(options={"draft_length": "fixed"}))
+    assert not scheduler.wanted(config(method="eagle3"))
+    assert not scheduler.wanted(SimpleNamespace(speculative_config=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data_parallel_size": 2}, "data parallel"),
+        ({"pipeline_parallel_size": 2}, "pipeline stages"),
+        ({"cls": "mine.Own"}, "the scheduler is mine.Own"),
+        (
+            {"draft_model_config": SimpleNamespace(architectures=["DFlash2DraftModel"])},
+            "drafter class of its own",
+        ),
+        ({"dflash_stats": None}, "not made by EngineArgs"),
+    ],
+)
+def test_where_it_does_not(changes, reason) -> None:
+    assert scheduler.wanted(config(**changes))
+    assert reason in scheduler.unsupported(config(**changes))
+    assert not scheduler.chooses(config(**changes))
+
+
+def test_costs_get_there_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(handover, "stats_file", lambda name: tmp_path / f"{name}.json")
+    assert handover.take("a") is None
+    cost = StepCost([1, 8], [1.0, 2.0], draft=(0.25, 0.0))
+    handover.give("a", cost)
+    got = handover.take("a")
+    assert got is not None
+    assert got.as_dict() == cost.as_dict()
+    assert handover.take("a") is None
+    assert list(tmp_path.iterdir()) == []
