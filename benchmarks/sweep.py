@@ -11,6 +11,10 @@ A point is a number of requests in flight, a kind of traffic and a length of con
   in all modes, so that a run is decoding over a long context rather than prefill, where speculation changes
   nothing. --no-prefix-caching measures both.
 
+Answers end after half to one and a half times --max-tokens, another number for each request. With one for
+all, requests of mode none would run in step from the first token to the last, the next ones begin together,
+and only modes that speculate would have batches that are half empty at the end.
+
 Modes: none; ngram (vLLM's prompt lookup); kN (ours with N draft tokens, always); stock (the drafter in vLLM's
 own dflash) and table (the same with vLLM's ``num_speculative_tokens_per_batch_size``); ours (the defaults);
 ours-no-lookup. All engines are alive and take turns within a point, another one first in every repeat. A
@@ -169,6 +173,13 @@ class SweepConfig:
             for traffic in self.traffic
         ]
 
+    def output_tokens(self, num_requests: int) -> list[int]:
+        """At most so many tokens for each request: half to one and a half of ``max_tokens``, evenly spread
+        (multiples of the golden ratio, so that neighbours differ)."""
+        golden = (5**0.5 - 1) / 2
+        limit = self.bench.max_tokens
+        return [max(1, round(limit * (0.5 + i * golden % 1))) for i in range(num_requests)]
+
     def num_requests(self, point: Point) -> int:
         return max(MIN_REQUESTS, self.requests_per_slot * point.concurrency)
 
@@ -273,6 +284,7 @@ def new_report(config: SweepConfig) -> dict[str, Any]:
             "drafter": Path(bench.drafter).name if bench.drafter else None,
             "num_speculative_tokens": bench.resolve_num_speculative_tokens(),
             "max_tokens": bench.max_tokens,
+            "output_tokens": "half to one and a half of max_tokens",
             "ignore_eos": bench.ignore_eos,
             "dtype": bench.dtype,
             "enforce_eager": bench.enforce_eager,
@@ -416,7 +428,14 @@ def measure(
             if not warmup:
                 time.sleep(bench.settle_s)
             try:
-                result = run_prompts(bench, engines[mode], given, concurrency, warmup=warmup)
+                result = run_prompts(
+                    bench,
+                    engines[mode],
+                    given,
+                    concurrency,
+                    warmup=warmup,
+                    max_tokens=config.output_tokens(len(given)),
+                )
             except (RuntimeError, OSError) as error:
                 drop_engine(errors, engines, engines[mode], error, say)
                 continue
@@ -757,7 +776,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", default=",".join(CONTEXTS))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, on average")
     parser.add_argument(
         "--requests", type=int, default=2, help="a run has N times concurrency (4 at least)"
     )
@@ -877,7 +896,7 @@ def main() -> int:
     longest = max(
         len(ids) for (_, c), pool in prompts.ids.items() if c in config.contexts for ids in pool
     )
-    config.bench.max_model_len = longest + config.bench.max_tokens + ROOM
+    config.bench.max_model_len = longest + 2 * config.bench.max_tokens + ROOM
     resume = args.resume and args.output.exists()
     report = load_report(args.output, config) if resume else new_report(config)
 

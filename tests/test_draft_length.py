@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dflash.draft_length.acceptance import CONFIDENCE_PRIOR, Predictor, confidence_cells
+from vllm_dflash.draft_length.acceptance import (
+    CONFIDENCE_PRIOR,
+    Predictor,
+    Promises,
+    confidence_cells,
+)
 from vllm_dflash.draft_length.choice import choose
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy, Request
@@ -243,7 +248,8 @@ class World:
         chosen = self.policy.settle(plan, drafts, confidence)
         total = B + sum(d.length for d in chosen)
         context = sum(len(r.tokens) for r in requests)
-        verify = float(self.cost.step(total, B, context)) * self.rng.normal(1, 0.03)
+        seconds_M = self.cost.verify(B, context, total - B)
+        verify = float(seconds_M[-1]) * self.rng.normal(1, 0.03)
         draft = self.cost.draft(len(plan.drafting) * (K + 1)) if plan.drafting else 0.0
         emitted = 0
         for i, (r, d) in enumerate(zip(self.running, chosen, strict=True)):
@@ -258,7 +264,7 @@ class World:
             r["done"] += accepted + 1
             emitted += accepted + 1
             self.lengths[i].append(d.length)
-        self.policy.cost.observe_step(total, B, context, verify)
+        self.policy.cost.observe_step(total, B, context, verify, total - B)
         self.policy.account(emitted, B, context, verify + draft)
         self.seconds += verify + draft
         self.tokens += emitted
@@ -279,7 +285,7 @@ def fixed_rate(cost, quality, length, context=70):
     """Tokens per second of a fixed draft length for all, in expectation."""
     B = len(quality)
     tokens = sum(1 + np.cumprod(np.full(length, q)).sum() for q in quality)
-    seconds = float(cost.step(B * (1 + length), B, context * B))
+    seconds = float(cost.verify(B, context * B, B * length)[-1])
     return tokens / (seconds + (cost.draft(B * (K + 1)) if length else 0))
 
 
@@ -292,6 +298,8 @@ WORLDS = {
     "mixed, dear tokens": ([0.9, 0.1] * 4, 0.1),
     "one request": ([0.75], 0.02),
     "one bad request": ([0.15], 0.05),
+    "middling, dear check": ([0.6] * 4, 0.08),
+    "bad drafts, dear check": ([0.3] * 8, 0.02),
 }
 
 
@@ -301,12 +309,71 @@ def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
     quality, slope = WORLDS[name]
     cost = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
     learned = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
+    cost.check = 0.2 if "dear check" in name else 0.0  # to be learned
     rate = World(Policy(learned, K), cost, quality).run(1200)
     fixed = [fixed_rate(cost, quality, n) for n in range(K + 1)]
     assert rate >= 0.98 * fixed[0]
     assert rate >= 0.96 * max(fixed)
     if name.startswith("mixed"):
         assert rate >= 1.1 * max(fixed)
+
+
+def test_cost_of_checking_is_told_from_that_of_tokens() -> None:
+    rng = np.random.default_rng(0)
+    cost = made(lambda n: 1 + 0.05 * n)
+    for _ in range(400):
+        drafts = int(rng.integers(0, 5))
+        seconds = 1 + 0.05 * (8 + drafts) + 0.25 * (drafts > 0)
+        cost.observe_step(8 + drafts, 8, 0, seconds * rng.normal(1, 0.02), drafts)
+    seconds_M = cost.verify(8, 0, 4)
+    assert seconds_M[0] == pytest.approx(1.4, rel=0.03)
+    assert seconds_M[1:] == pytest.approx(1.65 + 0.05 * np.arange(1, 5), rel=0.03)
+    assert cost.check == pytest.approx(0.25, abs=0.1)
+    again = StepCost.from_dict(json.loads(json.dumps(cost.as_dict())))
+    assert again.verify(8, 0, 4) == pytest.approx(seconds_M)
+
+
+def test_promises_that_are_not_kept_count_for_less() -> None:
+    kept, broken = Promises(), Promises()
+    assert kept.share == 1
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(500):
+        kept.add(0.6, int(rng.random() < 0.6))
+        broken.add(0.6, int(rng.random() < 0.3))
+        shares.append(kept.share)
+    assert np.mean(shares) > 0.97
+    assert broken.share == pytest.approx(0.55, abs=0.12)
+
+
+def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
+    """Looking costs time in every step; but new requests, and probes that are due, are looked at at once."""
+    cost = made(lambda n: 1 + 0.2 * n, draft=(0.5, 0.01))
+    policy = Policy(cost, K)
+    looked = []
+    look = policy._draft_for
+    monkeypatch.setattr(policy, "_draft_for", lambda *a: looked.append(1) or look(*a))
+    policy.by_position._logit_C[:] = -4.0
+    for name in "ab":
+        policy.by_position.observe(np.array([0]), 0, name)
+
+    def plan(*names):
+        requests = [Request(name, np.arange(20), K) for name in names]
+        policy.settle(policy.plan(requests), None, None)
+
+    for _ in range(8):
+        plan("a", "b")
+    assert len(looked) == 1
+    plan("a")
+    assert len(looked) == 2
+    plan("a")
+    assert len(looked) == 2
+    policy.by_position.observe(np.array([0]), 1, "a")
+    plan("a")
+    assert len(looked) == 3
+    policy._credit = 10.0
+    plan("a")
+    assert len(looked) == 4
 
 
 def test_confidence_is_used_where_it_helps() -> None:

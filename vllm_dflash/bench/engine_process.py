@@ -10,7 +10,7 @@ cannot corrupt them. They are JSON, never pickle. The parent sends the spec firs
 
     parent -> child   {"model": ..., "engine_args": ..., "speculative_config": ...}
     child  -> parent  {"event": "ready", "startup_s": ..., "plugin_active": ...}
-    parent -> child   {"cmd": "run", "prompts": [[...]], "max_tokens": ..., "concurrency": ..., ...}
+    parent -> child   {"cmd": "run", "prompts": [[...]], "max_tokens": [...], "concurrency": ..., ...}
     child  -> parent  {"event": "result", ...} or {"event": "error", "error": ...}
     parent -> child   {"cmd": "stop"}
 
@@ -304,7 +304,7 @@ class EngineProcess:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         concurrency: int = 1,
         temperature: float = 0.0,
         ignore_eos: bool = False,
@@ -315,7 +315,7 @@ class EngineProcess:
 
         Args:
             prompts: token ids of each prompt.
-            max_tokens: output tokens a prompt at most.
+            max_tokens: output tokens a prompt at most; one number for all, or one for each.
             concurrency: requests in flight; the next is sent when one finishes.
             temperature: 0 is greedy. Above it outputs differ from run to run: requests carry no
                 seed, since per-request seeds can kill vLLM's CPU engine.
@@ -328,14 +328,17 @@ class EngineProcess:
                 f"{len(prompts)} prompts given, "
                 f"{sum(not p for p in prompts)} of them empty; give at least one, all with tokens"
             )
-        for name, value in (("max_tokens", max_tokens), ("concurrency", concurrency)):
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        if len(limits) != len(prompts):
+            raise ValueError(f"{len(limits)} max_tokens given for {len(prompts)} prompts")
+        for name, value in (("max_tokens", min(limits)), ("concurrency", concurrency)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.wait_ready()
         command = {
             "cmd": "run",
             "prompts": [list(map(int, p)) for p in prompts],
-            "max_tokens": max_tokens,
+            "max_tokens": limits,
             "concurrency": concurrency,
             "temperature": temperature,
             "ignore_eos": ignore_eos,
@@ -502,14 +505,18 @@ def _chosen_lengths() -> ChosenLengths | None:
 
 
 async def _generate(
-    engine: Any, request_id: str, prompt: list[int], command: Mapping[str, Any]
+    engine: Any,
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int,
+    command: Mapping[str, Any],
 ) -> RequestResult:
     """Sends one request and times its tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        max_tokens=command["max_tokens"],
+        max_tokens=max_tokens,
         temperature=command["temperature"],
         ignore_eos=command["ignore_eos"],
         # Text is not needed, and turning tokens into it costs every mode the same.
@@ -543,7 +550,8 @@ async def _run(engine: Any, run_id: int, command: Mapping[str, Any]) -> RunResul
 
     async def client() -> None:
         for i, prompt in todo:
-            results[i] = await _generate(engine, f"run{run_id}-{i}", prompt, command)
+            limit = command["max_tokens"][i]
+            results[i] = await _generate(engine, f"run{run_id}-{i}", prompt, limit, command)
 
     before, chosen_before = _speculative_counters(), _chosen_lengths()
     start = time.perf_counter()

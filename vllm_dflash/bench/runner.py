@@ -325,11 +325,17 @@ def run_prompts(
     concurrency: int,
     *,
     warmup: bool = False,
+    max_tokens: Sequence[int] | None = None,
 ) -> RunResult:
-    """One run with the settings of ``config``; a warm-up is short."""
+    """One run with the settings of ``config``; a warm-up is short.
+
+    Args:
+        max_tokens: of each prompt, in place of the settings'; not of a warm-up.
+    """
+    limit = min(config.max_tokens, WARMUP_MAX_TOKENS) if warmup else config.max_tokens
     return engine.run(
         prompts,
-        max_tokens=min(config.max_tokens, WARMUP_MAX_TOKENS) if warmup else config.max_tokens,
+        max_tokens=limit if warmup or max_tokens is None else max_tokens,
         concurrency=concurrency,
         temperature=config.temperature,
         ignore_eos=config.ignore_eos,

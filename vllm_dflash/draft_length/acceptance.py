@@ -15,6 +15,9 @@ _HALF_LIFE = 150.0
 _REQUEST_HALF_LIFE = 40.0
 #: Trials that the running average counts for against those of one request.
 _REQUEST_PRIOR = 6.0
+#: Promised tokens after which promises count half, and those that are taken to be kept at the start.
+_PROMISE_HALF_LIFE = 100.0
+_PROMISE_PRIOR = 10.0
 #: Requests over which the spread between requests is known.
 _RECENT = 64
 
@@ -142,6 +145,28 @@ class Predictor:
             else:
                 self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num)
         return self._likely
+
+
+class Promises:
+    """How much of what chosen drafts promised came true.
+
+    Of many drafts those that promise most are chosen, and among them are more that promise too much than
+    too little. Averages over all drafts cannot know that.
+    """
+
+    def __init__(self) -> None:
+        self._promised = self._kept = _PROMISE_PRIOR
+
+    def add(self, promised: float, kept: int) -> None:
+        """Counts one verified draft: accepted tokens expected, and accepted."""
+        decay = 0.5 ** (promised / _PROMISE_HALF_LIFE)
+        self._promised = self._promised * decay + promised + (1 - decay) * _PROMISE_PRIOR
+        self._kept = self._kept * decay + kept + (1 - decay) * _PROMISE_PRIOR
+
+    @property
+    def share(self) -> float:
+        """What part of a promise to count on: all, unless fewer were kept than chance explains."""
+        return min((self._kept + self._kept**0.5) / self._promised, 1.0)
 
 
 #: Edges in the log-odds of the drafter's confidence.

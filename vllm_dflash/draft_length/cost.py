@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ _KNOTS = (
 )  # fmt: skip
 #: A step as far off as this factor is as much evidence as one that is farther: neighbours on the machine, a
 #: page fault, a garbage collection.
-_OUTLIER = 1.35
+_BELIEVED = math.log(1.35)
 #: Share of a surprise that is put down to the whole machine being faster or slower now.
 _MACHINE_RATE = 0.05
+#: Share of a surprising second that is put down to verifying drafts at all, in steps that do.
+_CHECK_RATE = 0.1
 #: Observations that a calibrated knot counts for.
 _KNOT_WEIGHT = 8.0
 #: Observations after which a knot's old ones count no more.
@@ -36,10 +39,11 @@ class StepCost:
     """Seconds of the verifier's step and of a draft pass.
 
     A step with N tokens of B requests that see S tokens of context altogether costs
-    ``machine * (base(N) + per_context * S + per_pair * N / B * S)``; a draft pass with Q query tokens
-    ``draft_fixed + per_query * Q``. All but the form is measured. ``machine`` follows the speed of the
-    machine from step to step, so that other load moves all costs together and choices, which depend on
-    their ratios, stay.
+    ``machine * (base(N) + per_context * S + per_pair * N / B * S)``, and ``machine * check`` more where any
+    of them are drafts (vLLM's rejection sampler instead of its plain one); a draft pass with Q query tokens
+    ``machine * (draft_fixed + per_query * Q)``. All but the form is measured. ``machine`` follows the speed
+    of the machine from step to step, so that other load moves all costs together and choices, which depend
+    on their ratios, stay.
 
     Args:
         tokens: numbers of tokens that were measured, ascending.
@@ -48,6 +52,7 @@ class StepCost:
         per_pair: seconds for each pair of a token and a token of its context.
         draft: seconds of a draft pass: fixed, and for each query token.
         overhead: seconds between steps: scheduling, sampling, messages.
+        check: seconds that a step with drafts takes longer than one with as many tokens and none.
     """
 
     def __init__(
@@ -59,38 +64,60 @@ class StepCost:
         per_pair: float = 0.0,
         draft: tuple[float, float] = (0.0, 0.0),
         overhead: float = 0.0,
+        check: float = 0.0,
         max_tokens: int = 0,
     ) -> None:
         self.tokens_N = knots(max(max_tokens, int(tokens[-1])))
         self.base_N = np.maximum(_interpolate(self.tokens_N, tokens, seconds), 1e-7)
         self.per_context, self.per_pair = per_context, per_pair
         self.draft_fixed, self.per_query = draft
-        self.overhead = overhead
+        self.overhead, self.check = overhead, check
         self.machine = 1.0
         self._seen_N = np.full(len(self.tokens_N), _KNOT_WEIGHT)
         self.steps = 0
 
     def step(self, num_tokens: Any, num_requests: int, context: float) -> Any:
-        """Seconds of steps with these numbers of tokens (a number or an array of them)."""
+        """Seconds of steps without drafts with these numbers of tokens (a number or an array of them)."""
         pairs = np.asarray(num_tokens) / max(num_requests, 1) * context
         attention = self.per_context * context + self.per_pair * pairs
         base = _interpolate(num_tokens, self.tokens_N, self.base_N)
         return self.machine * (base + attention) + self.overhead
+
+    def verify(self, num_requests: int, context: float, max_drafts: int) -> np.ndarray:
+        """Seconds of a step with 0, 1, ... ``max_drafts`` draft tokens in the whole batch."""
+        tokens_M = np.arange(num_requests, num_requests + max_drafts + 1)
+        seconds_M = self.step(tokens_M, num_requests, context)
+        seconds_M[1:] += self.machine * self.check
+        return seconds_M
 
     def draft(self, num_queries: float) -> float:
         """Seconds of a draft pass."""
         return self.machine * (self.draft_fixed + self.per_query * num_queries)
 
     def observe_step(
-        self, num_tokens: int, num_requests: int, context: float, seconds: float
+        self,
+        num_tokens: int,
+        num_requests: int,
+        context: float,
+        seconds: float,
+        num_drafts: int = 0,
     ) -> None:
-        """Learns from a step that took ``seconds`` without draft pass and overhead."""
+        """Learns from a step that took ``seconds`` without draft pass and overhead.
+
+        Args:
+            num_tokens: of the step, ``num_drafts`` of them drafts.
+        """
         if num_tokens > self.tokens_N[-1] or seconds <= 0:
             return
         self.steps += 1
         want = float(self.step(num_tokens, num_requests, context)) - self.overhead
-        surprise = float(np.clip(np.log(seconds / want), -np.log(_OUTLIER), np.log(_OUTLIER)))
-        self.machine *= float(np.exp(_MACHINE_RATE * surprise))
+        if num_drafts:
+            checked = want + self.machine * self.check
+            late = checked * math.exp(_surprise(seconds, checked)) - checked
+            self.check = max(self.check + _CHECK_RATE * late / self.machine, 0.0)
+            want += self.machine * self.check
+        surprise = _surprise(seconds, want)
+        self.machine *= math.exp(_MACHINE_RATE * surprise)
         i = int(np.searchsorted(self.tokens_N, num_tokens))
         if self.tokens_N[i] == num_tokens:
             near = [(i, 1.0)]
@@ -103,8 +130,8 @@ class StepCost:
         rest = min(base / want, 1.0)
         for knot, share in near:
             self._seen_N[knot] = min(self._seen_N[knot] + share, _KNOT_MEMORY)
-            self.base_N[knot] *= np.exp(rest * share * surprise / self._seen_N[knot])
-        factor = float(np.exp((1 - rest) * surprise / _KNOT_MEMORY))
+            self.base_N[knot] *= math.exp(rest * share * surprise / self._seen_N[knot])
+        factor = math.exp((1 - rest) * surprise / _KNOT_MEMORY)
         self.per_context *= factor
         self.per_pair *= factor
 
@@ -113,8 +140,7 @@ class StepCost:
         want = self.draft(num_queries)
         if want <= 0 or seconds <= 0:
             return
-        surprise = float(np.clip(np.log(seconds / want), -np.log(_OUTLIER), np.log(_OUTLIER)))
-        factor = float(np.exp(surprise / 20))
+        factor = math.exp(_surprise(seconds, want) / 20)
         self.draft_fixed *= factor
         self.per_query *= factor
 
@@ -124,8 +150,7 @@ class StepCost:
         if self.overhead == 0:
             self.overhead = min(seconds, 0.2 * float(self.base_N[0]))
         rate = 0.03 if seconds > self.overhead else 0.07
-        step = np.clip(seconds / max(self.overhead, 1e-7) - 1, -1, 1)
-        self.overhead *= 1 + rate * float(step)
+        self.overhead *= 1 + rate * max(-1.0, min(seconds / max(self.overhead, 1e-7) - 1, 1.0))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; the machine's present speed is part of the costs."""
@@ -136,6 +161,7 @@ class StepCost:
             "per_pair": self.per_pair * self.machine,
             "draft": [self.draft_fixed * self.machine, self.per_query * self.machine],
             "overhead": self.overhead,
+            "check": self.check * self.machine,
         }
 
     @classmethod
@@ -146,7 +172,7 @@ class StepCost:
             numbers = [float(s) for s in raw["seconds"]]
             fixed, per_query = (float(x) for x in raw["draft"])
             rest: dict[str, Any] = {
-                k: float(raw[k]) for k in ("per_context", "per_pair", "overhead")
+                k: float(raw[k]) for k in ("per_context", "per_pair", "overhead", "check")
             }
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the costs of a step: {error!r}") from error
@@ -162,6 +188,11 @@ class StepCost:
         if min(every) < 0:
             raise ValueError(f"not the costs of a step: {min(every)} seconds")
         return cls(tokens, numbers, draft=(fixed, per_query), **rest)
+
+
+def _surprise(seconds: float, want: float) -> float:
+    """How much longer than wanted, as a logarithm; as much as is believed."""
+    return max(-_BELIEVED, min(math.log(seconds / want), _BELIEVED))
 
 
 def _interpolate(at: Any, tokens: Any, seconds: Any) -> Any:

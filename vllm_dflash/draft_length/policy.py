@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_dflash.draft_length.acceptance import CONFIDENCE_PRIOR, Predictor, confidence_cells
+from vllm_dflash.draft_length.acceptance import (
+    CONFIDENCE_PRIOR,
+    Predictor,
+    Promises,
+    confidence_cells,
+)
 from vllm_dflash.draft_length.choice import Choice, choose
 from vllm_dflash.draft_length.cost import StepCost
 
@@ -29,11 +34,13 @@ _PROBE_SHARE = 0.005
 _HORIZON = 20
 #: Steps that took longer than so many plain ones say nothing of speculation.
 _HELD_UP = 10.0
+#: Steps for which a verdict against the drafter stands while nothing new is known.
+_REST = 8
 #: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
 _ENOUGH, _BETTER = 64, 0.97
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """One request of a step that can take a draft.
 
@@ -88,6 +95,7 @@ class _Block:
     learners: Sequence[tuple[Predictor, np.ndarray]]
     source: str
     length: int
+    promised: float
     expected: float
 
 
@@ -136,9 +144,14 @@ class Policy:
         # The first token behind a short match is a guess; the ones behind it follow it.
         first = (0.35, 0.5, 0.6, 0.75)
         self.by_match = Predictor([p for f in first for p in (f, *[0.85] * (num_tokens - 1))])
+        self.promises = {DRAFTER: Promises(), LOOKUP: Promises()}
         self.totals = Totals(lengths=[0] * (num_tokens + 1))
         self._blocks: dict[str, list[_Block]] = {}
         self._credit = 0.0
+        # The requests and the state of knowledge for which the drafter was found not to pay, and for how
+        # many more steps that stands.
+        self._verdict: tuple[list[str], int] | None = None
+        self._rest = 0
 
     # -- before the draft pass
 
@@ -157,13 +170,40 @@ class Policy:
         caps_B = np.array([min(r.most, limit) for r in requests], dtype=int)
         allowed_BK = np.arange(K) < caps_B[:, None]
         context = float(sum(len(r.tokens) for r in requests))
-        seconds_M = self.cost.step(np.arange(B, B + B * K + 1), B, context)
-        lookups_BK = self._match_curves(requests) * allowed_BK
-        drafts_BK = self.by_position.curves(self._positions(B), ids) * allowed_BK
-        best = choose(lookups_BK, seconds_M)
+        seconds_M = self.cost.verify(B, context, B * K)
+        lookups_BK = self._match_curves(requests)
+        if lookups_BK.any():
+            lookups_BK *= allowed_BK
+            best = choose(lookups_BK, seconds_M)
+        else:
+            best = Choice((0,) * B, float(B), float(seconds_M[0]))
+        self._credit = min(self._credit + _PROBE_SHARE * best.seconds, 2 * self._pass_seconds(B))
         drafting: list[int] = []
-        gain = _PROBE_SHARE * best.seconds
-        self._credit = min(self._credit + gain, 2 * self._pass_seconds(B))
+        if not self._rests(ids):
+            drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
+            if not drafting:
+                self._verdict, self._rest = (ids, self.by_position.trials), _REST
+        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M)
+
+    def _rests(self, ids: list[str]) -> bool:
+        """Whether it is known without looking that the drafter does not pay: looking costs, too."""
+        self._rest -= 1
+        known = self._verdict == (ids, self.by_position.trials)
+        return known and self._rest >= 0 and self._credit < self._pass_seconds(len(ids))
+
+    def _draft_for(
+        self,
+        requests: Sequence[Request],
+        lookups_BK: np.ndarray,
+        allowed_BK: np.ndarray,
+        best: Choice,
+        seconds_M: np.ndarray,
+    ) -> list[int]:
+        """Indices of the requests to run the drafter for; ``best`` is the choice without it."""
+        B = len(requests)
+        drafts_BK = self.by_position.curves(self._positions(B), [r.id for r in requests])
+        drafts_BK *= allowed_BK * self.promises[DRAFTER].share
+        drafting: list[int] = []
         worth_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
         order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
         margin = _MARGIN
@@ -175,10 +215,11 @@ class Policy:
             choice = choose(curves_BK, seconds_M + passed)
             if choice.rate > margin * best.rate:
                 best, drafting, margin = choice, chosen.tolist(), 1.0
+        caps_B = allowed_BK.sum(axis=1)
         drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
         if self.together and drafting:
             drafting = list(range(B))
-        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M)
+        return drafting
 
     def _pass_seconds(self, num_requests: int) -> float:
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
@@ -199,7 +240,7 @@ class Policy:
             cells = np.stack([self._match_cells(requests[i].match_len) for i in rows])
             lens = np.array([len(requests[i].match) for i in rows])
             curves = self.by_match.curves(cells, [requests[i].id for i in rows])
-            out[rows] = curves * (np.arange(K) < lens[:, None])
+            out[rows] = curves * (np.arange(K) < lens[:, None]) * self.promises[LOOKUP].share
         return out
 
     def _probes(
@@ -227,11 +268,12 @@ class Policy:
         new = [i for i in left if not self.by_position.seen(requests[i].id)]
         if not new:
             return []
-        # What a token costs now, and a draft, in tokens.
-        M = sum(best.lengths)
-        last = len(seconds_M) - 1
-        price = best.rate * float(seconds_M[min(M + 1, last)] - seconds_M[M])
-        draft = best.rate * (self._pass_seconds(len(drafting) + 1) - before)
+        # What a token costs now, and a draft, in tokens. The first one of a batch costs more than the next.
+        chosen, last = sum(best.lengths), len(seconds_M) - 1
+        M = max(chosen, 1)
+        price = best.rate * float(seconds_M[min(M + 1, last)] - seconds_M[min(M, last)])
+        first = 0.0 if chosen else best.rate * float(seconds_M[1] - seconds_M[0]) - price
+        draft = best.rate * (self._pass_seconds(len(drafting) + 1) - before) + max(first, 0.0)
         # [kinds of requests, K]: what each kind would gain a step.
         chances = np.maximum(self.by_position.likely_curves(np.arange(self.num_tokens)) - price, 0)
         out = []
@@ -260,6 +302,9 @@ class Policy:
         B, K = len(plan.requests), self.num_tokens
         curves_BK = plan.lookups_BK
         rows = list(plan.drafting)
+        if not rows and not curves_BK.any():
+            self.totals.lengths[0] += B
+            return [Draft(LOOKUP, 0)] * B
         cells = None if confidence is None else confidence_cells(confidence)
         by_drafter = np.zeros(B, dtype=bool)
         if rows:
@@ -268,7 +313,7 @@ class Policy:
                 drafted = self.by_confidence.curves(cells, ids)
             else:
                 drafted = self.by_position.curves(self._positions(len(rows)), ids)
-            drafted = drafted * plan.allowed_BK[rows]
+            drafted = drafted * plan.allowed_BK[rows] * self.promises[DRAFTER].share
             by_drafter[rows] = drafted.sum(axis=1) > curves_BK[rows].sum(axis=1)
             curves_BK = curves_BK.copy()
             curves_BK[rows] = np.where(by_drafter[rows][:, None], drafted, curves_BK[rows])
@@ -319,6 +364,7 @@ class Policy:
             learners=learners,
             source=source,
             length=draft.length if used else 0,
+            promised=expected / self.promises[source].share if used else 0.0,
             expected=expected if used else 0.0,
         )
         self._blocks.setdefault(request.id, []).append(block)
@@ -339,6 +385,7 @@ class Policy:
                 self.totals.proposed[block.source] += block.length
                 self.totals.expected[block.source] += block.expected
                 self.totals.accepted[block.source] += min(right, block.length)
+                self.promises[block.source].add(block.promised, min(right, block.length))
                 block.length = 0
             if right == len(came) < len(block.tokens):
                 undecided.append(block)

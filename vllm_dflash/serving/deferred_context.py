@@ -53,10 +53,15 @@ class DeferredContext:
             # Cache blocks may have changed hands.
             self.flush()
             self._requests = requests
-        proposer._block_inputs.build(proposer, anchor_ids, positions, metadata, num_rejected)
         num_tokens = features_TF.shape[0]
-        positions = proposer._context_positions_buffer[:num_tokens]
-        slots = proposer.context_slots[:, :num_tokens]
+        if num_rejected is None and proposer.kv_groups.single:
+            # The verifier's step wrote its own keys and values of these tokens to the same slots.
+            positions = positions[0] if positions.dim() == 2 else positions
+            slots = metadata.slot_mapping[:num_tokens].unsqueeze(0)
+        else:
+            proposer._block_inputs.build(proposer, anchor_ids, positions, metadata, num_rejected)
+            positions = proposer._context_positions_buffer[:num_tokens]
+            slots = proposer.context_slots[:, :num_tokens]
         if num_tokens >= self.num_rows:
             self.flush()
             self._write(features_TF, positions, slots)

@@ -31,6 +31,7 @@ from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.lookup import PromptLookup
 
 logger = logging.getLogger("vllm.vllm_dflash")
+_NO_MATCH = np.empty(0, dtype=np.int64)
 
 
 def unsupported(runner: Any, vllm_config: Any) -> str | None:
@@ -43,6 +44,23 @@ def unsupported(runner: Any, vllm_config: Any) -> str | None:
     if spec.disable_padded_drafter_batch:
         return "disable_padded_drafter_batch gives the proposer other batches"
     return None
+
+
+def skip_rejection_sampling(runner: Any) -> None:
+    """Lets steps in which nothing was drafted be sampled as without speculation.
+
+    vLLM's runner sends every step of an engine with a drafter through the rejection sampler, which has
+    nothing to reject then and costs more than the plain sampler, and so does what it prepares for it.
+    """
+    prepare = runner._prepare_inputs
+
+    def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        logits_indices, metadata, *rest = prepare(*args, **kwargs)
+        if metadata is not None and metadata.max_spec_len == 0:
+            metadata = None
+        return logits_indices, metadata, *rest
+
+    runner._prepare_inputs = _prepare_inputs
 
 
 class StepClock:
@@ -81,6 +99,7 @@ class DraftLengths:
         self.stats = stats
         self.context = DeferredContext(proposer)
         self.clock = StepClock(proposer.runner)
+        skip_rejection_sampling(proposer.runner)
         self._group = _tensor_parallel_group()
         self._requests: set[str] = set()
 
@@ -153,7 +172,9 @@ class DraftLengths:
         out: list[list[int]] = [[] for _ in range(num_requests)]
         row_of = dict(zip(plan.drafting, of_plan, strict=True))
         for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-            if draft.source == DRAFTER and tokens is not None and draft.length:
+            if not draft.length:
+                continue
+            if draft.source == DRAFTER and tokens is not None:
                 out[row] = tokens[row_of[i], : draft.length].tolist()
             else:
                 out[row] = plan.requests[i].match[: draft.length].tolist()
@@ -170,15 +191,16 @@ class DraftLengths:
         now = time.perf_counter()
         rejected = kwargs.get("num_rejected_tokens_gpu")
         num_rejected = [0] * num_requests if rejected is None else rejected.tolist()
-        discarded = runner.discard_request_mask.np
+        discarded = runner.discard_request_mask.np[:num_requests].tolist()
+        lengths = batch.num_tokens_no_spec[:num_requests].tolist()
+        drafts = batch.spec_token_ids
         rows, requests, emitted, context = [], [], 0, 0
         limit = batch.token_ids_cpu.shape[1]
         for row, request_id in enumerate(batch.req_ids[:num_requests]):
             if discarded[row]:
                 continue
-            before = int(batch.num_tokens_no_spec[row])
-            accepted = len(batch.spec_token_ids[row]) - int(num_rejected[row])
-            end = before + accepted + 1
+            accepted = len(drafts[row]) - num_rejected[row]
+            end = lengths[row] + accepted + 1
             emitted += accepted + 1
             context += end
             if end >= limit:
@@ -193,7 +215,7 @@ class DraftLengths:
                 # The last token is the verifier's own.
                 most = min(most, state.sampling_params.max_tokens - written - 1)
             most = max(0, min(most, self.num_tokens))
-            match, match_len = np.empty(0, dtype=np.int64), 0
+            match, match_len = _NO_MATCH, 0
             if self.lookup is not None and most > 0:
                 match, match_len = self.lookup.draft(tokens, most)
             rows.append(row)
@@ -212,7 +234,8 @@ class DraftLengths:
         self._step = None
         if decoding and clock.began:
             seconds = now - clock.began
-            cost.observe_step(metadata.num_actual_tokens, num_requests, context, seconds)
+            tokens = metadata.num_actual_tokens
+            cost.observe_step(tokens, num_requests, context, seconds, tokens - num_requests)
             self._step = (emitted, num_requests, context, seconds)
 
     def _note(self, draft_seconds: float, drafted: bool) -> None:
