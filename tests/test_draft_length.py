@@ -18,6 +18,7 @@ from vllm_dflash.draft_length.acceptance import (
 )
 from vllm_dflash.draft_length.choice import choose
 from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy, Request
 
 K = 7
@@ -374,6 +375,28 @@ def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
     policy._credit = 10.0
     plan("a")
     assert len(looked) == 4
+
+
+def test_dozes_while_nothing_is_found() -> None:
+    def looks(doze, gain, effort, steps) -> float:
+        looked = 0
+        for _ in range(steps):
+            if not doze.skips():
+                looked += 1
+                doze.note(gain, effort)
+        return looked / steps
+
+    assert looks(Doze(), 0.2, 0.05, 300) == 1
+    doze = Doze()
+    looks(doze, 0.0, 0.05, 100)
+    assert looks(doze, 0.0, 0.05, 400) < 0.3
+    # It is awake again within a nap and a few looks, and stays so.
+    looks(doze, 0.5, 0.05, 60)
+    assert looks(doze, 0.5, 0.05, 100) == 1
+    held_up = Doze()
+    looks(held_up, 0.1, 0.03, 100)
+    held_up.note(0.1, 30.0)
+    assert looks(held_up, 0.1, 0.03, 50) == 1
 
 
 def test_confidence_is_used_where_it_helps() -> None:

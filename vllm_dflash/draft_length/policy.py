@@ -151,16 +151,19 @@ class Policy:
         # The requests and the state of knowledge for which the drafter was found not to pay, and for how
         # many more steps that stands.
         self._verdict: tuple[list[str], int] | None = None
+        #: By how much faster than without speculation the latest plan promised to be, 0.1 for a tenth.
+        self.gain = 0.0
         self._rest = 0
 
     # -- before the draft pass
 
-    def plan(self, requests: Sequence[Request], most: int | None = None) -> Plan:
+    def plan(self, requests: Sequence[Request], most: int | None = None, steps: int = 1) -> Plan:
         """Decides for which requests the drafter runs.
 
         Args:
             requests: of the coming step.
             most: draft tokens of a request at most, where the step has a limit of its own.
+            steps: since the last plan.
         """
         for request in requests:
             self._learn(request)
@@ -177,7 +180,8 @@ class Policy:
             best = choose(lookups_BK, seconds_M)
         else:
             best = Choice((0,) * B, float(B), float(seconds_M[0]))
-        self._credit = min(self._credit + _PROBE_SHARE * best.seconds, 2 * self._pass_seconds(B))
+        earned = steps * _PROBE_SHARE * best.seconds
+        self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
         drafting: list[int] = []
         if not self._rests(ids):
             drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
@@ -304,6 +308,7 @@ class Policy:
         rows = list(plan.drafting)
         if not rows and not curves_BK.any():
             self.totals.lengths[0] += B
+            self.gain = 0.0
             return [Draft(LOOKUP, 0)] * B
         cells = None if confidence is None else confidence_cells(confidence)
         by_drafter = np.zeros(B, dtype=bool)
@@ -322,6 +327,7 @@ class Policy:
         choice = choose(curves_BK, plan.seconds_M + passed)
         if choice.rate < _MARGIN * B / (plan.seconds_M[0] + passed):
             choice = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
+        self.gain = choice.rate * float(plan.seconds_M[0]) / B - 1
         out = []
         row_of = {i: row for row, i in enumerate(rows)}
         for i, request in enumerate(plan.requests):

@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 
 from vllm_dflash import __version__
 from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.policy import DRAFTER, Plan, Policy, Request
 from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
@@ -102,6 +103,9 @@ class DraftLengths:
         skip_rejection_sampling(proposer.runner)
         self._group = _tensor_parallel_group()
         self._requests: set[str] = set()
+        self._doze = Doze()
+        self._unseen = 0
+        self._context = 0
 
     def propose(self, propose: Callable[..., Tensor], **kwargs: Any) -> list[list[int]]:
         """In place of ``DFlashProposer.propose``, whose keywords these are.
@@ -118,9 +122,13 @@ class DraftLengths:
         plan: Plan | None = None
         rows: list[int] = []
         drafting: list[int] = []
-        if self._group is None or self._group.rank_in_group == 0:
+        entered = time.perf_counter()
+        first = self._group is None or self._group.rank_in_group == 0
+        nap = first and metadata.num_actual_tokens == num_requests and self._doze.skips()
+        if first and not nap:
             rows, requests = self._observe(kwargs, num_requests)
-            plan = self.policy.plan(requests, most)
+            plan = self.policy.plan(requests, most, 1 + self._unseen)
+            self._unseen = 0
             drafting = [rows[i] for i in plan.drafting]
             if self.together and drafting:
                 drafting = list(range(num_requests))
@@ -141,6 +149,8 @@ class DraftLengths:
         else:
             self._store_context(kwargs)
         if plan is None:
+            if nap:
+                self._note_nap(num_requests, entered)
             return [[] for _ in range(num_requests)]
         tokens = None if drafted is None else drafted.cpu().numpy()
         confidence = proposer.confidence
@@ -152,6 +162,8 @@ class DraftLengths:
             self.policy.cost.observe_draft(queries, seconds)
         out = self._settle(plan, rows, drafting, tokens, confidence, num_requests)
         self._note(seconds, bool(drafting))
+        search = self.clock.ended - entered - seconds
+        self._doze.note(self.policy.gain, search / float(plan.seconds_M[0]))
         return out
 
     def _settle(
@@ -228,6 +240,7 @@ class DraftLengths:
         self, metadata: Any, num_requests: int, emitted: int, context: int, now: float
     ) -> None:
         cost, clock = self.policy.cost, self.clock
+        self._context = context
         if clock.ended:
             cost.observe_overhead(clock.began - clock.ended)
         decoding = metadata.max_query_len <= self.num_tokens + 1 and emitted >= num_requests
@@ -248,6 +261,16 @@ class DraftLengths:
         if self.stats is not None:
             self.stats.update(policy)
         self.clock.ended = time.perf_counter()
+
+    def _note_nap(self, num_requests: int, now: float) -> None:
+        """Counts a step in which nobody looked for drafts, and before which nothing was drafted."""
+        policy, clock = self.policy, self.clock
+        self._unseen += 1
+        self._context += num_requests
+        seconds = now - clock.began + policy.cost.overhead
+        policy.account(num_requests, num_requests, self._context, seconds)
+        policy.totals.lengths[0] += num_requests
+        clock.ended = time.perf_counter()
 
     def _forget(self, present: set[str]) -> None:
         self.policy.forget(self._requests - present)
