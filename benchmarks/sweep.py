@@ -37,7 +37,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -46,15 +45,24 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain, cycle, zip_longest
 from pathlib import Path
-from statistics import geometric_mean, median
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from sweep_figures import (
+    BOUNDS,
+    CONTEXTS,
+    FIXED,
+    OUR_MODES,
+    OURS,
+    TRAFFIC,
+    Point,
+    finish,
+    make_row,
+)
+from sweep_report import show, write_png
 
 from vllm_dflash.bench.engine_process import EngineProcess, EngineSpec, RunResult
-from vllm_dflash.bench.report import MODE_COLORS, atomic_path, write_json
+from vllm_dflash.bench.report import write_json
 from vllm_dflash.bench.runner import (
     BenchConfig,
     EngineFactory,
@@ -65,22 +73,11 @@ from vllm_dflash.bench.runner import (
     rotate,
     run_prompts,
     speculative_config,
-    speed_ratio,
-    summarize,
 )
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 
-TRAFFIC = ("own", "foreign", "mixed")
-CONTEXTS = ("short", "long")
 MODES = ("none", "ngram", "k1", "k3", "k5", "k7", "table", "ours")
-OURS = "ours"
-#: Modes of the plugin besides the fixed ones, and what they add to its defaults.
-OUR_MODES: dict[str, dict[str, Any]] = {OURS: {}, "ours-no-lookup": {"dflash_lookup": "off"}}
 STOCK_MODES = ("none", "ngram", "stock", "table")
-FIXED = re.compile(r"k([1-9]\d*)")
-#: What ours has to reach over each of these, as a ratio of output speed; over ngram where ngram is the
-#: fastest of the other modes.
-BOUNDS = {"none": 0.98, "best_fixed": 0.97, "best_single_fixed": 1.1, "ngram": 1.0}
 MIN_REQUESTS = 4
 #: Tokens that max_model_len leaves beyond the longest request: vLLM stops drafting close to it.
 ROOM = 64
@@ -97,22 +94,6 @@ GPU_PROFILE: dict[str, Any] = {
     # Engines that start at the same time would take each other's memory for their own.
     "engine_args": json.dumps({"kv_cache_memory_bytes": 4 * 2**30}),
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is measured at a time."""
-
-    concurrency: int
-    traffic: str
-    context: str
-
-    def __str__(self) -> str:
-        return f"{self.traffic}, {self.context} context, {self.concurrency} in flight"
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Point:
-        return cls(row["concurrency"], row["traffic"], row["context"])
 
 
 @dataclass
@@ -445,321 +426,6 @@ def measure(
         if said:
             say(f"  repeat {repeat + 1} of {bench.repeats}, tokens/s: {', '.join(said)}")
     return results
-
-
-# -- figures -----------------------------------------------------------------------------------
-
-
-def identical_share(results: Sequence[RunResult], base: Sequence[RunResult]) -> float | None:
-    """Share of requests that got the same tokens as in the same repeat of the other mode."""
-    same = [
-        a.output_token_ids == b.output_token_ids
-        for mine, theirs in zip(results, base, strict=False)
-        for a, b in zip(mine.requests, theirs.requests, strict=True)
-    ]
-    return sum(same) / len(same) if same else None
-
-
-def draft_share(results: Sequence[RunResult]) -> float | None:
-    """Share of a request's decode steps that verified a draft, nearly.
-
-    A step gives a token besides the accepted ones. What the end of a text cuts off was accepted, too, which
-    makes the share a little too large.
-    """
-    accepted, drafts, decoded = 0, 0, 0
-    for result in results:
-        accepted += result.counters.num_accepted_tokens
-        drafts += result.counters.num_drafts
-        decoded += result.num_output_tokens - len(result.requests)  # prefill gives the first
-    return min(1.0, drafts / (decoded - accepted)) if decoded > accepted else None
-
-
-def make_row(
-    point: Point, prompts: Sequence[Sequence[int]], results: Mapping[str, list[RunResult]]
-) -> dict[str, Any]:
-    """All figures of a point that need no other point."""
-    none = results.get("none") or []
-    modes = {}
-    for mode, runs in results.items():
-        if runs:
-            modes[mode] = summarize(runs, none, 0.0) | {
-                "draft_share": draft_share(runs),
-                "identical_to_none": identical_share(runs, none),
-            }
-    lengths = [len(p) for p in prompts]
-    row: dict[str, Any] = {
-        "concurrency": point.concurrency,
-        "traffic": point.traffic,
-        "context": point.context,
-        "num_requests": len(prompts),
-        "prompt_tokens": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
-        "modes": modes,
-    }
-    fixed = fixed_modes(modes)
-    row["best_fixed"] = max(fixed, key=lambda m: median(speeds(row, m)), default=None)
-    others = [m for m in modes if m not in OUR_MODES]
-    row["fastest_other"] = max(others, key=lambda m: median(speeds(row, m)), default=None)
-    for name in ("none", "ngram", "table"):
-        row[f"ours_over_{name}"] = over(row, name)
-    row["ours_over_best_fixed"] = over(row, row["best_fixed"])
-    return row
-
-
-def fixed_modes(modes: Mapping[str, Any]) -> list[str]:
-    return [m for m in modes if FIXED.fullmatch(m)]
-
-
-def speeds(row: Mapping[str, Any], mode: str) -> list[float]:
-    return row["modes"][mode]["output_tokens_per_s"]["raw"]
-
-
-def over(row: Mapping[str, Any], mode: str | None, ours: str = OURS) -> dict[str, float] | None:
-    """Ours over another mode: ratio of the medians, range of the repeats' own."""
-    if mode not in row["modes"] or ours not in row["modes"]:
-        return None
-    assert mode is not None
-    return speed_ratio(speeds(row, ours), speeds(row, mode))
-
-
-def verdict(ratio: Mapping[str, float] | None, bound: float) -> dict[str, Any] | None:
-    """``within_spread``: short, but one repeat by itself was not."""
-    if ratio is None:
-        return None
-    met = ratio["ratio"] >= bound
-    return {"bound": bound, **ratio, "met": met, "within_spread": not met and ratio["max"] >= bound}
-
-
-def finish(report: dict[str, Any]) -> dict[str, Any]:
-    """The figures across points: the best single K of the mixed ones, verdicts, counts. In place."""
-    rows: list[dict[str, Any]] = report["rows"]
-    rows.sort(
-        key=lambda r: (CONTEXTS.index(r["context"]), TRAFFIC.index(r["traffic"]), r["concurrency"])
-    )
-    mixed = [r for r in rows if r["traffic"] == "mixed" and OURS in r["modes"]]
-    report["mixed"] = single = single_fixed(mixed)
-    for row in rows:
-        best = single["best_single_fixed"] if single and row in mixed else None
-        row["ours_over_best_single_fixed"] = over(row, best)
-        row["verdicts"] = {
-            name: verdict(row[f"ours_over_{name}"], bound)
-            for name, bound in BOUNDS.items()
-            if name != "ngram" or row["fastest_other"] == "ngram"
-        }
-    summary: dict[str, Any] = {}
-    for name in BOUNDS:
-        verdicts = [v for row in rows if (v := row["verdicts"].get(name))]
-        if verdicts:
-            summary[name] = {
-                "bound": BOUNDS[name],
-                "points": len(verdicts),
-                "met": sum(v["met"] for v in verdicts),
-                "within_spread": sum(v["within_spread"] for v in verdicts),
-                "lowest": min(v["ratio"] for v in verdicts),
-            }
-    shares = [row["modes"][OURS]["identical_to_none"] for row in rows if OURS in row["modes"]]
-    shares = [s for s in shares if s is not None]
-    if shares:
-        summary["identical"] = {
-            "points": len(shares),
-            "met": shares.count(1.0),
-            "lowest": min(shares),
-        }
-    report["summary"] = summary
-    return report
-
-
-def single_fixed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The one K that is best over all of the rows, and ours over it.
-
-    Over points of very different speeds the mean is geometric: all count alike.
-    """
-    fixed = (
-        [m for m in fixed_modes(rows[0]["modes"]) if all(m in r["modes"] for r in rows)]
-        if rows
-        else []
-    )
-    if not fixed:
-        return None
-    means = {m: geometric_mean(median(speeds(r, m)) for r in rows) for m in fixed}
-    best = max(fixed, key=means.__getitem__)
-    pairs = [list(zip(speeds(r, OURS), speeds(r, best), strict=False)) for r in rows]
-    repeats = [geometric_mean(a / b for a, b in column) for column in zip(*pairs, strict=False)]
-    ratio = geometric_mean(r["ratio"] for row in rows if (r := over(row, best)))
-    return {
-        "points": len(rows),
-        "best_single_fixed": best,
-        "fixed_tokens_per_s": means,
-        "ours": verdict(
-            {"ratio": ratio, "min": min(repeats), "max": max(repeats)}, BOUNDS["best_single_fixed"]
-        ),
-    }
-
-
-# -- what is shown -----------------------------------------------------------------------------
-
-
-def make_table(report: Mapping[str, Any]) -> Table:
-    table = Table(
-        title="output tokens/s: none's, then times none's (range of the repeats)",
-        caption="same: outputs equal to none's. ~: short, but the bound lies within the spread",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for name in ("context", "traffic", "in flight", "none", "ngram", "best K", "table", "ours"):
-        table.add_column(name, justify="left" if name in ("context", "traffic") else "right")
-    for name in ("over best K", "over one K", "tau", "drafted", "same", "bounds"):
-        table.add_column(name, justify="left" if name == "bounds" else "right")
-    last = None
-    for row in report["rows"]:
-        if last not in (None, (row["context"], row["traffic"])):
-            table.add_section()
-        last = (row["context"], row["traffic"])
-        modes = row["modes"]
-        best = row["best_fixed"]
-        figures = modes.get(OURS, {})
-        short = [
-            name.replace("_", " ") + ("~" if v["within_spread"] else "")
-            for name, v in row["verdicts"].items()
-            if v and not v["met"]
-        ]
-        table.add_row(
-            row["context"],
-            row["traffic"],
-            str(row["concurrency"]),
-            f"{median(speeds(row, 'none')):.1f}" if "none" in modes else "-",
-            *(_times(over(row, "none", m) if m else None) for m in ("ngram",)),
-            f"{best} {_times(over(row, 'none', best))}" if best else "-",
-            _times(over(row, "none", "table")),
-            _times(row["ours_over_none"], True),
-            _times(row["ours_over_best_fixed"], True),
-            _times(row["ours_over_best_single_fixed"]),
-            _figure(figures.get("tau"), ".2f"),
-            f"{_figure(figures.get('draft_length'), '.1f')} x {_figure(figures.get('draft_share'), '.0%')}",
-            _figure(figures.get("identical_to_none"), ".0%"),
-            ("short: " + ", ".join(short)) if short else "met" if OURS in modes else "-",
-        )
-    return table
-
-
-def _times(ratio: Mapping[str, float] | None, with_range: bool = False) -> str:
-    if ratio is None:
-        return "-"
-    return f"{ratio['ratio']:.2f}" + (
-        f" {ratio['min']:.2f}-{ratio['max']:.2f}" if with_range else ""
-    )
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def summary_lines(report: Mapping[str, Any]) -> list[str]:
-    """A line a bound: how many points meet it."""
-    lines = []
-    for name, s in report["summary"].items():
-        if name == "identical":
-            lines.append(
-                f"outputs identical to none's at {s['met']} of {s['points']} points, "
-                f"lowest share {s['lowest']:.0%}"
-            )
-            continue
-        where = {"ngram": " where ngram is the fastest other mode"}.get(name, "")
-        lines.append(
-            f"ours >= {s['bound']:g} x {name.replace('_', ' ')}: {s['met']} of {s['points']} points{where}, "
-            f"{s['within_spread']} more within the spread; lowest {s['lowest']:.2f}"
-        )
-    if report["mixed"]:
-        ours = report["mixed"]["ours"]
-        lines.append(
-            f"mixed traffic as a whole: {ours['ratio']:.2f} ({ours['min']:.2f}-{ours['max']:.2f}) x "
-            f"{report['mixed']['best_single_fixed']}, the best single K; bound {ours['bound']:g} "
-            f"{'met' if ours['met'] else 'short'}"
-        )
-    if report["not_measured"]:
-        lines.append(
-            f"not measured: {len(report['not_measured'])} points; --resume goes on with them"
-        )
-    return lines
-
-
-def write_png(report: Mapping[str, Any], path: Path) -> None:
-    """Speed over none by requests in flight: a panel a traffic and context, a line a mode."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [r for r in report["rows"] if "none" in r["modes"]]
-    if not rows:
-        raise ValueError("nothing to draw: no point has a run without speculation")
-    contexts = [c for c in CONTEXTS if any(r["context"] == c for r in rows)]
-    traffic = [t for t in TRAFFIC if any(r["traffic"] == t for r in rows)]
-    modes = [m for m in report["modes"] if any(m in r["modes"] for r in rows)]
-    fixed = fixed_modes(dict.fromkeys(modes))
-    ticks = sorted({r["concurrency"] for r in rows})
-    settings = report["settings"]
-    with matplotlib.rc_context({"font.size": 9}):
-        size = (max(6.0, 3.2 * len(traffic) + 1.2), 2.7 * len(contexts) + 1.0)
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(
-            len(contexts), len(traffic), sharex=True, sharey="row", squeeze=False
-        )
-        lines = {}
-        for i, context in enumerate(contexts):
-            for j, kind in enumerate(traffic):
-                axes = panels[i][j]
-                here = [r for r in rows if r["context"] == context and r["traffic"] == kind]
-                for mode in modes:
-                    color = MODE_COLORS.get(mode, "#009e73")
-                    if mode in fixed:
-                        color = matplotlib.colormaps["RdPu"](
-                            0.3 + 0.6 * fixed.index(mode) / len(fixed)
-                        )
-                    at = [r for r in here if mode in r["modes"]]
-                    ratios = [speed_ratio(speeds(r, mode), speeds(r, "none")) for r in at]
-                    middle = [r["ratio"] for r in ratios]
-                    bold = mode == OURS
-                    (lines[mode],) = axes.plot(
-                        [r["concurrency"] for r in at],
-                        middle,
-                        color=color,
-                        linewidth=2.2 if bold else 1.1,
-                        linestyle="--" if mode in fixed else "-",
-                        marker="o" if bold else ".",
-                        zorder=3 if bold else 2,
-                    )
-                    if bold:
-                        low, high = [r["min"] for r in ratios], [r["max"] for r in ratios]
-                        axes.fill_between(
-                            [r["concurrency"] for r in at], low, high, color=color, alpha=0.15
-                        )
-                axes.set_xscale("log", base=2)
-                axes.set_xticks(ticks, [str(t) for t in ticks])
-                axes.set_title(f"{kind}, {context} context", fontsize=9)
-                axes.spines[["top", "right"]].set_visible(False)
-        for axes in panels[-1]:
-            axes.set_xlabel("requests in flight")
-        for row_axes in panels:
-            row_axes[0].set_ylabel("tokens/s over none")
-            row_axes[0].set_ylim(bottom=0)
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
-        where = ", ".join(report["machine"]["gpus"]) or report["machine"]["cpu"]
-        figure.suptitle(
-            f"{settings['verifier']} with {settings['drafter']}\n{where}; vLLM {report['versions']['vllm']}",
-            fontsize=10,
-        )
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
-
-
-def show(report: Mapping[str, Any], console: Console) -> None:
-    if report["rows"]:
-        console.print(make_table(report))
-    for line in summary_lines(report):
-        console.print(line, highlight=False, markup=False)
-    for mode, message in report["errors"].items():
-        console.print(f"mode {mode} failed: {message}", style="red", markup=False)
 
 
 # -- command line ------------------------------------------------------------------------------

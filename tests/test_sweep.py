@@ -19,7 +19,10 @@ from vllm_dflash.training.conversations import Conversation, load_conversations
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import sweep
-from sweep import Point, SweepConfig
+import sweep_figures
+import sweep_report
+from sweep import SweepConfig
+from sweep_figures import Point
 
 MODES = ("none", "ngram", "k1", "k3", "table", "ours")
 
@@ -214,11 +217,11 @@ def test_best_fixed_a_point_and_one_for_all(tmp_path, engine):
 
 
 def test_short_but_within_the_spread():
-    judged = sweep.verdict({"ratio": 0.96, "min": 0.9, "max": 1.0}, 0.98)
+    judged = sweep_figures.verdict({"ratio": 0.96, "min": 0.9, "max": 1.0}, 0.98)
     assert (judged["met"], judged["within_spread"]) == (False, True)
-    judged = sweep.verdict({"ratio": 0.96, "min": 0.9, "max": 0.97}, 0.98)
+    judged = sweep_figures.verdict({"ratio": 0.96, "min": 0.9, "max": 0.97}, 0.98)
     assert (judged["met"], judged["within_spread"]) == (False, False)
-    assert sweep.verdict(None, 0.98) is None
+    assert sweep_figures.verdict(None, 0.98) is None
 
 
 def test_only_mixed_rows_have_a_single_fixed(tmp_path, engine):
@@ -231,9 +234,9 @@ def test_share_of_steps_with_a_draft():
     # 2 requests of 6 tokens, 10 of them decoded; 4 accepted, so 6 steps, 3 of which had a draft.
     six = tuple(range(6))
     runs = [run_result(1.0, SpecCounters(3, 9, 4, (3, 1)), request(six), request(six))]
-    assert sweep.draft_share(runs) == pytest.approx(0.5)
-    assert sweep.draft_share([run_result(1.0, SpecCounters(), request(six))]) == 0.0
-    assert sweep.draft_share([run_result(1.0, SpecCounters(), request((1,)))]) is None
+    assert sweep_figures.draft_share(runs) == pytest.approx(0.5)
+    assert sweep_figures.draft_share([run_result(1.0, SpecCounters(), request(six))]) == 0.0
+    assert sweep_figures.draft_share([run_result(1.0, SpecCounters(), request((1,)))]) is None
 
 
 # -- faults and files --------------------------------------------------------------------------
@@ -251,7 +254,7 @@ def test_a_mode_that_fails_is_left_out(tmp_path, engine):
     assert four["ours_over_none"] is None
     assert four["verdicts"]["none"] is None
     assert four["ours_over_best_fixed"]["ratio"] == 1.0
-    sweep.show(report, Console(width=180, file=open("/dev/null", "w")))  # noqa: SIM115
+    sweep_report.show(report, Console(width=180, file=open("/dev/null", "w")))  # noqa: SIM115
 
 
 def test_what_was_measured_survives_and_the_rest_follows(tmp_path, engine):
@@ -309,15 +312,15 @@ def test_table_picture_and_json(tmp_path, engine):
     path = tmp_path / "sweep.json"
     bench_report.write_json(report, path)
     assert json.loads(path.read_text())["rows"][0]["ours_over_none"]["ratio"] == 1.0
-    sweep.write_png(report, tmp_path / "sweep.png")
+    sweep_report.write_png(report, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     console = Console(width=180, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    sweep.show(report, console)
+    sweep_report.show(report, console)
     text = console.export_text()
     for part in ("k1 1.00", "short: best single fixed", "ours >= 0.98 x none: 8 of 8 points"):
         assert part in text
     with pytest.raises(ValueError, match="nothing to draw"):
-        sweep.write_png(sweep.new_report(config(tmp_path)), tmp_path / "none.png")
+        sweep_report.write_png(sweep.new_report(config(tmp_path)), tmp_path / "none.png")
 
 
 def test_gpu_profile_gives_way_to_what_is_asked(tmp_path):
