@@ -388,11 +388,20 @@ def test_dozes_while_nothing_is_found() -> None:
 
     assert looks(Doze(), 0.2, 0.05, 300) == 1
     doze = Doze()
-    looks(doze, 0.0, 0.05, 100)
-    assert looks(doze, 0.0, 0.05, 400) < 0.3
-    # It is awake again within a nap and a few looks, and stays so.
-    looks(doze, 0.5, 0.05, 60)
+    looks(doze, 0.0, 0.05, 500)
+    assert looks(doze, 0.0, 0.05, 400) < 0.2
+    # It is awake again within two naps, and stays so.
+    looks(doze, 0.5, 0.05, 140)
     assert looks(doze, 0.5, 0.05, 100) == 1
+    # Rare finds that pay in all keep it awake.
+    rng = np.random.default_rng(0)
+    rare, skipped = Doze(), 0
+    for _ in range(2000):
+        if rare.skips():
+            skipped += 1
+        else:
+            rare.note(0.6 * (rng.random() < 0.1), 0.035)
+    assert skipped < 100
     held_up = Doze()
     looks(held_up, 0.1, 0.03, 100)
     held_up.note(0.1, 30.0)

@@ -19,7 +19,7 @@ _REQUEST_PRIOR = 6.0
 _PROMISE_HALF_LIFE = 100.0
 _PROMISE_PRIOR = 10.0
 #: Requests over which the spread between requests is known.
-_RECENT = 64
+_RECENT = 32
 
 
 def _logit(p: Any) -> Any:
