@@ -93,6 +93,27 @@ def test_predictor_finds_averages_and_requests() -> None:
     assert predictor.seen("bad")
 
 
+def test_what_fails_at_once_may_hold_for_long() -> None:
+    """A request whose matches are wrong two times in three, and right to the end where they are not."""
+    rng = np.random.default_rng(0)
+    prior, cells = [0.6, 0.9, 0.9], np.arange(3)
+    apart, alike = Predictor(prior, groups=[0, 1, 1]), Predictor(prior)
+    for _ in range(100):
+        right = 3 if rng.random() < 0.3 else 0
+        other = next((i for i, p in enumerate((0.95, 0.8, 0.8)) if rng.random() > p), 3)
+        for predictor in (apart, alike):
+            predictor.observe(cells[: right + 1], right, "r")
+            predictor.observe(cells[: other + 1], other, "other")
+    first, _, third = apart.curves(cells[None], ["r"])[0]
+    assert first == pytest.approx(0.3, abs=0.12)
+    assert third > 0.8 * first
+    assert third > alike.curves(cells[None], ["r"])[0, 2]
+    assert apart.likely_offsets().shape[1] == 2
+    for name in ("r", "other"):
+        apart.forget(name)
+    assert apart.curves(cells[None], ["new"]).shape == (1, 3)
+
+
 def test_one_refusal_is_no_verdict() -> None:
     predictor = Predictor([0.8] * K)
     positions = np.arange(K)[None]

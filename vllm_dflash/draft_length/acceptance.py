@@ -64,13 +64,19 @@ class Predictor:
     Args:
         prior: the averages before anything was seen, ``[cells]``.
         weight: trials that the prior counts for.
+        groups: of each cell, from 0 on. A request has an offset for each group; what it shows in one says
+            nothing of another. None puts all cells into one.
     """
 
-    def __init__(self, prior: Sequence[float], weight: float = 6.0) -> None:
+    def __init__(
+        self, prior: Sequence[float], weight: float = 6.0, groups: Sequence[int] | None = None
+    ) -> None:
         self._logit_C = _logit(np.clip(np.asarray(prior, dtype=float), 0.005, 0.995))
         self._weight_C = np.full(len(self._logit_C), weight)
-        self._requests: dict[str, Trials] = {}
-        self._recent: list[float] = []
+        self._group_C = np.zeros(len(prior), int) if groups is None else np.asarray(groups, int)
+        self._num_groups = int(self._group_C.max()) + 1
+        self._requests: dict[str, list[Trials]] = {}
+        self._recent: list[list[float]] = []
         self._likely: np.ndarray | None = None
         #: Running mean of -log P(what happened): which of two predictors is the better one.
         self.loss = 0.0
@@ -78,9 +84,10 @@ class Predictor:
 
     def conditional(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` of the tokens in these cells, each given the ones before it."""
-        known = self._requests
-        offset_B = np.array([known[r].offset if r in known else 0.0 for r in requests])
-        return _probability(self._logit_C[cells_BT] + offset_B[:, None])
+        known, nothing = self._requests, [Trials()] * self._num_groups
+        offset_BG = np.array([[t.offset for t in known.get(r, nothing)] for r in requests])
+        offset_BT = np.take_along_axis(offset_BG, self._group_C[cells_BT], axis=1)
+        return _probability(self._logit_C[cells_BT] + offset_BT)
 
     def curves(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
@@ -95,7 +102,7 @@ class Predictor:
 
     def likely_curves(self, cells_T: np.ndarray) -> np.ndarray:
         """Curves that a request of which nothing is known may have, ``[kinds of requests, T]``."""
-        offsets = self.likely_offsets()[:, None]
+        offsets = self.likely_offsets()[:, self._group_C[cells_T]]
         return np.cumprod(_probability(self._logit_C[cells_T] + offsets), axis=1)
 
     def observe(self, cells_T: np.ndarray, num_accepted: int, request: str) -> None:
@@ -109,21 +116,29 @@ class Predictor:
         """
         if len(cells_T) == 0:
             return
-        trials = self._requests.setdefault(request, Trials())
-        expected = 0.0
+        of_request = self._requests.get(request)
+        if of_request is None:
+            of_request = self._requests[request] = [Trials() for _ in range(self._num_groups)]
+        seen = [[0, 0, 0.0] for _ in of_request]
         decay = 0.5 ** (1 / _HALF_LIFE)
         for t, cell in enumerate(cells_T.tolist()):
             right = t < num_accepted
             average = float(self._logit_C[cell])
-            expected += 1 / (1 + math.exp(-average))
-            p = 1 / (1 + math.exp(-average - trials.offset))
+            group = int(self._group_C[cell])
+            counts = seen[group]
+            counts[0] += 1
+            counts[1] += right
+            counts[2] += 1 / (1 + math.exp(-average))
+            p = 1 / (1 + math.exp(-average - of_request[group].offset))
             self.trials += 1
             surprise = -math.log(max(p if right else 1 - p, 1e-6))
             self.loss += (surprise - self.loss) / min(self.trials, _HALF_LIFE)
             weight = self._weight_C[cell] = self._weight_C[cell] * decay + 1
             step = (right - p) / (weight * max(p * (1 - p), 0.05))
             self._logit_C[cell] = min(max(average + step, -5.0), 5.0)
-        trials.add(len(cells_T), num_accepted, expected)
+        for trials, (tried, accepted, expected) in zip(of_request, seen, strict=True):
+            if tried:
+                trials.add(tried, accepted, expected)
 
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
@@ -132,18 +147,20 @@ class Predictor:
     def forget(self, request: str) -> None:
         """The request has ended; its offset stays as one of those that requests have."""
         trials = self._requests.pop(request, None)
-        if trials is not None and trials.tried >= 2:
-            self._recent = [*self._recent[1 - _RECENT :], trials.offset]
+        if trials is not None and sum(t.tried for t in trials) >= 2:
+            self._recent = [*self._recent[1 - _RECENT :], [t.offset for t in trials]]
             self._likely = None
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:
-        """Offsets that a request of which nothing is known may have: quantiles of those seen."""
+        """Offsets ``[kinds, groups]`` that a request of which nothing is known may have: quantiles of those
+        seen, a request that is good in one group taken to be good in the others."""
         if self._likely is None:
             if len(self._recent) < 4:
                 # Too few to know the spread.
-                self._likely = np.array([-1.5, 0.0, 1.5])
+                kinds = np.array([-1.5, 0.0, 1.5])
+                self._likely = np.repeat(kinds[:, None], self._num_groups, axis=1)
             else:
-                self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num)
+                self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num, axis=0)
         return self._likely
 
 

@@ -143,7 +143,11 @@ class Policy:
         self.by_confidence = Predictor(CONFIDENCE_PRIOR)
         # The first token behind a short match is a guess; the ones behind it follow it.
         first = (0.35, 0.5, 0.6, 0.75)
-        self.by_match = Predictor([p for f in first for p in (f, *[0.85] * (num_tokens - 1))])
+        # How often a request's matches fail at once does not tell how long the others hold.
+        self.by_match = Predictor(
+            [p for f in first for p in (f, *[0.85] * (num_tokens - 1))],
+            groups=[g for _ in first for g in (0, *[1] * (num_tokens - 1))],
+        )
         self.promises = {DRAFTER: Promises(), LOOKUP: Promises()}
         self.totals = Totals(lengths=[0] * (num_tokens + 1))
         self._blocks: dict[str, list[_Block]] = {}
