@@ -48,6 +48,13 @@ ROLES: dict[str, dict[str, str]] = {
         "metadata": "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata",
         "original": "vllm.model_executor.layers.mamba.mamba_mixer2.selective_state_update",
     },
+    "serving/deferred_context.py": {"metadata": _METADATA},
+    "serving/draft_length.py": {
+        "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
+    },
+    "serving/draft_length.py:_prepare_inputs": {
+        "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
+    },
     "serving/drafter_model.py": {
         "model": _DRAFT_MODEL, "vllm_config": "vllm.config.VllmConfig",
         "shared": "vllm.lora.layers.VocabParallelEmbeddingWithLoRA",
