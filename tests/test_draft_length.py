@@ -287,7 +287,7 @@ class World:
             emitted += accepted + 1
             self.lengths[i].append(d.length)
         self.policy.cost.observe_step(total, B, context, verify, total - B)
-        self.policy.account(emitted, B, context, verify + draft)
+        self.policy.account(emitted, B, context, verify + draft, total - B, draft)
         self.seconds += verify + draft
         self.tokens += emitted
         self.passes += bool(plan.drafting)
@@ -470,6 +470,25 @@ def test_lookup_is_preferred_where_it_is_better() -> None:
     for source in (DRAFTER, LOOKUP):
         assert totals.accepted[source] == pytest.approx(totals.expected[source], rel=0.1)
     assert totals.speedup > 1.2
+
+
+def test_estimated_speed_is_one_without_drafts_whatever_the_noise() -> None:
+    """Costs are typical ones, and noise only ever adds."""
+    rng = np.random.default_rng(0)
+    policy, truth = Policy(made(), K), made()
+    for _ in range(2000):
+        seconds = float(truth.step(4, 4, 100)) * (1 + rng.exponential(0.15))
+        policy.cost.observe_step(4, 4, 100, seconds)
+        policy.account(4, 4, 100, seconds)
+    assert policy.totals.speedup == pytest.approx(1.0, abs=0.03)
+    before = policy.totals.plain_seconds, policy.totals.seconds
+    for _ in range(2000):
+        verified = float(truth.verify(4, 100, 8)[-1]) * (1 + rng.exponential(0.15))
+        policy.cost.observe_step(12, 4, 100, verified, 8)
+        policy.account(8, 4, 100, verified + 0.1, 8, 0.1)
+    plain, spent = policy.totals.plain_seconds - before[0], policy.totals.seconds - before[1]
+    want = 2 * 1.08 / (1.24 + 0.1 / 1.15)
+    assert plain / spent == pytest.approx(want, rel=0.05)
 
 
 def test_all_or_none() -> None:

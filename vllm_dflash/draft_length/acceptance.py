@@ -119,7 +119,7 @@ class Predictor:
         of_request = self._requests.get(request)
         if of_request is None:
             of_request = self._requests[request] = [Trials() for _ in range(self._num_groups)]
-        seen = [[0, 0, 0.0] for _ in of_request]
+        seen: list[list[Any]] = [[0, 0, 0.0] for _ in of_request]
         decay = 0.5 ** (1 / _HALF_LIFE)
         for t, cell in enumerate(cells_T.tolist()):
             right = t < num_accepted

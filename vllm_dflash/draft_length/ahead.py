@@ -235,13 +235,13 @@ class Ahead(Policy):
         """
         B = num_requests
         self.uneven *= _UNEVEN_KEPT
-        self.account(emitted, B, context, seconds)
+        passed = self._pass_seconds(B) if drafted else 0.0
+        self.account(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
         self._credit += max(emitted - B, 0) / B * float(self.cost.verify(B, context, 0)[0])
         if drafted is None:
             return
         step = float(self.cost.verify(B, context, drafts)[-1])
-        passed = self._pass_seconds(B) if drafted else 0.0
         uneven = 0.0
         if not even:
             self._num_uneven += 1

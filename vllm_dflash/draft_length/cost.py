@@ -113,7 +113,7 @@ class StepCost:
         want = float(self.step(num_tokens, num_requests, context)) - self.overhead
         if num_drafts:
             checked = want + self.machine * self.check
-            late = checked * math.exp(_surprise(seconds, checked)) - checked
+            late = checked * _surprise(seconds, checked)
             self.check = max(self.check + _CHECK_RATE * late / self.machine, 0.0)
             want += self.machine * self.check
         surprise = _surprise(seconds, want)

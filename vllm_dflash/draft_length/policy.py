@@ -34,6 +34,8 @@ _PROBE_SHARE = 0.005
 _HORIZON = 20
 #: Steps that took longer than so many plain ones say nothing of speculation.
 _HELD_UP = 10.0
+#: Share of the latest step in how late steps are on average.
+_LATENESS_RATE = 1 / 100
 #: Steps for which a verdict against the drafter stands while nothing new is known.
 _REST = 8
 #: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
@@ -148,6 +150,8 @@ class Policy:
             [p for f in first for p in (f, *[0.85] * (num_tokens - 1))],
             groups=[g for _ in first for g in (0, *[1] * (num_tokens - 1))],
         )
+        # Mean of how much longer steps take than their costs say.
+        self._lateness = 1.0
         self.promises = {DRAFTER: Promises(), LOOKUP: Promises()}
         self.totals = Totals(lengths=[0] * (num_tokens + 1))
         self._blocks: dict[str, list[_Block]] = {}
@@ -411,14 +415,34 @@ class Policy:
             for predictor in (self.by_position, self.by_confidence, self.by_match):
                 predictor.forget(request)
 
-    def account(self, num_tokens: int, num_requests: int, context: float, seconds: float) -> None:
-        """Counts a step that emitted ``num_tokens`` and took ``seconds``, its draft pass included."""
-        plain = float(self.cost.step(num_requests, num_requests, context))
+    def account(
+        self,
+        num_tokens: int,
+        num_requests: int,
+        context: float,
+        seconds: float,
+        drafts: int = 0,
+        draft_seconds: float = 0.0,
+    ) -> None:
+        """Counts a step.
+
+        Args:
+            num_tokens: emitted.
+            num_requests, context: of the step, and their tokens altogether.
+            seconds: that it took, ``draft_seconds`` of them for its draft pass.
+            drafts: draft tokens that it verified.
+        """
+        seconds_M = self.cost.verify(num_requests, context, drafts)
+        plain = float(seconds_M[0])
+        # A step that took much longer was held up by something else.
+        seconds = min(seconds, _HELD_UP * plain)
+        # Costs are those of typical steps. Some are late, and none as early: plain ones would be, too.
+        late = max(seconds - draft_seconds, 0.0) / float(seconds_M[-1])
+        self._lateness += _LATENESS_RATE * (late - self._lateness)
         self.totals.steps += 1
         self.totals.tokens += num_tokens
-        # A step that took much longer was held up by something else.
-        self.totals.seconds += min(seconds, _HELD_UP * plain)
-        self.totals.plain_seconds += plain * num_tokens / num_requests
+        self.totals.seconds += seconds
+        self.totals.plain_seconds += self._lateness * plain * num_tokens / num_requests
 
 
 def _sizes(candidates: int, together: bool) -> list[int]:

@@ -248,15 +248,16 @@ class DraftLengths:
         if decoding and clock.began:
             seconds = now - clock.began
             tokens = metadata.num_actual_tokens
-            cost.observe_step(tokens, num_requests, context, seconds, tokens - num_requests)
-            self._step = (emitted, num_requests, context, seconds)
+            drafts = tokens - num_requests
+            cost.observe_step(tokens, num_requests, context, seconds, drafts)
+            self._step = (emitted, num_requests, context, drafts, seconds)
 
     def _note(self, draft_seconds: float, drafted: bool) -> None:
         policy = self.policy
         if self._step is not None:
-            emitted, num_requests, context, seconds = self._step
+            emitted, num_requests, context, drafts, seconds = self._step
             seconds += policy.cost.overhead + draft_seconds
-            policy.account(emitted, num_requests, context, seconds)
+            policy.account(emitted, num_requests, context, seconds, drafts, draft_seconds)
         policy.totals.drafted_steps += drafted
         if self.stats is not None:
             self.stats.update(policy)
