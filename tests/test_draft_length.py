@@ -491,6 +491,16 @@ def test_estimated_speed_is_one_without_drafts_whatever_the_noise() -> None:
     assert plain / spent == pytest.approx(want, rel=0.05)
 
 
+def test_a_step_whose_requests_are_all_at_their_end() -> None:
+    for together in (False, True):
+        policy = Policy(made(), K, together)
+        plan = policy.plan([])
+        assert plan.drafting == ()
+        assert policy.settle(plan, None, None) == []
+        assert np.isfinite(plan.seconds_M).all()
+        assert plan.seconds_M[0] > 0
+
+
 def test_all_or_none() -> None:
     cost = made(lambda n: 1 + 0.05 * n)
     policy = Policy(cost, K, together=True)

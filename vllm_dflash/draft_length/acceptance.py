@@ -86,6 +86,7 @@ class Predictor:
         """Probabilities ``[B, T]`` of the tokens in these cells, each given the ones before it."""
         known, nothing = self._requests, [Trials()] * self._num_groups
         offset_BG = np.array([[t.offset for t in known.get(r, nothing)] for r in requests])
+        offset_BG = offset_BG.reshape(-1, self._num_groups)  # there may be no requests
         offset_BT = np.take_along_axis(offset_BG, self._group_C[cells_BT], axis=1)
         return _probability(self._logit_C[cells_BT] + offset_BT)
 
