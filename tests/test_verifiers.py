@@ -65,6 +65,13 @@ def test_hybrids_with_drafts_of_any_length(model_type, verifier, prompts, folder
     figures = runs[1]["lengths"]
     assert min(figures["lengths"]) > 0
     assert 0 < figures["drafted_steps"] < figures["steps"]
+    # Draft passes never pay: the drafter's context waits while cache blocks pass to other layers.
+    job = {"costs": [0.01, 0.01, 1.0]}
+    none = drafted(
+        path, drafter, prompts[:8], folder, max_tokens=24, job=job, dflash_draft_length="auto"
+    )
+    assert none["sequences"] == runs[0]["sequences"]
+    assert none["lengths"]["drafted_steps"] < none["lengths"]["steps"] / 2
 
 
 @pytest.mark.slow

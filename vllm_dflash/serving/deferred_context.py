@@ -19,18 +19,38 @@ class DeferredContext:
     came, before rows of a later step; a cache block that has passed to another request meanwhile is written
     by that request's own rows after them.
 
+    That holds while one KV cache group has all layers. With several, as hybrids have and verifiers with
+    sliding layers, a block may pass to another group, whose recurrent states or verifier's keys it then
+    holds: rows are written before a step that brings any request new blocks.
+
     Args:
-        proposer: ours.
-        num_rows: written when there are as many.
+        proposer: ours, with its KV cache laid out.
+        num_rows: written when there are as many; 0 for each step at once, as a KV connector needs, which
+            passes blocks on as they are.
     """
 
     def __init__(self, proposer: Any, num_rows: int = 128) -> None:
+        if proposer.vllm_config.kv_transfer_config is not None:
+            num_rows = 0
         self.proposer, self.num_rows = proposer, num_rows
         self._features: list[Tensor] = []
         self._positions: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._requests: tuple[str, ...] = ()
         self.waiting = 0
+        if num_rows and len(proposer.runner.kv_cache_config.kv_cache_groups) > 1:
+            self._watch_blocks(proposer.runner)
+
+    def _watch_blocks(self, runner: Any) -> None:
+        execute = runner.execute_model
+
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            going_on = scheduler_output.scheduled_cached_reqs.new_block_ids
+            if scheduler_output.scheduled_new_reqs or any(b is not None for b in going_on):
+                self.flush()
+            return execute(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = execute_model
 
     def add(
         self,
