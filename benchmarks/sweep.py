@@ -78,7 +78,7 @@ from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 
 MODES = ("none", "ngram", "k1", "k3", "k5", "k7", "table", "ours")
 STOCK_MODES = ("none", "ngram", "stock", "table")
-MIN_REQUESTS = 4
+MIN_REQUESTS = 8
 #: Tokens that max_model_len leaves beyond the longest request: vLLM stops drafting close to it.
 ROOM = 64
 #: Earlier turns of a long context. Texts to look at, or a verifier's own loops, would be copied and answered
@@ -104,7 +104,7 @@ class SweepConfig:
         bench: the settings that all engines and runs share; its ``modes`` play no part.
         modes: see the module's text.
         concurrencies, traffic, contexts: the points are their product.
-        requests_per_slot: a run has this many times ``concurrency`` requests, four at least.
+        requests_per_slot: a run has this many times ``concurrency`` requests, eight at least.
         table: of mode ``table``, rows of first and last batch size and draft length; None makes one.
         minutes: no point is begun that would end later, judged by the longest so far.
         start_together: engines that start at the same time.

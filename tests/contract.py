@@ -48,12 +48,18 @@ ROLES: dict[str, dict[str, str]] = {
         "metadata": "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata",
         "original": "vllm.model_executor.layers.mamba.mamba_mixer2.selective_state_update",
     },
-    "serving/deferred_context.py": {"metadata": _METADATA},
+    "serving/deferred_context.py": {
+        "metadata": _METADATA, "runner": _RUNNER, "scheduler_output": _OUTPUT,
+    },
     "serving/draft_length.py": {
         "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
     },
-    "serving/draft_length.py:_prepare_inputs": {
+    "serving/plain_steps.py": {"runner": _RUNNER},
+    "serving/plain_steps.py:_prepare_inputs": {
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
+    },
+    "serving/plain_steps.py:propose_draft_token_ids": {
+        "given": f"{_PARAMETERS}{_RUNNER}.propose_draft_token_ids",
     },
     "serving/drafter_model.py": {
         "model": _DRAFT_MODEL, "vllm_config": "vllm.config.VllmConfig",

@@ -100,7 +100,7 @@ def random_lengths(seed: int = 0) -> None:
 
     rng = np.random.default_rng(seed)
 
-    def choose(curves_BK, seconds_M):
+    def choose(curves_BK, seconds_M, price=None):
         longest = (curves_BK > 0).sum(axis=1)
         lengths = tuple(int(rng.integers(0, n + 1)) for n in longest)
         tokens = len(lengths) + sum(curves_BK[i, :n].sum() for i, n in enumerate(lengths))

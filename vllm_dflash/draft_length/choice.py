@@ -1,4 +1,4 @@
-"""The choice of draft lengths for one batch: most expected tokens per second."""
+"""The choice of draft lengths for one batch: most expected tokens for the time that they take."""
 
 from __future__ import annotations
 
@@ -26,9 +26,16 @@ class Choice:
         """Expected tokens per second."""
         return self.tokens / self.seconds
 
+    def worth(self, price: float) -> float:
+        """Expected tokens, less what could be had in the same time at ``price`` tokens a second."""
+        return self.tokens - price * self.seconds
 
-def choose(curves_BK: np.ndarray, seconds_M: np.ndarray) -> Choice:
+
+def choose(curves_BK: np.ndarray, seconds_M: np.ndarray, price: float | None = None) -> Choice:
     """Draft lengths with the most expected tokens per second, the shorter ones where two are alike.
+
+    Those are the best ones if all steps are like this one. Given the tokens per second of the others
+    (``price``), it is the lengths worth most by :meth:`Choice.worth`.
 
     The step's cost depends on the number of tokens in the batch only, and in each request a token is worth
     at most as much as the one before it. So the best M draft tokens of the batch are the M worth most, and
@@ -38,6 +45,7 @@ def choose(curves_BK: np.ndarray, seconds_M: np.ndarray) -> Choice:
         curves_BK: of each request the probabilities that its first 1, 2, ... draft tokens are all accepted;
             0 from where it can have none.
         seconds_M: seconds of a step with 0, 1, ... B * K draft tokens in the whole batch.
+        price: tokens per second of other steps; None for those of this one.
     """
     B, K = curves_BK.shape
     worth = curves_BK.ravel()
@@ -47,6 +55,7 @@ def choose(curves_BK: np.ndarray, seconds_M: np.ndarray) -> Choice:
     tokens_M[0] = B
     np.cumsum(worth[order], out=tokens_M[1:])
     tokens_M[1:] += B
-    best = int(np.argmax(tokens_M / seconds_M))
+    worth_M = tokens_M / seconds_M if price is None else tokens_M - price * seconds_M
+    best = int(np.argmax(worth_M))
     lengths = np.bincount(order[:best] // max(K, 1), minlength=B)
     return Choice(tuple(lengths.tolist()), float(tokens_M[best]), float(seconds_M[best]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ class StepCost:
         max_tokens: int = 0,
     ) -> None:
         self.tokens_N = knots(max(max_tokens, int(tokens[-1])))
+        self._knots: list[int] = self.tokens_N.tolist()
         self.base_N = np.maximum(_interpolate(self.tokens_N, tokens, seconds), 1e-7)
         self.per_context, self.per_pair = per_context, per_pair
         self.draft_fixed, self.per_query = draft
@@ -78,17 +80,38 @@ class StepCost:
 
     def step(self, num_tokens: Any, num_requests: int, context: float) -> Any:
         """Seconds of steps without drafts with these numbers of tokens (a number or an array of them)."""
-        pairs = np.asarray(num_tokens) / max(num_requests, 1) * context
+        pairs = num_tokens / max(num_requests, 1) * context
         attention = self.per_context * context + self.per_pair * pairs
-        base = _interpolate(num_tokens, self.tokens_N, self.base_N)
+        base = self._base(num_tokens)
         return self.machine * (base + attention) + self.overhead
 
+    def _base(self, num_tokens: Any) -> Any:
+        if not isinstance(num_tokens, int):
+            return _interpolate(num_tokens, self.tokens_N, self.base_N)
+        # One number, as each step asks for several times: an array costs more than it holds.
+        i = bisect.bisect_left(self._knots, num_tokens)
+        if i == len(self._knots):
+            return float(_interpolate(num_tokens, self.tokens_N, self.base_N))
+        high = float(self.base_N[i])
+        if i == 0 or self._knots[i] == num_tokens:
+            return high
+        before, low = self._knots[i - 1], float(self.base_N[i - 1])
+        return low + (high - low) * (num_tokens - before) / (self._knots[i] - before)
+
+    def verify_one(self, num_requests: int, context: float, num_drafts: int) -> float:
+        """Seconds of a step with so many draft tokens in the whole batch."""
+        seconds = float(self.step(num_requests + num_drafts, num_requests, context))
+        return seconds + (self.machine * self.check if num_drafts else 0.0)
+
     def verify(self, num_requests: int, context: float, max_drafts: int) -> np.ndarray:
-        """Seconds of a step with 0, 1, ... ``max_drafts`` draft tokens in the whole batch."""
+        """Seconds of a step with 0, 1, ... ``max_drafts`` draft tokens in the whole batch.
+
+        They do not fall: what was measured may, by noise, and would make useless tokens look welcome.
+        """
         tokens_M = np.arange(num_requests, num_requests + max_drafts + 1)
         seconds_M = self.step(tokens_M, num_requests, context)
         seconds_M[1:] += self.machine * self.check
-        return seconds_M
+        return np.maximum.accumulate(seconds_M)
 
     def draft(self, num_queries: float) -> float:
         """Seconds of a draft pass."""
@@ -107,7 +130,7 @@ class StepCost:
         Args:
             num_tokens: of the step, ``num_drafts`` of them drafts.
         """
-        if num_tokens > self.tokens_N[-1] or seconds <= 0:
+        if num_tokens > self._knots[-1] or seconds <= 0:
             return
         self.steps += 1
         want = float(self.step(num_tokens, num_requests, context)) - self.overhead
@@ -118,15 +141,15 @@ class StepCost:
             want += self.machine * self.check
         surprise = _surprise(seconds, want)
         self.machine *= math.exp(_MACHINE_RATE * surprise)
-        i = int(np.searchsorted(self.tokens_N, num_tokens))
-        if self.tokens_N[i] == num_tokens:
+        i = bisect.bisect_left(self._knots, num_tokens)
+        if self._knots[i] == num_tokens or i == 0:
             near = [(i, 1.0)]
         else:
-            low, high = self.tokens_N[i - 1], self.tokens_N[i]
+            low, high = self._knots[i - 1], self._knots[i]
             share = (num_tokens - low) / (high - low)
             near = [(i - 1, 1 - share), (i, share)]
         # The surprise is the attention's and the rest's by their shares of the step.
-        base = self.machine * float(_interpolate(num_tokens, self.tokens_N, self.base_N))
+        base = self.machine * self._base(num_tokens)
         rest = min(base / want, 1.0)
         for knot, share in near:
             self._seen_N[knot] = min(self._seen_N[knot] + share, _KNOT_MEMORY)

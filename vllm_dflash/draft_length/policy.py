@@ -8,7 +8,7 @@ that were not sent to the verifier are evidence like the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ from vllm_dflash.draft_length.acceptance import (
 )
 from vllm_dflash.draft_length.choice import Choice, choose
 from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.pace import Pace
 
 DRAFTER, LOOKUP = "drafter", "lookup"
 #: Lengths of a match that are told apart; longer ones count as the last.
@@ -28,8 +29,9 @@ MATCHES = (2, 3, 4, 5)
 #: How much more a step with drafts must promise than one without, and one with a draft pass than one with
 #: matches alone. Estimates are off by as much.
 _MARGIN = 1.02
-#: Share of the time that may go into drafts made only to see whether drafting pays again.
-_PROBE_SHARE = 0.005
+#: Share of the time that may go into drafts made only to see whether drafting pays again. Each of them lowers
+#: it by a factor, down to a least share, while draft passes do not even bring in so much of what they cost.
+_PROBE_SHARE, _PROBE_DECAY, _LEAST_PROBE_SHARE, _HOPELESS = 0.005, 0.8, 0.0015, 0.1
 #: Steps that a request's first draft is taken to be of use for.
 _HORIZON = 20
 #: Steps that took longer than so many plain ones say nothing of speculation.
@@ -152,13 +154,16 @@ class Policy:
         )
         # Mean of how much longer steps take than their costs say.
         self._lateness = 1.0
+        self.pace = Pace()
         self.promises = {DRAFTER: Promises(), LOOKUP: Promises()}
         self.totals = Totals(lengths=[0] * (num_tokens + 1))
         self._blocks: dict[str, list[_Block]] = {}
         self._credit = 0.0
-        # The requests and the state of knowledge for which the drafter was found not to pay, and for how
-        # many more steps that stands.
+        self._probe_share = _PROBE_SHARE
+        # The requests and the state of knowledge for which the drafter was found not to pay, the requests
+        # of them that had matches then, and for how many more steps that stands.
         self._verdict: tuple[list[str], int] | None = None
+        self._matched: Set[int] = frozenset()
         #: By how much faster than without speculation the latest plan promised to be, 0.1 for a tenth.
         self.gain = 0.0
         self._rest = 0
@@ -188,19 +193,24 @@ class Policy:
             best = choose(lookups_BK, seconds_M)
         else:
             best = Choice((0,) * B, float(B), float(seconds_M[0]))
-        earned = steps * _PROBE_SHARE * best.seconds
+        earned = steps * self._probe_share * best.seconds
         self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
         drafting: list[int] = []
-        if not self._rests(ids):
+        matched = {i for i, r in enumerate(requests) if len(r.match)}
+        if not self._rests(ids, matched):
             drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
             if not drafting:
                 self._verdict, self._rest = (ids, self.by_position.trials), _REST
+                self._matched = matched
         return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M)
 
-    def _rests(self, ids: list[str]) -> bool:
-        """Whether it is known without looking that the drafter does not pay: looking costs, too."""
+    def _rests(self, ids: list[str], matched: Set[int] = frozenset()) -> bool:
+        """Whether it is known without looking that the drafter does not pay: looking costs, too.
+
+        Beside matches the drafter is worth less, so a verdict holds where there are as many and more.
+        """
         self._rest -= 1
-        known = self._verdict == (ids, self.by_position.trials)
+        known = self._verdict == (ids, self.by_position.trials) and self._matched <= matched
         return known and self._rest >= 0 and self._credit < self._pass_seconds(len(ids))
 
     def _draft_for(
@@ -218,15 +228,19 @@ class Policy:
         drafting: list[int] = []
         worth_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
         order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
-        margin = _MARGIN
+        margin, without, recovered = _MARGIN, best, 0.0
         for size in _sizes(len(order), self.together):
             chosen = order[:size]
             curves_BK = lookups_BK.copy()
             curves_BK[chosen] = drafts_BK[chosen]
             passed = self._pass_seconds(B if self.together else size)
             choice = choose(curves_BK, seconds_M + passed)
+            gained = choice.worth(without.rate) - without.worth(without.rate)
+            recovered = max(recovered, 1 + gained / (without.rate * passed)) if passed else 1.0
             if choice.rate > margin * best.rate:
                 best, drafting, margin = choice, chosen.tolist(), 1.0
+        if recovered >= _HOPELESS:
+            self._probe_share = _PROBE_SHARE
         caps_B = allowed_BK.sum(axis=1)
         drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
         if self.together and drafting:
@@ -276,6 +290,7 @@ class Policy:
         cost = self._pass_seconds(len(drafting) + len(left)) - before
         if cost <= self._credit:
             self._credit -= cost
+            self._probe_share = max(_PROBE_DECAY * self._probe_share, _LEAST_PROBE_SHARE)
             return left
         new = [i for i in left if not self.by_position.seen(requests[i].id)]
         if not new:
@@ -317,6 +332,8 @@ class Policy:
         if not rows and not curves_BK.any():
             self.totals.lengths[0] += B
             self.gain = 0.0
+            for request in plan.requests:
+                self.pace.add(request.id, 1.0, 1.0)
             return [Draft(LOOKUP, 0)] * B
         cells = None if confidence is None else confidence_cells(confidence)
         by_drafter = np.zeros(B, dtype=bool)
@@ -332,9 +349,15 @@ class Policy:
             curves_BK[rows] = np.where(by_drafter[rows][:, None], drafted, curves_BK[rows])
         # The draft pass is spent either way.
         passed = self._pass_seconds(len(rows))
+        price = self.pace.of(r.id for r in plan.requests) / float(plan.seconds_M[0])
         choice = choose(curves_BK, plan.seconds_M + passed)
-        if choice.rate < _MARGIN * B / (plan.seconds_M[0] + passed):
-            choice = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
+        none = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
+        if choice.rate < _MARGIN * none.rate:
+            choice = none
+        elif choice.rate > price:
+            # A better step than most: what its last tokens save is time at the usual pace.
+            choice = choose(curves_BK, plan.seconds_M + passed, price)
+        time = choice.seconds / float(plan.seconds_M[0])
         self.gain = choice.rate * float(plan.seconds_M[0]) / B - 1
         out = []
         row_of = {i: row for row, i in enumerate(rows)}
@@ -344,6 +367,7 @@ class Policy:
             out.append(draft)
             self.totals.lengths[length] += 1
             expected = float(curves_BK[i, :length].sum())
+            self.pace.add(request.id, 1 + expected, time)
             if i in row_of and drafts is not None:
                 learners = [(self.by_position, np.arange(K))]
                 if cells is not None:
@@ -412,6 +436,7 @@ class Policy:
         """These requests have ended."""
         for request in request_ids:
             self._blocks.pop(request, None)
+            self.pace.forget(request)
             for predictor in (self.by_position, self.by_confidence, self.by_match):
                 predictor.forget(request)
 
@@ -423,23 +448,24 @@ class Policy:
         seconds: float,
         drafts: int = 0,
         draft_seconds: float = 0.0,
+        steps: int = 1,
     ) -> None:
-        """Counts a step.
+        """Counts a step, or several that are alike.
 
         Args:
             num_tokens: emitted.
-            num_requests, context: of the step, and their tokens altogether.
+            num_requests, context: of each step, and their tokens altogether.
             seconds: that it took, ``draft_seconds`` of them for its draft pass.
-            drafts: draft tokens that it verified.
+            drafts: draft tokens that each step verified.
         """
-        seconds_M = self.cost.verify(num_requests, context, drafts)
-        plain = float(seconds_M[0])
+        plain = self.cost.verify_one(num_requests, context, 0)
+        verified = self.cost.verify_one(num_requests, context, drafts)
         # A step that took much longer was held up by something else.
-        seconds = min(seconds, _HELD_UP * plain)
+        seconds = min(seconds, _HELD_UP * plain * steps)
         # Costs are those of typical steps. Some are late, and none as early: plain ones would be, too.
-        late = max(seconds - draft_seconds, 0.0) / float(seconds_M[-1])
-        self._lateness += _LATENESS_RATE * (late - self._lateness)
-        self.totals.steps += 1
+        late = max(seconds - draft_seconds, 0.0) / (verified * steps)
+        self._lateness += (1 - (1 - _LATENESS_RATE) ** steps) * (late - self._lateness)
+        self.totals.steps += steps
         self.totals.tokens += num_tokens
         self.totals.seconds += seconds
         self.totals.plain_seconds += self._lateness * plain * num_tokens / num_requests

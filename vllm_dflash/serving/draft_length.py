@@ -30,6 +30,7 @@ from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.lookup import PromptLookup
+from vllm_dflash.serving.plain_steps import skip_proposing, skip_rejection_sampling
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _NO_MATCH = np.empty(0, dtype=np.int64)
@@ -45,23 +46,6 @@ def unsupported(runner: Any, vllm_config: Any) -> str | None:
     if spec.disable_padded_drafter_batch:
         return "disable_padded_drafter_batch gives the proposer other batches"
     return None
-
-
-def skip_rejection_sampling(runner: Any) -> None:
-    """Lets steps in which nothing was drafted be sampled as without speculation.
-
-    vLLM's runner sends every step of an engine with a drafter through the rejection sampler, which has
-    nothing to reject then and costs more than the plain sampler, and so does what it prepares for it.
-    """
-    prepare = runner._prepare_inputs
-
-    def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-        logits_indices, metadata, *rest = prepare(*args, **kwargs)
-        if metadata is not None and metadata.max_spec_len == 0:
-            metadata = None
-        return logits_indices, metadata, *rest
-
-    runner._prepare_inputs = _prepare_inputs
 
 
 class StepClock:
@@ -102,10 +86,14 @@ class DraftLengths:
         self.clock = StepClock(proposer.runner)
         skip_rejection_sampling(proposer.runner)
         self._group = _tensor_parallel_group()
+        if self._group is None:
+            # Ranks would have to tell each other who naps, which takes longer than looking.
+            skip_proposing(proposer.runner, self.nap)
         self._requests: set[str] = set()
         self._doze = Doze()
-        self._unseen = 0
         self._context = 0
+        self._napped = self._nap_tokens = 0
+        self._nap_seconds = 0.0
 
     def propose(self, propose: Callable[..., Tensor], **kwargs: Any) -> list[list[int]]:
         """In place of ``DFlashProposer.propose``, whose keywords these are.
@@ -123,12 +111,11 @@ class DraftLengths:
         rows: list[int] = []
         drafting: list[int] = []
         entered = time.perf_counter()
-        first = self._group is None or self._group.rank_in_group == 0
-        nap = first and metadata.num_actual_tokens == num_requests and self._doze.skips()
-        if first and not nap:
+        if self._group is None or self._group.rank_in_group == 0:
+            steps = 1 + self._napped
+            self._account_for_naps()
             rows, requests = self._observe(kwargs, num_requests)
-            plan = self.policy.plan(requests, most, 1 + self._unseen)
-            self._unseen = 0
+            plan = self.policy.plan(requests, most, steps)
             drafting = [rows[i] for i in plan.drafting]
             if self.together and drafting:
                 drafting = list(range(num_requests))
@@ -147,10 +134,14 @@ class DraftLengths:
             finally:
                 proposer.draft_rows = None
         else:
-            self._store_context(kwargs)
+            self.context.add(
+                kwargs["target_hidden_states"],
+                kwargs["next_token_ids"],
+                kwargs["target_positions"],
+                metadata,
+                kwargs.get("num_rejected_tokens_gpu"),
+            )
         if plan is None:
-            if nap:
-                self._note_nap(num_requests, entered)
             return [[] for _ in range(num_requests)]
         tokens = None if drafted is None else drafted.cpu().numpy()
         confidence = proposer.confidence
@@ -165,6 +156,26 @@ class DraftLengths:
         search = self.clock.ended - entered - seconds
         self._doze.note(self.policy.gain, search / float(plan.seconds_M[0]))
         return out
+
+    def nap(
+        self, hidden_states: list[Tensor], positions: Tensor, metadata: Any
+    ) -> list[list[int]] | None:
+        """See :func:`~vllm_dflash.serving.plain_steps.skip_proposing`."""
+        num_requests = metadata.batch_size()
+        if metadata.num_actual_tokens != num_requests or not self._doze.skips():
+            return None
+        clock = self.clock
+        self._nap_seconds += time.perf_counter() - clock.began + self.policy.cost.overhead
+        self._nap_tokens += num_requests
+        self._napped += 1
+        self._context += num_requests
+        proposer = self.proposer
+        features = proposer.take_features(hidden_states, positions, metadata, None)
+        # Nobody drafts behind them, so any tokens will do for anchors.
+        anchors = proposer.runner.input_ids.gpu[:num_requests]
+        self.context.add(features, anchors, positions, metadata, None)
+        clock.ended = time.perf_counter()
+        return [[] for _ in range(num_requests)]
 
     def _settle(
         self,
@@ -263,28 +274,20 @@ class DraftLengths:
             self.stats.update(policy)
         self.clock.ended = time.perf_counter()
 
-    def _note_nap(self, num_requests: int, now: float) -> None:
-        """Counts a step in which nobody looked for drafts, and before which nothing was drafted."""
-        policy, clock = self.policy, self.clock
-        self._unseen += 1
-        self._context += num_requests
-        seconds = now - clock.began + policy.cost.overhead
-        policy.account(num_requests, num_requests, self._context, seconds)
-        policy.totals.lengths[0] += num_requests
-        clock.ended = time.perf_counter()
+    def _account_for_naps(self) -> None:
+        """Counts the steps since the last look, in which nothing was drafted."""
+        if self._napped:
+            tokens, steps = self._nap_tokens, self._napped
+            self.policy.account(
+                tokens, round(tokens / steps), self._context, self._nap_seconds, steps=steps
+            )
+            self.policy.totals.lengths[0] += tokens
+        self._napped = self._nap_tokens = 0
+        self._nap_seconds = 0.0
 
     def _forget(self, present: set[str]) -> None:
         self.policy.forget(self._requests - present)
         self._requests = present
-
-    def _store_context(self, kwargs: dict[str, Any]) -> None:
-        self.context.add(
-            kwargs["target_hidden_states"],
-            kwargs["next_token_ids"],
-            kwargs["target_positions"],
-            kwargs["common_attn_metadata"],
-            kwargs.get("num_rejected_tokens_gpu"),
-        )
 
 
 def _tensor_parallel_group() -> Any:

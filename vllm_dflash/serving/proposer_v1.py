@@ -202,17 +202,12 @@ class Proposer(DFlashProposer):
     def propose(self, *args, **kwargs) -> Any:
         """Draft tokens ``[B, K]``, as vLLM's; where lengths are chosen a list of tokens for each request."""
         # vLLM's runner passes keywords only; the seam check in seams.py relies on their names.
-        features = kwargs["target_hidden_states"]
-        if self.tap is not None and self.tap.given(features):
-            kwargs["target_hidden_states"] = self.tap.take(features.shape[0])
-        if self.recorder is not None:
-            self.recorder.observe(
-                request_ids=self.runner.input_batch.req_ids,
-                query_start_loc=kwargs["common_attn_metadata"].query_start_loc_cpu,
-                positions=kwargs["target_positions"],
-                features_TF=kwargs["target_hidden_states"],
-                num_rejected=kwargs.get("num_rejected_tokens_gpu"),
-            )
+        kwargs["target_hidden_states"] = self.take_features(
+            [kwargs["target_hidden_states"]],
+            kwargs["target_positions"],
+            kwargs["common_attn_metadata"],
+            kwargs.get("num_rejected_tokens_gpu"),
+        )
         if not self.drafting:
             batch_size = kwargs["common_attn_metadata"].batch_size()
             return torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
@@ -229,6 +224,29 @@ class Proposer(DFlashProposer):
             )
             return torch.empty(metadata.batch_size(), 0, dtype=torch.int64, device=self.device)
         return super().propose(*args, **kwargs)
+
+    def take_features(
+        self,
+        hidden_states: list[Tensor],
+        positions: Tensor,
+        metadata: Any,
+        num_rejected: Tensor | None,
+    ) -> Tensor:
+        """Features ``[T, F]`` of a step, from the tap or else the states ``[T, ...]`` side by side; recorded
+        where somebody wants them."""
+        if self.tap is not None and self.tap.given(hidden_states[0]):
+            features = self.tap.take(hidden_states[0].shape[0])
+        else:
+            features = hidden_states[0] if len(hidden_states) == 1 else torch.cat(hidden_states, -1)
+        if self.recorder is not None:
+            self.recorder.observe(
+                request_ids=self.runner.input_batch.req_ids,
+                query_start_loc=metadata.query_start_loc_cpu,
+                positions=positions,
+                features_TF=features,
+                num_rejected=num_rejected,
+            )
+        return features
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         if self.dummy_drafts:
