@@ -132,7 +132,7 @@ def test_too_few_prompts_are_refused_before_any_engine(tmp_path, tokenizer, earl
     requests = {"own": chats("o", 9), "foreign": chats("f", 3)}
     prompts = sweep.Prompts(requests, tokenizer, 8, earlier, 16)
     made = config(tmp_path, traffic=("own", "foreign"))
-    with pytest.raises(ValueError, match="foreign, short context, 1 in flight takes 4 prompts"):
+    with pytest.raises(ValueError, match="foreign, short context, 1 in flight takes 8 prompts"):
         sweep.run_sweep(
             made, prompts.of, sweep.new_report(made), print, print, engine_factory=engine
         )
@@ -212,7 +212,7 @@ def test_best_fixed_a_point_and_one_for_all(tmp_path, engine):
     }  # fmt: skip
     assert report["summary"]["best_fixed"]["met"] == 1
     # FakeEngine's ngram differs in one request of each run.
-    assert one["modes"]["ngram"]["identical_to_none"] == pytest.approx(3 / 4)
+    assert one["modes"]["ngram"]["identical_to_none"] == pytest.approx(7 / 8)
     assert report["summary"]["identical"] == {"points": 2, "met": 2, "lowest": 1.0}
 
 
