@@ -444,7 +444,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, on average")
     parser.add_argument(
-        "--requests", type=int, default=2, help="a run has N times concurrency (4 at least)"
+        "--requests", type=int, default=2, help="a run has N times concurrency (8 at least)"
     )
     parser.add_argument(
         "--context-tokens", type=int, default=2048, help="of the long context, at least"

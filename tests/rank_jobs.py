@@ -4,7 +4,7 @@
 
 The job: ``engine`` (EngineArgs) and ``runs`` as in ``engine_jobs.py``, each with ``drafting``: False to
 decode without the drafter, and ``record``: a path to which each rank appends its number for the features
-it saw.
+it saw. ``async``: whether to schedule asynchronously.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def main(job_file: str, out_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     args = {"enforce_eager": True, "dtype": "float32", "disable_log_stats": False, **job["engine"]}
+    if job.get("async"):
+        engine_jobs.schedule_asynchronously()
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**args))
     except Exception as error:
@@ -75,14 +77,15 @@ def main(job_file: str, out_file: str) -> None:
     def ask(function: Any, *args: Any) -> list[Any]:
         return engine.collective_rpc(function, args=args)
 
-    result: dict[str, Any] = {"runs": {}}
+    scheduler = engine.engine_core.engine_core.scheduler
+    result: dict[str, Any] = {"runs": {}, "scheduler": type(scheduler).__module__}
     drafts = "speculative_config" in job["engine"]
     if drafts:
         result["ranks"] = ask(remote.describe)
     for one in job["runs"]:
         name, limit = one["name"], one["params"]["max_tokens"]
-        if drafts:
-            ask(remote.set_drafting, one.get("drafting", True))
+        if "drafting" in one:
+            ask(remote.set_drafting, one["drafting"])
         if one.get("record"):
             lengths = {f"{name}:{i}": len(p) + limit for i, p in enumerate(one["prompts"])}
             ask(remote.start_recording, lengths)

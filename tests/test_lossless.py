@@ -313,16 +313,19 @@ def test_chi_square_is_calibrated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "temperature", "top_k", "random"),
+    ("method", "temperature", "top_k", "lengths"),
     [
-        ("greedy", 1.0, 0, False),
-        ("greedy", 0.7, 5, True),
-        ("probabilistic", 0.7, 5, False),
-        ("probabilistic", 1.0, 0, True),
+        ("greedy", 1.0, 0, "fixed"),
+        ("greedy", 0.7, 5, "any"),
+        ("probabilistic", 0.7, 5, "fixed"),
+        ("probabilistic", 1.0, 0, "any"),
+        # Chosen by the scheduler, a step ahead.
+        ("greedy", 0.7, 5, "scheduled"),
+        ("probabilistic", 1.0, 0, "scheduled"),
     ],
 )
 def test_sampled_output_has_the_verifiers_distribution(
-    small, folder, method, temperature, top_k, random
+    small, folder, method, temperature, top_k, lengths
 ) -> None:
     verifier, drafter = small
     prompt = [1, 5, 3, 0, 4, 2, 7, 7]
@@ -351,7 +354,12 @@ def test_sampled_output_has_the_verifiers_distribution(
         },
     }
     runs = [{**run, "name": "right"}, {**run, "name": "wrong", "sampler": "accept_all"}]
-    out = tiny.engine_job(job(engine, runs, random), folder)["runs"]
+    given = job(engine, runs, lengths != "fixed")
+    if lengths == "scheduled":
+        given |= {"async": True, "costs": [1.0, 0.001, 0.001]}
+    served = tiny.engine_job(given, folder)
+    assert served["batches"] == 1 + (lengths == "scheduled")
+    out = served["runs"]
     exact = exact_probabilities(verifier, prompt, temperature, top_k)
     assert abs(float(exact.sum()) - 1) < 1e-9
     right, wrong = (

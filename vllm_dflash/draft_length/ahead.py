@@ -16,14 +16,7 @@ import numpy as np
 
 from vllm_dflash.draft_length.choice import choose
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import (
-    _HORIZON,
-    _MARGIN,
-    _PROBE_SHARE,
-    _REST,
-    DRAFTER,
-    Policy,
-)
+from vllm_dflash.draft_length.policy import DRAFTER, HORIZON, MARGIN, PROBE_SHARE, REST, Policy
 
 #: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
 _PROBES_KEPT = 6
@@ -93,13 +86,13 @@ class Ahead(Policy):
         if not any(min(s.most, s.drafted) > 0 for s in slots):
             return False
         context = float(sum(s.context for s in slots))
-        self._credit += _PROBE_SHARE * float(self.cost.verify(B, context, 0)[0])
+        self._credit += PROBE_SHARE * float(self.cost.verify(B, context, 0)[0])
         ids = [s.id for s in slots]
         if self._rests(ids):
             return False
         drafting = self._pays(slots)
         if not drafting:
-            self._verdict, self._rest = (ids, self.by_position.trials), _REST
+            self._verdict, self._rest = (ids, self.by_position.trials), REST
         return drafting
 
     def _pays(self, slots: Sequence[Slot]) -> bool:
@@ -113,7 +106,7 @@ class Ahead(Policy):
         M = int(verified.sum())
         probe = passed + float(seconds_M[M] - seconds_M[0])
         self._credit = min(self._credit, _PROBES_KEPT * probe)
-        if choose(curves_BK, seconds_M + passed).rate > _MARGIN * plain:
+        if choose(curves_BK, seconds_M + passed).rate > MARGIN * plain:
             self._tried.update(s.id for s in slots)
             return True
         if probe <= self._credit:
@@ -142,7 +135,7 @@ class Ahead(Policy):
         passed = self._pass_seconds(B)
         choice = choose(curves_BK, seconds_M + passed)
         chosen = np.array(choice.lengths)
-        if choice.rate <= _MARGIN * B / float(seconds_M[0] + passed):
+        if choice.rate <= MARGIN * B / float(seconds_M[0] + passed):
             chosen[:] = 0
         for i, slot in enumerate(slots):
             if slot.id in self._probing:
@@ -191,7 +184,7 @@ class Ahead(Policy):
         known = np.delete(curves_BK, new, axis=0)
         gains = np.maximum(known - price, 0).sum() - draft
         gains = gains + sum(chances[:, : caps_B[i]].sum(axis=1) for i in new)
-        steps = min(_HORIZON, max(slots[i].most for i in new))
+        steps = min(HORIZON, max(slots[i].most for i in new))
         return bool(np.maximum(gains, 0).mean() * steps > draft + price * M)
 
     # -- what happened

@@ -28,18 +28,18 @@ DRAFTER, LOOKUP = "drafter", "lookup"
 MATCHES = (2, 3, 4, 5)
 #: How much more a step with drafts must promise than one without, and one with a draft pass than one with
 #: matches alone. Estimates are off by as much.
-_MARGIN = 1.02
+MARGIN = 1.02
 #: Share of the time that may go into drafts made only to see whether drafting pays again. Each of them lowers
 #: it by a factor, down to a least share, while draft passes do not even bring in so much of what they cost.
-_PROBE_SHARE, _PROBE_DECAY, _LEAST_PROBE_SHARE, _HOPELESS = 0.005, 0.8, 0.0015, 0.1
+PROBE_SHARE, _PROBE_DECAY, _LEAST_PROBE_SHARE, _HOPELESS = 0.005, 0.8, 0.0015, 0.1
 #: Steps that a request's first draft is taken to be of use for.
-_HORIZON = 20
+HORIZON = 20
 #: Steps that took longer than so many plain ones say nothing of speculation.
 _HELD_UP = 10.0
 #: Share of the latest step in how late steps are on average.
 _LATENESS_RATE = 1 / 100
 #: Steps for which a verdict against the drafter stands while nothing new is known.
-_REST = 8
+REST = 8
 #: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
 _ENOUGH, _BETTER = 64, 0.97
 
@@ -159,7 +159,7 @@ class Policy:
         self.totals = Totals(lengths=[0] * (num_tokens + 1))
         self._blocks: dict[str, list[_Block]] = {}
         self._credit = 0.0
-        self._probe_share = _PROBE_SHARE
+        self._probe_share = PROBE_SHARE
         # The requests and the state of knowledge for which the drafter was found not to pay, the requests
         # of them that had matches then, and for how many more steps that stands.
         self._verdict: tuple[list[str], int] | None = None
@@ -200,7 +200,7 @@ class Policy:
         if not self._rests(ids, matched):
             drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
             if not drafting:
-                self._verdict, self._rest = (ids, self.by_position.trials), _REST
+                self._verdict, self._rest = (ids, self.by_position.trials), REST
                 self._matched = matched
         return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M)
 
@@ -228,7 +228,7 @@ class Policy:
         drafting: list[int] = []
         worth_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
         order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
-        margin, without, recovered = _MARGIN, best, 0.0
+        margin, without, recovered = MARGIN, best, 0.0
         for size in _sizes(len(order), self.together):
             chosen = order[:size]
             curves_BK = lookups_BK.copy()
@@ -240,7 +240,7 @@ class Policy:
             if choice.rate > margin * best.rate:
                 best, drafting, margin = choice, chosen.tolist(), 1.0
         if recovered >= _HOPELESS:
-            self._probe_share = _PROBE_SHARE
+            self._probe_share = PROBE_SHARE
         caps_B = allowed_BK.sum(axis=1)
         drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
         if self.together and drafting:
@@ -307,7 +307,7 @@ class Policy:
         for i in new:
             instead = np.maximum(lookups_BK[i] - price, 0).sum()
             gains = chances[:, : caps_B[i]].sum(axis=1) - instead - draft
-            steps = min(_HORIZON, requests[i].most)
+            steps = min(HORIZON, requests[i].most)
             if np.maximum(gains, 0).mean() * steps > draft:
                 out.append(i)
         return out
@@ -352,7 +352,7 @@ class Policy:
         price = self.pace.of(r.id for r in plan.requests) / float(plan.seconds_M[0])
         choice = choose(curves_BK, plan.seconds_M + passed)
         none = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
-        if choice.rate < _MARGIN * none.rate:
+        if choice.rate < MARGIN * none.rate:
             choice = none
         elif choice.rate > price:
             # A better step than most: what its last tokens save is time at the usual pace.

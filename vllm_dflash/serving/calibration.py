@@ -142,15 +142,11 @@ class RunsV2:
         return run
 
 
-def measured(proposer: Any, path: Path, runs: Runs | None = None) -> StepCost:
+def measured(runs: Runs, path: Path) -> StepCost:
     """The costs kept at ``path``, else measured now and kept there.
 
     Every rank of a tensor parallel engine must get here: the dummy steps are joint work.
-
-    Args:
-        proposer: our V1 proposer, where ``runs`` are not given.
     """
-    runs = runs or RunsV1(proposer)
     kept = _read(path)
     if runs.vllm_config.parallel_config.tensor_parallel_size > 1:
         from vllm.distributed.parallel_state import get_tp_group

@@ -302,7 +302,7 @@ def make(proposer: Any) -> DraftLengths | None:
     must not end for want of a better number. The log has the error.
     """
     try:
-        cost = calibration.measured(proposer, costs_file(proposer.vllm_config))
+        cost = calibration.measured(calibration.RunsV1(proposer), costs_file(proposer.vllm_config))
     except Exception:
         logger.exception("vllm-dflash cannot measure its steps and drafts a fixed number of tokens")
         cost = None

@@ -39,7 +39,7 @@ def hand_over(runs: calibration.Runs, path: Path) -> None:
     draft tokens; the log has the error.
     """
     try:
-        cost = calibration.measured(None, path, runs)
+        cost = calibration.measured(runs, path)
     except Exception:
         logger.exception("vllm-dflash cannot measure its steps")
         cost = None
