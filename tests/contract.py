@@ -54,7 +54,7 @@ ROLES: dict[str, dict[str, str]] = {
     "serving/draft_length.py": {
         "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
     },
-    "serving/plain_steps.py": {"runner": _RUNNER},
+    "serving/plain_steps.py": {"runner": _RUNNER, "output": _OUTPUT},
     "serving/plain_steps.py:_prepare_inputs": {
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
     },
@@ -86,6 +86,7 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "serving/proposer_v1.py:propose": {"kwargs": f"{_PARAMETERS}{_PROPOSER}.propose"},
     "serving/calibration.py:_run": {"runner": _RUNNER_V2},
+    "serving/calibration.py:costs_file": {"vllm_config": "vllm.config.VllmConfig"},
     "serving/draft_switch.py": {
         "runner": _RUNNER_V2, "speculator": _SPECULATOR, "runs.vllm_config": "vllm.config.VllmConfig",
         "scheduler_output": _OUTPUT,

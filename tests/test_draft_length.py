@@ -77,7 +77,7 @@ def test_a_rare_good_step_is_used_longer() -> None:
     """Three plain steps to one with a match, of which 0 to 7 tokens are right: the best length is that with
     the least time for each token of all four steps, not of its own."""
     policy = Policy(made(lambda n: 1 + 0.3 * (n - 1), draft=(9.0, 0.0)), K)
-    text, done, lengths, shorter = np.arange(10000), 20, [], []
+    text, done, lengths, shorter, seconds = np.arange(10000), 20, [], [], np.empty(0)
     for step in range(1600):
         matches, right = step % 4 == 0, 3 * step // 4 % 8
         match = text[done : done + K] + 50000 * (np.arange(K) >= right) if matches else text[:0]
@@ -86,8 +86,9 @@ def test_a_rare_good_step_is_used_longer() -> None:
         done += 1 + min(draft.length, right)
         if matches:
             lengths.append(draft.length)
-            shorter.append(choose(plan.lookups_BK, plan.seconds_M).lengths[0])
-    seconds, curve = plan.seconds_M, 1 - np.arange(1, K + 1) / 8
+            seconds = plan.seconds_M
+            shorter.append(choose(plan.lookups_BK, seconds).lengths[0])
+    curve = 1 - np.arange(1, K + 1) / 8
     rates = [(4 + curve[:n].sum()) / (3 * seconds[0] + seconds[n]) for n in range(K + 1)]
     assert np.mean(lengths[-200:]) == pytest.approx(int(np.argmax(rates)), abs=0.8)
     assert np.mean(shorter[-200:]) < np.mean(lengths[-200:]) - 0.5
@@ -159,7 +160,7 @@ def test_one_refusal_is_no_verdict() -> None:
     predictor.observe(np.array([0]), 0, "r")
     after = predictor.curves(positions, ["r"])
     assert (after < before).all()
-    assert after[0, 0] > 0.4
+    assert after[0, 0] > 0.3
 
 
 def test_confidence_cells_are_ordered_and_all_have_a_prior() -> None:

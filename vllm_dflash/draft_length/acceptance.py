@@ -15,11 +15,13 @@ _HALF_LIFE = 150.0
 _REQUEST_HALF_LIFE = 40.0
 #: Trials that the running average counts for against those of one request.
 _REQUEST_PRIOR = 6.0
+#: Offsets of requests unlike all that were seen lately, and how likely one is beside a kind that was seen.
+_STRANGERS, _RARITY = (-3.0, 3.0), 0.25
 #: Promised tokens after which promises count half, and those that are taken to be kept at the start.
 _PROMISE_HALF_LIFE = 100.0
 _PROMISE_PRIOR = 10.0
-#: Requests over which the spread between requests is known.
-_RECENT = 32
+#: Ended requests by which the spread between requests is known: so many, or twice as many as are running.
+_RECENT = 8
 
 
 def _logit(p: Any) -> Any:
@@ -42,16 +44,33 @@ class Trials:
     expected: float = 0.0
     offset: float = 0.0
 
-    def add(self, tried: int, accepted: int, expected: float) -> None:
-        """Counts one draft."""
+    def add(self, tried: int, accepted: int, expected: float, kinds: Sequence[float] = ()) -> None:
+        """Counts one draft.
+
+        Requests are of kinds rather than scattered around a mean: two failures tell a foreign one. So the
+        offset is the mean over the kinds, and over what the counts say by themselves, each weighted by how
+        likely it makes the counts.
+
+        Args:
+            kinds: offsets that requests have.
+        """
         decay = 0.5 ** (tried / _REQUEST_HALF_LIFE)
         self.tried = self.tried * decay + tried
         self.accepted = self.accepted * decay + accepted
         self.expected = self.expected * decay + expected
         mean = min(max(self.expected / self.tried, 0.01), 0.99)
-        p = (self.accepted + _REQUEST_PRIOR * mean) / (self.tried + _REQUEST_PRIOR)
-        p = min(max(p, 0.005), 0.995)
-        self.offset = math.log(p / (1 - p)) - math.log(mean / (1 - mean))
+        average, wrong = math.log(mean / (1 - mean)), self.tried - self.accepted
+        own = (self.accepted + _REQUEST_PRIOR * mean) / (self.tried + _REQUEST_PRIOR)
+        total = weighted = 0.0
+        among = [(own, 1.0)]
+        among += [(1 / (1 + math.exp(-average - o)), 1.0) for o in kinds]
+        among += [(1 / (1 + math.exp(-average - o)), _RARITY) for o in _STRANGERS]
+        for p, prior in among:
+            likelihood = prior * p**self.accepted * (1 - p) ** wrong
+            total += likelihood
+            weighted += likelihood * p
+        p = min(max(weighted / total if total else own, 0.005), 0.995)
+        self.offset = math.log(p / (1 - p)) - average
 
 
 class Predictor:
@@ -137,9 +156,10 @@ class Predictor:
             weight = self._weight_C[cell] = self._weight_C[cell] * decay + 1
             step = (right - p) / (weight * max(p * (1 - p), 0.05))
             self._logit_C[cell] = min(max(average + step, -5.0), 5.0)
-        for trials, (tried, accepted, expected) in zip(of_request, seen, strict=True):
+        kinds = self.likely_offsets()
+        for group, (tried, accepted, expected) in enumerate(seen):
             if tried:
-                trials.add(tried, accepted, expected)
+                of_request[group].add(tried, accepted, expected, kinds[:, group].tolist())
 
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
@@ -149,7 +169,8 @@ class Predictor:
         """The request has ended; its offset stays as one of those that requests have."""
         trials = self._requests.pop(request, None)
         if trials is not None and sum(t.tried for t in trials) >= 2:
-            self._recent = [*self._recent[1 - _RECENT :], [t.offset for t in trials]]
+            kept = max(_RECENT, 2 * (len(self._requests) + 1))
+            self._recent = [*self._recent[1 - kept :], [t.offset for t in trials]]
             self._likely = None
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:

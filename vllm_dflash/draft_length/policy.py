@@ -72,7 +72,7 @@ class Plan:
         allowed_BK: whether a request may have so many draft tokens, bool.
         drafting: indices of those to run the drafter for, ascending.
         lookups_BK: of each request, the probabilities that prompt lookup's first tokens are all accepted.
-        seconds_M: of a step with 0, 1, ... draft tokens, without a draft pass.
+        seconds_M: of a step with 0, 1, ... draft tokens (of those that may be chosen), without a draft pass.
     """
 
     requests: Sequence[Request]
@@ -180,24 +180,27 @@ class Policy:
         """
         for request in requests:
             self._learn(request)
-        limit = self.num_tokens if most is None else min(most, self.num_tokens)
         B, K = len(requests), self.num_tokens
         ids = [r.id for r in requests]
+        context = float(sum(len(r.tokens) for r in requests))
+        plain = self.cost.verify_one(B, context, 0)
+        earned = steps * self._probe_share * plain
+        self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
+        matched = {i for i, r in enumerate(requests) if len(r.match)}
+        rests = self._rests(ids, matched)
+        if rests and not matched:
+            nothing_BK = np.zeros((B, K))
+            return Plan(requests, nothing_BK > 0, (), nothing_BK, np.array([plain]))
+        limit = K if most is None else min(most, K)
         caps_B = np.array([min(r.most, limit) for r in requests], dtype=int)
         allowed_BK = np.arange(K) < caps_B[:, None]
-        context = float(sum(len(r.tokens) for r in requests))
         seconds_M = self.cost.verify(B, context, B * K)
-        lookups_BK = self._match_curves(requests)
+        lookups_BK = self._match_curves(requests) * allowed_BK
+        best = Choice((0,) * B, float(B), plain)
         if lookups_BK.any():
-            lookups_BK *= allowed_BK
             best = choose(lookups_BK, seconds_M)
-        else:
-            best = Choice((0,) * B, float(B), float(seconds_M[0]))
-        earned = steps * self._probe_share * best.seconds
-        self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
         drafting: list[int] = []
-        matched = {i for i, r in enumerate(requests) if len(r.match)}
-        if not self._rests(ids, matched):
+        if not rests:
             drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
             if not drafting:
                 self._verdict, self._rest = (ids, self.by_position.trials), REST

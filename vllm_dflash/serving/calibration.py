@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from vllm import envs
+from vllm.platforms import current_platform
 
+from vllm_dflash import __version__
 from vllm_dflash.draft_length.cost import StepCost
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -140,6 +144,30 @@ class RunsV2:
             runner.model.compute_logits(sampled if lora else hidden[:num_tokens])
 
         return run
+
+
+def costs_file(vllm_config: Any) -> Path:
+    """Where the measured costs of this configuration on this machine are kept, beside vLLM's own caches."""
+    machine = (
+        current_platform.get_device_name(),
+        os.environ.get("OMP_NUM_THREADS", ""),
+        len(os.sched_getaffinity(0)),
+        torch.get_num_threads(),
+    )
+    scheduler = vllm_config.scheduler_config
+    spec = vllm_config.speculative_config
+    parts = (
+        __version__,
+        torch.__version__,
+        vllm_config.compute_hash(),
+        str(vllm_config.model_config.model),
+        str(spec.model),
+        spec.num_speculative_tokens,
+        scheduler.max_num_seqs,
+        machine,
+    )
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    return Path(envs.VLLM_CACHE_ROOT) / "vllm_dflash" / "step_costs" / f"{key}.json"
 
 
 def measured(runs: Runs, path: Path) -> StepCost:

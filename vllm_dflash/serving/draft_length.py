@@ -7,22 +7,17 @@ context's K/V is then kept for later), the lengths, the lists.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import envs
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.platforms import current_platform
 
-from vllm_dflash import __version__
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.policy import DRAFTER, Plan, Policy, Request
@@ -62,6 +57,17 @@ class StepClock:
         runner.execute_model = execute_model
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What was decided for the next step, and when that began; batch rows of the plan's requests, and those
+    to run the drafter for."""
+
+    plan: Plan
+    rows: list[int]
+    drafting: list[int]
+    entered: float
+
+
 class DraftLengths:
     """Chooses sources and lengths of drafts for one proposer.
 
@@ -87,8 +93,9 @@ class DraftLengths:
         skip_rejection_sampling(proposer.runner)
         self._group = _tensor_parallel_group()
         if self._group is None:
-            # Ranks would have to tell each other who naps, which takes longer than looking.
-            skip_proposing(proposer.runner, self.nap)
+            # Ranks would have to tell each other, which takes longer than what is spared.
+            skip_proposing(proposer.runner, self.plain_step)
+        self._looked: _Look | None = None
         self._requests: set[str] = set()
         self._doze = Doze()
         self._context = 0
@@ -106,19 +113,16 @@ class DraftLengths:
         """
         proposer, metadata = self.proposer, kwargs["common_attn_metadata"]
         num_requests = metadata.batch_size()
-        most = min(kwargs["num_speculative_tokens"], self.num_tokens)
-        plan: Plan | None = None
-        rows: list[int] = []
-        drafting: list[int] = []
-        entered = time.perf_counter()
-        if self._group is None or self._group.rank_in_group == 0:
-            steps = 1 + self._napped
-            self._account_for_naps()
-            rows, requests = self._observe(kwargs, num_requests)
-            plan = self.policy.plan(requests, most, steps)
-            drafting = [rows[i] for i in plan.drafting]
-            if self.together and drafting:
-                drafting = list(range(num_requests))
+        look, self._looked = self._looked, None
+        if look is None and (self._group is None or self._group.rank_in_group == 0):
+            rejected = kwargs.get("num_rejected_tokens_gpu")
+            look = self._look(
+                kwargs["next_token_ids"].tolist(),
+                [0] * num_requests if rejected is None else rejected.tolist(),
+                metadata,
+                kwargs["num_speculative_tokens"],
+            )
+        drafting = [] if look is None else look.drafting
         if self._group is not None:
             # Draft passes are joint work of the ranks, whose clocks differ: the first one decides.
             drafting = self._group.broadcast_object(drafting)
@@ -141,7 +145,7 @@ class DraftLengths:
                 metadata,
                 kwargs.get("num_rejected_tokens_gpu"),
             )
-        if plan is None:
+        if look is None:
             return [[] for _ in range(num_requests)]
         tokens = None if drafted is None else drafted.cpu().numpy()
         confidence = proposer.confidence
@@ -151,41 +155,81 @@ class DraftLengths:
         if drafting:
             queries = len(drafting) * proposer.max_query_len
             self.policy.cost.observe_draft(queries, seconds)
-        out = self._settle(plan, rows, drafting, tokens, confidence, num_requests)
-        self._note(seconds, bool(drafting))
-        search = self.clock.ended - entered - seconds
-        self._doze.note(self.policy.gain, search / float(plan.seconds_M[0]))
-        return out
+        return self._finish(look, tokens, confidence, seconds, num_requests)
 
-    def nap(
-        self, hidden_states: list[Tensor], positions: Tensor, metadata: Any
+    def plain_step(
+        self,
+        sampled_token_ids: Tensor,
+        hidden_states: list[Tensor],
+        positions: Tensor,
+        metadata: Any,
+        most: int,
     ) -> list[list[int]] | None:
         """See :func:`~vllm_dflash.serving.plain_steps.skip_proposing`."""
+        runner = self.proposer.runner
         num_requests = metadata.batch_size()
-        if metadata.num_actual_tokens != num_requests or not self._doze.skips():
+        if metadata.num_actual_tokens != num_requests:
             return None
-        clock = self.clock
-        self._nap_seconds += time.perf_counter() - clock.began + self.policy.cost.overhead
-        self._nap_tokens += num_requests
-        self._napped += 1
-        self._context += num_requests
-        proposer = self.proposer
-        features = proposer.take_features(hidden_states, positions, metadata, None)
+        look: _Look | None = None
+        if self._doze.skips():
+            now = time.perf_counter()
+            self._nap_seconds += now - self.clock.began + self.policy.cost.overhead
+            self._nap_tokens += num_requests
+            self._napped += 1
+            self._context += num_requests
+        elif runner.discard_request_mask.np[:num_requests].any():
+            return None
+        else:
+            tokens = sampled_token_ids[:, 0].tolist()
+            look = self._look(tokens, [0] * num_requests, metadata, most)
+            if look.drafting:
+                self._looked = look
+                return None
+        began = time.perf_counter()
+        features = self.proposer.take_features(hidden_states, positions, metadata, None)
         # Nobody drafts behind them, so any tokens will do for anchors.
-        anchors = proposer.runner.input_ids.gpu[:num_requests]
+        anchors = runner.input_ids.gpu[:num_requests]
         self.context.add(features, anchors, positions, metadata, None)
-        clock.ended = time.perf_counter()
-        return [[] for _ in range(num_requests)]
+        now = time.perf_counter()
+        if look is None:
+            self.clock.ended = now
+            return [[] for _ in range(num_requests)]
+        return self._finish(look, None, None, now - began, num_requests)
+
+    def _look(self, anchors: list[int], num_rejected: list[int], metadata: Any, most: int) -> _Look:
+        entered = time.perf_counter()
+        steps = 1 + self._napped
+        self._account_for_naps()
+        rows, requests = self._observe(anchors, num_rejected, metadata)
+        plan = self.policy.plan(requests, min(most, self.num_tokens), steps)
+        drafting = [rows[i] for i in plan.drafting]
+        if self.together and drafting:
+            drafting = list(range(len(anchors)))
+        return _Look(plan, rows, drafting, entered)
+
+    def _finish(
+        self,
+        look: _Look,
+        tokens: np.ndarray | None,
+        confidence: np.ndarray | None,
+        seconds: float,
+        num_requests: int,
+    ) -> list[list[int]]:
+        """Drafts of each request of the batch; ``seconds`` of the draft pass, or for the context alone."""
+        out = self._settle(look, tokens, confidence, num_requests)
+        self._note(seconds, bool(look.drafting))
+        search = self.clock.ended - look.entered - seconds
+        self._doze.note(self.policy.gain, search / float(look.plan.seconds_M[0]))
+        return out
 
     def _settle(
         self,
-        plan: Plan,
-        rows: list[int],
-        drafting: list[int],
+        look: _Look,
         tokens: np.ndarray | None,
         confidence: np.ndarray | None,
         num_requests: int,
     ) -> list[list[int]]:
+        plan, rows, drafting = look.plan, look.rows, look.drafting
         of_plan = [drafting.index(rows[i]) for i in plan.drafting] if tokens is not None else []
         drafts = self.policy.settle(
             plan,
@@ -204,16 +248,13 @@ class DraftLengths:
         return out
 
     def _observe(
-        self, kwargs: dict[str, Any], num_requests: int
+        self, anchors: list[int], num_rejected: list[int], metadata: Any
     ) -> tuple[list[int], list[Request]]:
         """Accounts for the step that is done; the batch rows that can take a draft, and their requests."""
-        proposer = self.proposer
-        runner, metadata = proposer.runner, kwargs["common_attn_metadata"]
-        batch = runner.input_batch
-        anchors = kwargs["next_token_ids"].tolist()
         now = time.perf_counter()
-        rejected = kwargs.get("num_rejected_tokens_gpu")
-        num_rejected = [0] * num_requests if rejected is None else rejected.tolist()
+        proposer = self.proposer
+        runner, num_requests = proposer.runner, len(anchors)
+        batch = runner.input_batch
         discarded = runner.discard_request_mask.np[:num_requests].tolist()
         lengths = batch.num_tokens_no_spec[:num_requests].tolist()
         drafts = batch.spec_token_ids
@@ -302,7 +343,9 @@ def make(proposer: Any) -> DraftLengths | None:
     must not end for want of a better number. The log has the error.
     """
     try:
-        cost = calibration.measured(calibration.RunsV1(proposer), costs_file(proposer.vllm_config))
+        cost = calibration.measured(
+            calibration.RunsV1(proposer), calibration.costs_file(proposer.vllm_config)
+        )
     except Exception:
         logger.exception("vllm-dflash cannot measure its steps and drafts a fixed number of tokens")
         cost = None
@@ -318,27 +361,3 @@ def make(proposer: Any) -> DraftLengths | None:
         lookup = PromptLookup(proposer.max_model_len)
     name = getattr(proposer.vllm_config.speculative_config, "dflash_stats", None)
     return DraftLengths(proposer, cost, lookup, DraftStats(stats_file(name) if name else None))
-
-
-def costs_file(vllm_config: Any) -> Path:
-    """Where the measured costs of this configuration on this machine are kept, beside vLLM's own caches."""
-    machine = (
-        current_platform.get_device_name(),
-        os.environ.get("OMP_NUM_THREADS", ""),
-        len(os.sched_getaffinity(0)),
-        torch.get_num_threads(),
-    )
-    scheduler = vllm_config.scheduler_config
-    spec = vllm_config.speculative_config
-    parts = (
-        __version__,
-        torch.__version__,
-        vllm_config.compute_hash(),
-        str(vllm_config.model_config.model),
-        str(spec.model),
-        spec.num_speculative_tokens,
-        scheduler.max_num_seqs,
-        machine,
-    )
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-    return Path(envs.VLLM_CACHE_ROOT) / "vllm_dflash" / "step_costs" / f"{key}.json"

@@ -10,7 +10,6 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_dflash.serving import calibration, handover, scheduler
-from vllm_dflash.serving.draft_length import costs_file
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -27,7 +26,7 @@ def install(runner: Any, speculator: Any) -> None:
     config = runner.vllm_config
     if not scheduler.chooses(config):
         return
-    path = costs_file(config)
+    path = calibration.costs_file(config)
     hand_over(calibration.RunsV2(runner), path.with_name(f"v2-{path.name}"))
     _follow(runner, speculator)
 

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 
 def skip_rejection_sampling(runner: Any) -> None:
     """Lets steps in which nothing was drafted be sampled as without speculation.
@@ -26,15 +24,14 @@ def skip_rejection_sampling(runner: Any) -> None:
     runner._prepare_inputs = _prepare_inputs
 
 
-def skip_proposing(
-    runner: Any, nap: Callable[[list[Tensor], Tensor, Any], list[list[int]] | None]
-) -> None:
-    """Lets steps in which nobody looks for drafts do without what vLLM prepares for its proposers.
+def skip_proposing(runner: Any, plain_step: Callable[..., list[list[int]] | None]) -> None:
+    """Lets steps before and after which nothing is drafted do without what vLLM prepares for its proposers.
 
     Args:
-        nap: gets the verifier's hidden states (of each layer ``[T, H]``), positions ``[T]`` or ``[3, T]``
-            and attention metadata of a step without draft tokens. It returns the drafts of each request
-            (none), or None to have the step go vLLM's way.
+        plain_step: gets of a step without draft tokens those sampled (``[B, 1]``), the verifier's hidden
+            states (of each layer ``[T, H]``), positions (``[T]`` or ``[3, T]``), attention metadata and how
+            many draft tokens the next step may have. It returns the drafts of each request, or None to have
+            the step go vLLM's way.
     """
     propose = runner.propose_draft_token_ids
     names = tuple(inspect.signature(propose).parameters)
@@ -42,10 +39,15 @@ def skip_proposing(
     def propose_draft_token_ids(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if given["spec_decode_metadata"] is None and given["aux_hidden_states"]:
-            num_tokens = given["scheduler_output"].total_num_scheduled_tokens
-            states = [h[:num_tokens] for h in given["aux_hidden_states"]]
-            positions = runner._get_positions(num_tokens)
-            drafts = nap(states, positions, given["common_attn_metadata"])
+            output = given["scheduler_output"]
+            num_tokens = output.total_num_scheduled_tokens
+            drafts = plain_step(
+                given["sampled_token_ids"],
+                [h[:num_tokens] for h in given["aux_hidden_states"]],
+                runner._get_positions(num_tokens),
+                given["common_attn_metadata"],
+                output.num_spec_tokens_to_schedule,
+            )
             if drafts is not None:
                 return drafts
         return propose(*args, **kwargs)
