@@ -50,27 +50,34 @@ class Recorder:
 
         SpecDecodeBaseProposer.propose = drafting
         cls = gpu_model_runner.DFlashProposer
-        propose = cls.propose
+        # Ours goes through its own method, in steps too that vLLM's never hears of.
+        name = "take_features" if hasattr(cls, "take_features") else "propose"
+        original = getattr(cls, name)
 
         def recorded(proposer, *args, **kwargs):
+            out = original(proposer, *args, **kwargs)
             if self.recording and self.runner is not None:
-                features = kwargs["target_hidden_states"]
-                tap = getattr(proposer, "tap", None)
-                if tap is not None and tap.given(features):
-                    features = tap.features[: features.shape[0]]
-                self._observe_features({**kwargs, "target_hidden_states": features})
-            return propose(proposer, *args, **kwargs)
+                if name == "take_features":
+                    _, positions, metadata, rejected = args
+                    self._observe_features(out, positions, metadata, rejected)
+                else:
+                    self._observe_features(
+                        kwargs["target_hidden_states"],
+                        kwargs["target_positions"],
+                        kwargs["common_attn_metadata"],
+                        kwargs.get("num_rejected_tokens_gpu"),
+                    )
+            return out
 
-        cls.propose = recorded
+        setattr(cls, name, recorded)
 
-    def _observe_features(self, kwargs: dict[str, Any]) -> None:
-        positions = kwargs["target_positions"]
+    def _observe_features(self, features: Any, positions: Any, metadata: Any, rejected: Any):
         self.features.observe(
             self.runner.input_batch.req_ids,
-            kwargs["common_attn_metadata"].query_start_loc_cpu,
+            metadata.query_start_loc_cpu,
             positions[0] if positions.dim() == 2 else positions,
-            kwargs["target_hidden_states"],
-            kwargs.get("num_rejected_tokens_gpu"),
+            features,
+            rejected,
         )
 
     def _observe_drafts(self, kwargs: dict[str, Any], rows: list[int], drafted: Any) -> None:
