@@ -4,7 +4,7 @@
 
 The job: ``engine`` (EngineArgs) and ``runs`` as in ``engine_jobs.py``, each with ``drafting``: False to
 decode without the drafter, and ``record``: a path to which each rank appends its number for the features
-it saw. ``async``: whether to schedule asynchronously.
+it saw.
 """
 
 from __future__ import annotations
@@ -65,8 +65,6 @@ def main(job_file: str, out_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     args = {"enforce_eager": True, "dtype": "float32", "disable_log_stats": False, **job["engine"]}
-    if job.get("async"):
-        engine_jobs.schedule_asynchronously()
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**args))
     except Exception as error:
@@ -77,8 +75,7 @@ def main(job_file: str, out_file: str) -> None:
     def ask(function: Any, *args: Any) -> list[Any]:
         return engine.collective_rpc(function, args=args)
 
-    scheduler = engine.engine_core.engine_core.scheduler
-    result: dict[str, Any] = {"runs": {}, "scheduler": type(scheduler).__module__}
+    result: dict[str, Any] = {"runs": {}}
     drafts = "speculative_config" in job["engine"]
     if drafts:
         result["ranks"] = ask(remote.describe)

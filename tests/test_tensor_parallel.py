@@ -118,22 +118,6 @@ def test_one_rank_chooses_draft_lengths(trained, prompts, folder) -> None:
     assert len(first["drafts"]) > 0
 
 
-def test_the_scheduler_chooses_for_two_ranks(trained, prompts, folder) -> None:
-    """With asynchronous scheduling; the first rank's costs are the scheduler's."""
-    run = {"name": "run", "prompts": prompts[:8], "params": GREEDY, "concurrency": 4}
-    engine = {"model": str(trained.verifier), "tensor_parallel_size": 2, **SERVED}
-    plain = tiny.engine_job({"engine": engine, "runs": [run]}, folder, script=RANK_JOBS)
-    engine["speculative_config"] = {"method": "dflash", "model": str(trained.drafter)}
-    run["record"] = str(folder / "scheduled-features")
-    job = {"engine": engine, "runs": [run], "async": True}
-    out = tiny.engine_job(job, folder, script=RANK_JOBS)
-    assert out["scheduler"] == "vllm_dflash.serving.scheduler"
-    assert tokens(out["runs"]["run"]) == tokens(plain["runs"]["run"])
-    first, second = out["runs"]["run"]["ranks"]
-    assert first["drafts"] == second["drafts"]
-    assert len(first["drafts"]) > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "speculative"),
