@@ -81,8 +81,8 @@ def main(job_file: str, out_file: str) -> None:
         result["ranks"] = ask(remote.describe)
     for one in job["runs"]:
         name, limit = one["name"], one["params"]["max_tokens"]
-        if "drafting" in one:
-            ask(remote.set_drafting, one["drafting"])
+        if drafts:
+            ask(remote.set_drafting, one.get("drafting", True))
         if one.get("record"):
             lengths = {f"{name}:{i}": len(p) + limit for i, p in enumerate(one["prompts"])}
             ask(remote.start_recording, lengths)

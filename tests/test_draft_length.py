@@ -374,12 +374,11 @@ def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
     for seed in range(3):
         learned = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
         rates.append(World(Policy(learned, K), cost, quality, seed=seed).run(1200))
-    rate = np.mean(rates)
     fixed = [fixed_rate(cost, quality, n) for n in range(K + 1)]
-    assert rate >= 0.98 * fixed[0]
-    assert rate >= 0.96 * max(fixed)
+    assert min(rates) >= 0.98 * fixed[0]
+    assert min(rates) >= 0.96 * max(fixed)
     if name.startswith("mixed"):
-        assert rate >= 1.1 * max(fixed)
+        assert min(rates) >= 1.1 * max(fixed)
 
 
 def test_cost_of_checking_is_told_from_that_of_tokens() -> None:

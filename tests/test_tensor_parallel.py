@@ -51,7 +51,7 @@ def serve(
                 "prompts": prompts,
                 "params": GREEDY,
                 "concurrency": 4,
-                **({"drafting": False} if drafter else {}),
+                "drafting": False,
             }
         ],
     }

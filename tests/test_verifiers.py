@@ -58,17 +58,17 @@ def test_hybrids_with_drafts_of_any_length(model_type, verifier, prompts, folder
     path = verifiers.make(folder / f"{model_type}-any", model_type, verifier)
     drafter = tiny.make_drafter(folder / f"{model_type}-any-drafter", path)
     runs = [
-        drafted(path, drafter, prompts[:8], folder, max_tokens=24, random_lengths=random)
+        drafted(path, drafter, prompts[:8], folder, max_tokens=48, random_lengths=random)
         for random in (False, True)
     ]
     assert runs[0]["sequences"] == runs[1]["sequences"]
     figures = runs[1]["lengths"]
-    assert sum(count > 0 for count in figures["lengths"]) >= 5
+    assert min(figures["lengths"]) > 0
     assert 0 < figures["drafted_steps"] < figures["steps"]
     # Draft passes never pay: the drafter's context waits while cache blocks pass to other layers.
     job = {"costs": [0.01, 0.01, 1.0]}
     none = drafted(
-        path, drafter, prompts[:8], folder, max_tokens=24, job=job, dflash_draft_length="auto"
+        path, drafter, prompts[:8], folder, max_tokens=48, job=job, dflash_draft_length="auto"
     )
     assert none["sequences"] == runs[0]["sequences"]
     assert none["lengths"]["drafted_steps"] < none["lengths"]["steps"] / 2

@@ -44,7 +44,7 @@ class Trials:
     expected: float = 0.0
     offset: float = 0.0
 
-    def add(self, tried: int, accepted: int, expected: float, kinds: Sequence[float] = ()) -> None:
+    def add(self, tried: int, accepted: int, expected: float, kinds: Sequence[float]) -> None:
         """Counts one draft.
 
         Requests are of kinds rather than scattered around a mean: two failures tell a foreign one. So the

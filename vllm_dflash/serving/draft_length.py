@@ -93,7 +93,7 @@ class DraftLengths:
         skip_rejection_sampling(proposer.runner)
         self._group = _tensor_parallel_group()
         if self._group is None:
-            # Ranks would have to tell each other, which takes longer than what is spared.
+            # Ranks decide together, in propose().
             skip_proposing(proposer.runner, self.plain_step)
         self._looked: _Look | None = None
         self._requests: set[str] = set()
@@ -166,9 +166,9 @@ class DraftLengths:
         most: int,
     ) -> list[list[int]] | None:
         """See :func:`~vllm_dflash.serving.plain_steps.skip_proposing`."""
-        runner = self.proposer.runner
-        num_requests = metadata.batch_size()
-        if metadata.num_actual_tokens != num_requests:
+        proposer, num_requests = self.proposer, metadata.batch_size()
+        runner = proposer.runner
+        if metadata.num_actual_tokens != num_requests or not proposer.drafting:
             return None
         look: _Look | None = None
         if self._doze.skips():
@@ -186,7 +186,7 @@ class DraftLengths:
                 self._looked = look
                 return None
         began = time.perf_counter()
-        features = self.proposer.take_features(hidden_states, positions, metadata, None)
+        features = proposer.take_features(hidden_states, positions, metadata, None)
         # Nobody drafts behind them, so any tokens will do for anchors.
         anchors = runner.input_ids.gpu[:num_requests]
         self.context.add(features, anchors, positions, metadata, None)
