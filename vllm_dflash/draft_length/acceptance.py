@@ -97,6 +97,8 @@ class Predictor:
         self._requests: dict[str, list[Trials]] = {}
         self._recent: list[list[float]] = []
         self._likely: np.ndarray | None = None
+        #: Curves of requests that have shown nothing, by cells, until anything is learned.
+        self._unknown: dict[bytes, list[float]] = {}
         #: Running mean of -log P(what happened): which of two predictors is the better one.
         self.loss = 0.0
         self.trials = 0
@@ -120,6 +122,22 @@ class Predictor:
                 out[i] = self.likely_curves(cells_BT[i]).mean(axis=0)
         return out
 
+    def curve(self, cells_T: np.ndarray, request: str) -> list[float]:
+        """What :meth:`curves` gives for one request, as numbers: arrays are slow for so few."""
+        of_request = self._requests.get(request)
+        if of_request is None:
+            key = cells_T.tobytes()
+            if key not in self._unknown:
+                self._unknown[key] = self.likely_curves(cells_T).mean(axis=0).tolist()
+            return self._unknown[key]
+        out, p = [], 1.0
+        for logit, group in zip(
+            self._logit_C[cells_T].tolist(), self._group_C[cells_T].tolist(), strict=True
+        ):
+            p /= 1 + math.exp(-logit - of_request[group].offset)
+            out.append(p)
+        return out
+
     def likely_curves(self, cells_T: np.ndarray) -> np.ndarray:
         """Curves that a request of which nothing is known may have, ``[kinds of requests, T]``."""
         offsets = self.likely_offsets()[:, self._group_C[cells_T]]
@@ -136,6 +154,7 @@ class Predictor:
         """
         if len(cells_T) == 0:
             return
+        self._unknown.clear()
         of_request = self._requests.get(request)
         if of_request is None:
             of_request = self._requests[request] = [Trials() for _ in range(self._num_groups)]
@@ -172,6 +191,7 @@ class Predictor:
             kept = max(_RECENT, 2 * (len(self._requests) + 1))
             self._recent = [*self._recent[1 - kept :], [t.offset for t in trials]]
             self._likely = None
+            self._unknown.clear()
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:
         """Offsets ``[kinds, groups]`` that a request of which nothing is known may have: quantiles of those

@@ -5,8 +5,6 @@ from __future__ import annotations
 #: Share of the latest look in the running averages. Finds may be rare and large: one match in ten steps that
 #: saves half a step is worth more than the search, and is not seen in the last sixteen steps.
 _RATE = 1 / 100
-#: Naps begin where less than this share of the effort is gained.
-_TOO_LITTLE = 0.7
 #: Looks between two naps at least.
 _LOOKS = 6
 #: Steps of the shortest nap and of the longest one.
@@ -40,7 +38,7 @@ class Doze:
         # A look that was held up by something else is no costlier.
         self.effort += _RATE * (min(effort, 2 * self.effort + 0.05) - self.effort)
         self._looks += 1
-        if self.gain >= _TOO_LITTLE * self.effort:
+        if self.gain >= self.effort:
             self._nap = _NAPS[0]
         elif self._looks >= _LOOKS:
             self._looks, self._left = 0, self._nap

@@ -8,7 +8,7 @@ that were not sent to the verifier are evidence like the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,8 +38,8 @@ HORIZON = 20
 _HELD_UP = 10.0
 #: Share of the latest step in how late steps are on average.
 _LATENESS_RATE = 1 / 100
-#: Steps for which a verdict against the drafter stands while nothing new is known.
-REST = 8
+#: Steps for which a verdict against the drafter stands while nothing is known anew but what steps cost.
+REST = 32
 #: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
 _ENOUGH, _BETTER = 64, 0.97
 
@@ -73,6 +73,7 @@ class Plan:
         drafting: indices of those to run the drafter for, ascending.
         lookups_BK: of each request, the probabilities that prompt lookup's first tokens are all accepted.
         seconds_M: of a step with 0, 1, ... draft tokens (of those that may be chosen), without a draft pass.
+        looked_up: the choice among lookups alone.
     """
 
     requests: Sequence[Request]
@@ -80,6 +81,7 @@ class Plan:
     drafting: tuple[int, ...]
     lookups_BK: np.ndarray
     seconds_M: np.ndarray
+    looked_up: Choice
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,10 @@ class Totals:
     Attributes:
         steps: verifier steps without prompt chunks.
         drafted_steps: those before which the drafter ran.
-        tokens, seconds: emitted by those steps, and spent on them, draft passes included.
-        plain_seconds: what the same tokens would have taken without speculation, by the measured costs.
+        tokens: emitted by those steps.
+        seconds: spent on all steps, those with prompt chunks and draft passes included.
+        plain_seconds: what the same tokens would have taken without speculation, by the measured costs; steps
+            with prompt chunks as long as they took.
         lengths: how often each draft length was chosen, ``[K + 1]``.
         proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
     """
@@ -179,7 +183,8 @@ class Policy:
             steps: since the last plan.
         """
         for request in requests:
-            self._learn(request)
+            if request.id in self._blocks:
+                self._learn(request)
         B, K = len(requests), self.num_tokens
         ids = [r.id for r in requests]
         context = float(sum(len(r.tokens) for r in requests))
@@ -188,16 +193,16 @@ class Policy:
         self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
         matched = {i for i, r in enumerate(requests) if len(r.match)}
         rests = self._rests(ids, matched)
+        best = Choice((0,) * B, float(B), plain)
         if rests and not matched:
             nothing_BK = np.zeros((B, K))
-            return Plan(requests, nothing_BK > 0, (), nothing_BK, np.array([plain]))
+            return Plan(requests, nothing_BK > 0, (), nothing_BK, np.array([plain]), best)
         limit = K if most is None else min(most, K)
         caps_B = np.array([min(r.most, limit) for r in requests], dtype=int)
         allowed_BK = np.arange(K) < caps_B[:, None]
         seconds_M = self.cost.verify(B, context, B * K)
-        lookups_BK = self._match_curves(requests) * allowed_BK
-        best = Choice((0,) * B, float(B), plain)
-        if lookups_BK.any():
+        lookups_BK = self._match_curves(requests, matched) * allowed_BK
+        if matched and _bound(lookups_BK, seconds_M) > best.rate:
             best = choose(lookups_BK, seconds_M)
         drafting: list[int] = []
         if not rests:
@@ -205,7 +210,7 @@ class Policy:
             if not drafting:
                 self._verdict, self._rest = (ids, self.by_position.trials), REST
                 self._matched = matched
-        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M)
+        return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M, best)
 
     def _rests(self, ids: list[str], matched: Set[int] = frozenset()) -> bool:
         """Whether it is known without looking that the drafter does not pay: looking costs, too.
@@ -229,14 +234,20 @@ class Policy:
         drafts_BK = self.by_position.curves(self._positions(B), [r.id for r in requests])
         drafts_BK *= allowed_BK * self.promises[DRAFTER].share
         drafting: list[int] = []
-        worth_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
+        drafted_B, looked_up_B = drafts_BK.sum(axis=1), lookups_BK.sum(axis=1)
+        worth_B = drafted_B - looked_up_B
         order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
+        sizes = {
+            n: self._pass_seconds(B if self.together else n)
+            for n in _sizes(len(order), self.together)
+        }
         margin, without, recovered = MARGIN, best, 0.0
-        for size in _sizes(len(order), self.together):
+        if not self._may_pay(sizes, drafted_B[order], looked_up_B, best, seconds_M):
+            sizes = {}
+        for size, passed in sizes.items():
             chosen = order[:size]
             curves_BK = lookups_BK.copy()
             curves_BK[chosen] = drafts_BK[chosen]
-            passed = self._pass_seconds(B if self.together else size)
             choice = choose(curves_BK, seconds_M + passed)
             gained = choice.worth(without.rate) - without.worth(without.rate)
             recovered = max(recovered, 1 + gained / (without.rate * passed)) if passed else 1.0
@@ -250,6 +261,31 @@ class Policy:
             drafting = list(range(B))
         return drafting
 
+    def _may_pay(
+        self,
+        sizes: Mapping[int, float],
+        drafted_B: np.ndarray,
+        looked_up_B: np.ndarray,
+        best: Choice,
+        seconds_M: np.ndarray,
+    ) -> bool:
+        """Whether some draft pass would pay, or nearly, if all its tokens were verified in the time of one.
+
+        Where drafting is hopeless this saves trying what is worth verifying.
+
+        Args:
+            sizes: numbers of requests to draft for and what that takes, in seconds.
+            drafted_B: expected tokens of the drafter, in the order in which requests would be drafted for.
+            looked_up_B: of prompt lookup, of all requests.
+        """
+        most, least = len(looked_up_B) + float(looked_up_B.sum()), float(seconds_M[:2][-1])
+        for size, passed in sizes.items():
+            drafted = float(drafted_B[:size].sum())
+            pays = most + drafted > MARGIN * best.rate * (least + passed)
+            if pays or drafted > _HOPELESS * best.rate * passed:
+                return True
+        return False
+
     def _pass_seconds(self, num_requests: int) -> float:
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
 
@@ -260,16 +296,14 @@ class Policy:
         kind = min(max(match_len, MATCHES[0]), MATCHES[-1]) - MATCHES[0]
         return kind * self.num_tokens + np.arange(self.num_tokens)
 
-    def _match_curves(self, requests: Sequence[Request]) -> np.ndarray:
+    def _match_curves(self, requests: Sequence[Request], matched: Iterable[int]) -> np.ndarray:
         """``[B, K]``, 0 behind the end of a match."""
-        K = self.num_tokens
-        out = np.zeros((len(requests), K))
-        rows = [i for i, r in enumerate(requests) if len(r.match)]
-        if rows:
-            cells = np.stack([self._match_cells(requests[i].match_len) for i in rows])
-            lens = np.array([len(requests[i].match) for i in rows])
-            curves = self.by_match.curves(cells, [requests[i].id for i in rows])
-            out[rows] = curves * (np.arange(K) < lens[:, None]) * self.promises[LOOKUP].share
+        out = np.zeros((len(requests), self.num_tokens))
+        share = self.promises[LOOKUP].share
+        for i in matched:
+            request, n = requests[i], len(requests[i].match)
+            curve = self.by_match.curve(self._match_cells(request.match_len), request.id)
+            out[i, :n] = [share * p for p in curve[:n]]
         return out
 
     def _probes(
@@ -353,7 +387,7 @@ class Policy:
         # The draft pass is spent either way.
         passed = self._pass_seconds(len(rows))
         price = self.pace.of(r.id for r in plan.requests) / float(plan.seconds_M[0])
-        choice = choose(curves_BK, plan.seconds_M + passed)
+        choice = choose(curves_BK, plan.seconds_M + passed) if rows else plan.looked_up
         none = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))
         if choice.rate < MARGIN * none.rate:
             choice = none
@@ -412,9 +446,7 @@ class Policy:
 
     def _learn(self, request: Request) -> None:
         """Compares drafts of earlier steps with the text that followed."""
-        blocks = self._blocks.get(request.id)
-        if not blocks:
-            return
+        blocks = self._blocks.pop(request.id)
         known = request.tokens
         undecided = []
         for block in blocks:
@@ -433,7 +465,8 @@ class Policy:
                 continue
             for predictor, cells in block.learners:
                 predictor.observe(cells[: right + 1], right, request.id)
-        self._blocks[request.id] = undecided
+        if undecided:
+            self._blocks[request.id] = undecided
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests have ended."""
@@ -472,6 +505,16 @@ class Policy:
         self.totals.tokens += num_tokens
         self.totals.seconds += seconds
         self.totals.plain_seconds += self._lateness * plain * num_tokens / num_requests
+
+    def account_prompts(self, seconds: float, draft_seconds: float = 0.0) -> None:
+        """Counts a step with prompt chunks, which is as long without speculation but for its draft pass."""
+        self.totals.seconds += seconds + draft_seconds
+        self.totals.plain_seconds += seconds
+
+
+def _bound(curves_BK: np.ndarray, seconds_M: np.ndarray) -> float:
+    """A rate that no choice with drafts exceeds: all of them for the time of one."""
+    return (len(curves_BK) + float(curves_BK.sum())) / float(seconds_M[:2][-1])
 
 
 def _sizes(candidates: int, together: bool) -> list[int]:

@@ -1,13 +1,19 @@
-"""The drafter's context K/V of steps without a draft pass: kept as features, written in one go."""
+"""The drafter's context K/V of steps without a draft pass: kept as features, written in one go or never."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_dflash import ops
+
+#: Features that may wait. Rows that wait for long belong to requests that end before anything is drafted.
+_BYTES = 16 * 2**20
+_NOBODY = 0
 
 
 class DeferredContext:
@@ -15,31 +21,46 @@ class DeferredContext:
 
     A step that drafts nothing has a row or a few of new context for each request. The drafter's
     projections read all their weights for them, however few they are, so rows are gathered and written
-    together: when there are enough, and before anything drafts. Rows are written in the order in which they
-    came, before rows of a later step; a cache block that has passed to another request meanwhile is written
-    by that request's own rows after them.
+    together: when there are enough, and before anything drafts.
+
+    Rows of a request that leaves the batch are written then, since its cache blocks may pass to others. Has
+    it ended, only those in full blocks are: prefix caching may show them to a later request, and nobody
+    will read the others.
 
     That holds while one KV cache group has all layers. With several, as hybrids have and verifiers with
     sliding layers, a block may pass to another group, whose recurrent states or verifier's keys it then
-    holds: rows are written before a step that brings any request new blocks.
+    holds: all rows are written when a request leaves, and before a step that brings any request new blocks.
 
     Args:
         proposer: ours, with its KV cache laid out.
-        num_rows: written when there are as many; 0 for each step at once, as a KV connector needs, which
-            passes blocks on as they are.
+        at_once: every step writes its rows, as a KV connector needs, which passes blocks on as they are.
     """
 
-    def __init__(self, proposer: Any, num_rows: int = 128) -> None:
-        if proposer.vllm_config.kv_transfer_config is not None:
-            num_rows = 0
-        self.proposer, self.num_rows = proposer, num_rows
-        self._features: list[Tensor] = []
-        self._positions: list[Tensor] = []
-        self._slots: list[Tensor] = []
+    def __init__(self, proposer: Any, at_once: bool = False) -> None:
+        config = proposer.vllm_config
+        self.proposer = proposer
+        self.at_once = at_once or config.kv_transfer_config is not None
+        groups = proposer.runner.kv_cache_config.kv_cache_groups
+        self._single = len(groups) == 1
+        self._block_size = groups[0].kv_cache_spec.block_size
+        self._prefix_caching = bool(config.cache_config.enable_prefix_caching)
+        self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+        #: Whose the rows are, ``[rows]``, by number.
+        self._owner_R = np.empty(0, dtype=np.int64)
+        self._end = 0
         self._requests: tuple[str, ...] = ()
-        self.waiting = 0
-        if num_rows and len(proposer.runner.kv_cache_config.kv_cache_groups) > 1:
+        self._number: dict[str, int] = {}
+        self._numbers_B = np.empty(0, dtype=np.int64)
+        self._made = _NOBODY
+        #: Of requests that had rows written past those that wait: how many tokens they had at most.
+        self._known: dict[int, int] = {}
+        if not (self.at_once or self._single):
             self._watch_blocks(proposer.runner)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not written yet."""
+        return int(np.count_nonzero(self._owner_R[: self._end]))
 
     def _watch_blocks(self, runner: Any) -> None:
         execute = runner.execute_model
@@ -68,11 +89,6 @@ class DeferredContext:
                 gets them.
         """
         proposer = self.proposer
-        requests = tuple(proposer.runner.input_batch.req_ids)
-        if requests != self._requests:
-            # Cache blocks may have changed hands.
-            self.flush()
-            self._requests = requests
         num_tokens = features_TF.shape[0]
         if num_rejected is None and proposer.kv_groups.single:
             # The verifier's step wrote its own keys and values of these tokens to the same slots.
@@ -82,29 +98,118 @@ class DeferredContext:
             proposer._block_inputs.build(proposer, anchor_ids, positions, metadata, num_rejected)
             positions = proposer._context_positions_buffer[:num_tokens]
             slots = proposer.context_slots[:, :num_tokens]
-        if num_tokens >= self.num_rows:
-            self.flush()
+        if self.at_once:
             self._write(features_TF, positions, slots)
             return
+        self._meet()
+        owner_T, num_requests = self._numbers_B, len(self._requests)
+        if num_tokens != num_requests:
+            starts = metadata.query_start_loc_cpu[: num_requests + 1].numpy()
+            owner_T = np.repeat(owner_T, np.diff(starts))
         if num_rejected is not None:
             kept = (slots[0] != ops.PAD_SLOT).nonzero().flatten()
-            self._features.append(features_TF.index_select(0, kept))
-            self._positions.append(positions.index_select(0, kept))
-            self._slots.append(slots.index_select(1, kept))
-        else:
-            self._features.append(features_TF.clone())
-            self._positions.append(positions.clone())
-            self._slots.append(slots.clone())
-        self.waiting += self._features[-1].shape[0]
-        if self.waiting >= self.num_rows:
+            features_TF = features_TF.index_select(0, kept)
+            positions, slots = positions.index_select(0, kept), slots.index_select(1, kept)
+            owner_T = owner_T[kept.cpu().numpy()]
+        self._keep(features_TF, positions, slots, owner_T)
+
+    def _keep(
+        self, features_TF: Tensor, positions: Tensor, slots: Tensor, owner_T: np.ndarray
+    ) -> None:
+        if self._rows is None:
+            num = max(_BYTES // (features_TF.shape[1] * features_TF.element_size()), 1)
+            self._rows = (
+                features_TF.new_empty(num, features_TF.shape[1]),
+                positions.new_empty(num),
+                slots.new_empty(slots.shape[0], num),
+            )
+            self._owner_R = np.full(num, _NOBODY)
+        begin, end = self._end, self._end + len(owner_T)
+        if end > len(self._owner_R):
             self.flush()
+            begin, end = 0, len(owner_T)
+        if end > len(self._owner_R):
+            self._write(features_TF, positions, slots)
+            return
+        features, places, caches = self._rows
+        features[begin:end] = features_TF
+        places[begin:end] = positions
+        caches[:, begin:end] = slots
+        self._owner_R[begin:end] = owner_T
+        self._end = end
+
+    def _meet(self) -> None:
+        """Numbers the requests of the step, and parts with those that it lacks."""
+        requests = tuple(self.proposer.runner.input_batch.req_ids)
+        if requests == self._requests:
+            return
+        self._part_with(set(self._number).difference(requests))
+        for request in requests:
+            if request not in self._number:
+                self._made += 1
+                self._number[request] = self._made
+        self._requests = requests
+        self._numbers_B = np.array([self._number[r] for r in requests], dtype=np.int64)
+
+    def _part_with(self, gone: set[str]) -> None:
+        """Writes what is still of use of the rows of requests that have left the batch."""
+        numbers = {self._number.pop(request): request for request in gone}
+        if not self._single:
+            self.flush()
+            return
+        going_on = self.proposer.runner.requests
+        wanted = [np.empty(0, dtype=np.int64)]
+        for number, request in numbers.items():
+            rows = np.flatnonzero(self._owner_R[: self._end] == number)
+            self._owner_R[rows] = _NOBODY
+            known = self._known.pop(number, 0)
+            if request not in going_on:
+                rows = self._in_full_blocks(rows, known)
+            wanted.append(rows)
+        self._write_rows(np.concatenate(wanted))
+        if not self._owner_R[: self._end].any():
+            self._end = 0
+
+    def _in_full_blocks(self, rows: np.ndarray, known: int) -> np.ndarray:
+        """Those of one request's rows; ``known`` of its tokens may be behind them."""
+        if self._rows is None or not self._prefix_caching or not len(rows):
+            return rows[:0]
+        position_R = self._rows[1][torch.from_numpy(rows)].cpu().numpy()
+        length = max(int(position_R.max()) + 1, known)
+        return rows[position_R < length // self._block_size * self._block_size]
+
+    def flush_for(self, batch_rows: Sequence[int]) -> None:
+        """Writes the rows of the requests in these rows of the batch, before they are drafted for.
+
+        The step's own rows are then written with the draft pass, for all of its requests.
+        """
+        if not (self._end and self._single):
+            self.flush()
+            return
+        self._meet()
+        rows = np.flatnonzero(np.isin(self._owner_R[: self._end], self._numbers_B[batch_rows]))
+        self._owner_R[rows] = _NOBODY
+        self._write_rows(rows)
+        batch = self.proposer.runner.input_batch
+        for row, number in enumerate(self._numbers_B.tolist()):
+            # At most: what the step's drafts brought is not counted in yet.
+            self._known[number] = int(batch.num_tokens_no_spec[row]) + self.proposer.max_query_len
 
     def flush(self) -> None:
         """Writes all rows to the drafter's cache."""
-        if self.waiting:
-            features = torch.cat(self._features)
-            self._write(features, torch.cat(self._positions), torch.cat(self._slots, dim=1))
-        self._features, self._positions, self._slots, self.waiting = [], [], [], 0
+        if self._end:
+            self._write_rows(np.flatnonzero(self._owner_R[: self._end]))
+        self._owner_R[: self._end] = _NOBODY
+        self._end = 0
+
+    def _write_rows(self, rows: np.ndarray) -> None:
+        if self._rows is None or not len(rows):
+            return
+        features, positions, slots = self._rows
+        at = torch.from_numpy(rows).to(features.device)
+        self._write(
+            features.index_select(0, at), positions.index_select(0, at), slots.index_select(1, at)
+        )
 
     def _write(self, features_TF: Tensor, positions: Tensor, slots: Tensor) -> None:
         proposer = self.proposer

@@ -130,7 +130,9 @@ class DraftLengths:
         drafted: Tensor | None = None
         proposer.confidence = None
         if drafting:
-            self.context.flush()
+            self.context.flush_for(drafting)
+            # What waited would else have been written at another time: it is not the pass's cost.
+            flushed = time.perf_counter()
             whole = len(drafting) == num_requests
             proposer.draft_rows = None if whole else torch.tensor(drafting, device=proposer.device)
             try:
@@ -154,7 +156,7 @@ class DraftLengths:
         seconds = time.perf_counter() - began
         if drafting:
             queries = len(drafting) * proposer.max_query_len
-            self.policy.cost.observe_draft(queries, seconds)
+            self.policy.cost.observe_draft(queries, began + seconds - flushed)
         return self._finish(look, tokens, confidence, seconds, num_requests)
 
     def plain_step(
@@ -297,8 +299,8 @@ class DraftLengths:
             cost.observe_overhead(clock.began - clock.ended)
         decoding = metadata.max_query_len <= self.num_tokens + 1 and emitted >= num_requests
         self._step = None
+        self._seconds = seconds = now - clock.began if clock.began else 0.0
         if decoding and clock.began:
-            seconds = now - clock.began
             tokens = metadata.num_actual_tokens
             drafts = tokens - num_requests
             cost.observe_step(tokens, num_requests, context, seconds, drafts)
@@ -310,6 +312,8 @@ class DraftLengths:
             emitted, num_requests, context, drafts, seconds = self._step
             seconds += policy.cost.overhead + draft_seconds
             policy.account(emitted, num_requests, context, seconds, drafts, draft_seconds)
+        else:
+            policy.account_prompts(self._seconds, draft_seconds)
         policy.totals.drafted_steps += drafted
         if self.stats is not None:
             self.stats.update(policy)

@@ -11,7 +11,7 @@ every scrape:
 * ``vllm_dflash:proposed_tokens_total{source}``, ``vllm_dflash:accepted_tokens_total{source}``,
   ``vllm_dflash:expected_tokens_total{source}``: draft tokens by source (drafter, lookup).
 * ``vllm_dflash:step_seconds_total``, ``vllm_dflash:plain_seconds_total``: spent on steps, and what their
-  tokens would have taken without speculation by the measured costs;
+  tokens would have taken without speculation by the measured costs (steps with prompts the same in both);
   ``vllm_dflash:estimated_speedup``: their ratio.
 """
 

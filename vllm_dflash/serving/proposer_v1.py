@@ -260,7 +260,7 @@ class Proposer(DFlashProposer):
 
         if scheduler.chooses(self.vllm_config):
             # Rows are written at once: gathering them would wait for the device, which runs ahead here.
-            self.context = DeferredContext(self, num_rows=0)
+            self.context = DeferredContext(self, at_once=True)
             path = calibration.costs_file(self.vllm_config)
             draft_switch.hand_over(calibration.RunsV1(self), path)
             return

@@ -173,6 +173,7 @@ class EngineLengths:
             drafts += length
             self.policy.observe(name, length, tokens - 1, promised)
         requests = len(step.lengths)
+        seconds = now - max(self._updated, step.scheduled)
         self.policy.totals.drafted_steps += step.drafting
         if step.tokens == requests + drafts and emitted >= requests:
             # The pass of this step or of the one before is in between, by how the device works.
@@ -182,10 +183,12 @@ class EngineLengths:
                 drafts=drafts,
                 context=step.context,
                 emitted=emitted,
-                seconds=now - max(self._updated, step.scheduled),
+                seconds=seconds,
                 even=step.even,
                 drafted=step.drafting if sure else None,
             )
+        else:
+            self.policy.account_prompts(seconds)
         self._updated, self._drafted = now, step.drafting
         self.stats.update(self.policy)
 

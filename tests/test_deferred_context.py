@@ -1,0 +1,163 @@
+"""Which rows of context that waits are written, and when: with a stand-in for the proposer, no engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from vllm_dflash import ops
+from vllm_dflash.serving import deferred_context
+from vllm_dflash.serving.deferred_context import DeferredContext
+
+BLOCK = 4
+
+
+class Model:
+    """Writes down the slots that are stored, and the features stored there."""
+
+    def __init__(self) -> None:
+        self.written: list[list[int]] = []
+        self.cache: dict[int, float] = {}
+
+    def combine_hidden_states(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+    def precompute_and_store_context_kv(self, states, positions, slots) -> None:
+        kept = slots != ops.PAD_SLOT
+        self.written.append(slots[kept].tolist())
+        self.cache |= dict(zip(slots[kept].tolist(), states[kept, 0].tolist(), strict=True))
+
+
+class World:
+    """Requests of a batch; a request's slots are its own hundred, a token's feature is its slot."""
+
+    def __init__(self, prefix_caching: bool = True, groups: int = 1, connector=None) -> None:
+        self.model = Model()
+        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
+        self.runner = SimpleNamespace(
+            requests={},
+            input_batch=SimpleNamespace(req_ids=[], num_tokens_no_spec=[]),
+            kv_cache_config=SimpleNamespace(kv_cache_groups=[group] * groups),
+            execute_model=lambda output: None,
+        )
+        self.proposer = SimpleNamespace(
+            runner=self.runner,
+            model=self.model,
+            kv_groups=SimpleNamespace(single=True),
+            max_query_len=3,
+            vllm_config=SimpleNamespace(
+                kv_transfer_config=connector,
+                cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+            ),
+        )
+        self.lens: dict[str, int] = {}
+        self.context = DeferredContext(self.proposer)
+
+    def step(self, *requests: str, tokens: int = 1) -> None:
+        slots: list[int] = []
+        for r in requests:
+            self.runner.requests.setdefault(r, None)
+            begin = self.lens.get(r, 0)
+            slots += range(100 * int(r) + begin, 100 * int(r) + begin + tokens)
+            self.lens[r] = begin + tokens
+        batch = self.runner.input_batch
+        batch.req_ids, batch.num_tokens_no_spec = list(requests), [self.lens[r] for r in requests]
+        at = torch.tensor(slots)
+        metadata = SimpleNamespace(
+            slot_mapping=at,
+            query_start_loc_cpu=torch.arange(0, len(slots) + 1, tokens, dtype=torch.int32),
+        )
+        features = at[:, None].float().repeat(1, 8)
+        self.context.add(features, at[: len(requests)], at % 100, metadata, None)
+
+    def end(self, request: str) -> None:
+        del self.runner.requests[request]
+
+
+def test_ended_requests_leave_their_full_blocks() -> None:
+    world = World()
+    world.step("1", "2", tokens=3)
+    for _ in range(7):
+        world.step("1", "2")
+    assert world.model.written == [] and world.context.waiting == 20
+    world.end("1")
+    world.step("2", "3")
+    # Ten tokens: two full blocks of four.
+    assert world.model.written == [list(range(100, 108))]
+    assert world.context.waiting == 12
+    world.context.flush()
+    assert sorted(world.model.cache) == [*range(100, 108), *range(200, 211), 300]
+    assert all(slot == feature for slot, feature in world.model.cache.items())
+    assert world.context.waiting == 0
+
+
+def test_a_draft_pass_needs_the_rows_of_its_requests() -> None:
+    world = World()
+    world.step("1", "2", "3", tokens=6)
+    world.end("3")
+    world.runner.input_batch.req_ids = ["2", "1"]
+    world.runner.input_batch.num_tokens_no_spec = [6, 6]
+    world.context.flush_for([0])
+    assert world.model.written == [[300, 301, 302, 303], list(range(200, 206))]
+    # The pass wrote rows of both behind those that wait: the second block may be full by now.
+    world.end("1")
+    world.step("2")
+    assert world.model.written[2:] == [list(range(100, 106))]
+    assert world.context.waiting == 1
+
+
+def test_without_prefix_caching_they_leave_nothing() -> None:
+    world = World(prefix_caching=False)
+    world.step("1", "2", tokens=9)
+    world.end("1")
+    world.end("2")
+    world.step("3")
+    assert world.model.written == [] and world.context.waiting == 1
+
+
+def test_preempted_requests_leave_everything() -> None:
+    world = World()
+    world.step("1", "2", tokens=5)
+    world.step("2")
+    assert world.model.written == [[100, 101, 102, 103, 104]]
+    world.step("2", "1")
+    assert world.context.waiting == 5 + 1 + 2
+
+
+def test_several_groups_write_all_when_one_leaves() -> None:
+    world = World(groups=2)
+    world.step("1", "2", tokens=3)
+    world.end("1")
+    world.step("2")
+    assert world.model.written == [[100, 101, 102, 200, 201, 202]]
+
+
+def test_several_groups_write_before_new_blocks() -> None:
+    world = World(groups=2)
+    world.step("1", tokens=3)
+    for new_blocks, written in (([None], []), ([([7],)], [[100, 101, 102]])):
+        cached = SimpleNamespace(new_block_ids=new_blocks)
+        world.runner.execute_model(
+            SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
+        )
+        assert world.model.written == written
+
+
+def test_no_more_wait_than_there_is_room_for(monkeypatch) -> None:
+    monkeypatch.setattr(deferred_context, "_BYTES", 10 * 8 * 4)
+    world = World()
+    for _ in range(5):
+        world.step("1", "2")
+    assert world.model.written == []
+    world.step("1", "2")
+    assert [len(w) for w in world.model.written] == [10] and world.context.waiting == 2
+    # More than there is room for at once.
+    world.step("1", "2", tokens=6)
+    assert [len(w) for w in world.model.written] == [10, 2, 12]
+
+
+def test_a_connector_gets_rows_at_once() -> None:
+    world = World(connector=object())
+    world.step("1", "2")
+    assert world.model.written == [[100, 200]]
