@@ -80,7 +80,8 @@ def test_ended_requests_leave_their_full_blocks() -> None:
     world.step("1", "2", tokens=3)
     for _ in range(7):
         world.step("1", "2")
-    assert world.model.written == [] and world.context.waiting == 20
+    assert world.model.written == []
+    assert world.context.waiting == 20
     world.end("1")
     world.step("2", "3")
     # Ten tokens: two full blocks of four.
@@ -113,7 +114,8 @@ def test_without_prefix_caching_they_leave_nothing() -> None:
     world.end("1")
     world.end("2")
     world.step("3")
-    assert world.model.written == [] and world.context.waiting == 1
+    assert world.model.written == []
+    assert world.context.waiting == 1
 
 
 def test_preempted_requests_leave_everything() -> None:
@@ -145,16 +147,30 @@ def test_several_groups_write_before_new_blocks() -> None:
 
 
 def test_no_more_wait_than_there_is_room_for(monkeypatch) -> None:
-    monkeypatch.setattr(deferred_context, "_BYTES", 10 * 8 * 4)
+    monkeypatch.setattr(deferred_context, "_BYTES", 16 * 8 * 4)
     world = World()
-    for _ in range(5):
+    for _ in range(8):
         world.step("1", "2")
     assert world.model.written == []
+    # No gaps: the oldest quarter is written.
     world.step("1", "2")
-    assert [len(w) for w in world.model.written] == [10] and world.context.waiting == 2
-    # More than there is room for at once.
-    world.step("1", "2", tokens=6)
-    assert [len(w) for w in world.model.written] == [10, 2, 12]
+    assert world.model.written == [[100, 200, 101, 201]]
+    assert world.context.waiting == 14
+    # Gaps are closed first.
+    world.end("1")
+    world.step("2")
+    assert world.model.written[1:] == [[102, 103, 104, 105, 106, 107]]
+    for _ in range(6):
+        world.step("2")
+    assert len(world.model.written) == 2
+    assert world.context.waiting == 7 + 7
+    # More than a quarter of the room at once: everything.
+    world.step("2", "3", tokens=3)
+    assert world.context.waiting == 0
+    world.step("2", "3")
+    world.context.flush()
+    assert sorted(world.model.cache) == [*range(100, 108), *range(200, 220), *range(300, 304)]
+    assert all(slot == feature for slot, feature in world.model.cache.items())
 
 
 def test_a_connector_gets_rows_at_once() -> None:

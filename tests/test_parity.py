@@ -196,6 +196,26 @@ def test_drafts_behind_a_cached_prefix(trained, prompts, folder) -> None:
     assert check_drafts(cached, Reference(*models), 7) > 500
 
 
+def test_drafts_behind_a_prefix_that_waited(trained, prompts, folder) -> None:
+    """Answers become cached prefixes though nothing may have been drafted in them: no context is missing."""
+    models = trained.verifier, trained.drafter
+    length = {"max_model_len": 256}
+    first = drafted(*models, prompts[:8], folder)
+    answers = [first["sequences"][f"run:{i}"] for i in range(8)]
+    # The same once more, and then as the beginning of a longer request.
+    both = prompts[:8] + [a + p for a, p in zip(answers, prompts[8:16], strict=True)]
+    engine = {"enable_prefix_caching": True, "block_size": 32, **length}
+    cached = drafted(*models, both, folder, engine=engine, random_lengths=True, features=False)
+    figures = cached["lengths"]
+    assert 0 < figures["drafted_steps"] < 0.8 * figures["steps"]
+    hits = cached["runs"]["run"]["counters"]["vllm:prefix_cache_hits_total"]
+    assert hits >= sum(len(a) // 32 * 32 for a in answers) / 2
+    whole = drafted(*models, both, folder, engine=length)
+    assert cached["sequences"] == whole["sequences"]
+    cached["features"] = whole["features"]
+    assert check_drafts(cached, Reference(*models), 7) > 300
+
+
 def test_drafts_equal_pytorch_and_stock_vllm(trained, prompts, folder) -> None:
     """The trained drafter (z-lab format, draft vocabulary), served by us and by vLLM without us."""
     ours = drafted(trained.verifier, trained.drafter, prompts, folder)

@@ -119,7 +119,7 @@ class Predictor:
         out = np.cumprod(self.conditional(cells_BT, requests), axis=1)
         for i, request in enumerate(requests):
             if request not in self._requests:
-                out[i] = self.likely_curves(cells_BT[i]).mean(axis=0)
+                out[i] = self.curve(cells_BT[i], request)
         return out
 
     def curve(self, cells_T: np.ndarray, request: str) -> list[float]:

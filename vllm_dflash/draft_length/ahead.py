@@ -87,7 +87,7 @@ class Ahead(Policy):
             return False
         context = float(sum(s.context for s in slots))
         self._credit += PROBE_SHARE * float(self.cost.verify(B, context, 0)[0])
-        ids = [s.id for s in slots]
+        ids = {s.id for s in slots}
         if self._rests(ids):
             return False
         drafting = self._pays(slots)

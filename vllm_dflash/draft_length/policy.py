@@ -40,6 +40,8 @@ _HELD_UP = 10.0
 _LATENESS_RATE = 1 / 100
 #: Steps for which a verdict against the drafter stands while nothing is known anew but what steps cost.
 REST = 32
+#: Share of its requests that must still be there.
+_ENOUGH_LEFT = 0.75
 #: Trials after which the drafter's confidence is believed, if it foretold acceptance so much better.
 _ENOUGH, _BETTER = 64, 0.97
 
@@ -166,8 +168,8 @@ class Policy:
         self._probe_share = PROBE_SHARE
         # The requests and the state of knowledge for which the drafter was found not to pay, the requests
         # of them that had matches then, and for how many more steps that stands.
-        self._verdict: tuple[list[str], int] | None = None
-        self._matched: Set[int] = frozenset()
+        self._verdict: tuple[Set[str], int] | None = None
+        self._matched: Set[str] = frozenset()
         #: By how much faster than without speculation the latest plan promised to be, 0.1 for a tenth.
         self.gain = 0.0
         self._rest = 0
@@ -186,13 +188,14 @@ class Policy:
             if request.id in self._blocks:
                 self._learn(request)
         B, K = len(requests), self.num_tokens
-        ids = [r.id for r in requests]
+        ids = {r.id for r in requests}
         context = float(sum(len(r.tokens) for r in requests))
         plain = self.cost.verify_one(B, context, 0)
         earned = steps * self._probe_share * plain
         self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
         matched = {i for i, r in enumerate(requests) if len(r.match)}
-        rests = self._rests(ids, matched)
+        matched_ids = {requests[i].id for i in matched}
+        rests = self._rests(ids, matched_ids)
         best = Choice((0,) * B, float(B), plain)
         if rests and not matched:
             nothing_BK = np.zeros((B, K))
@@ -209,17 +212,24 @@ class Policy:
             drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
             if not drafting:
                 self._verdict, self._rest = (ids, self.by_position.trials), REST
-                self._matched = matched
+                self._matched = matched_ids
         return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M, best)
 
-    def _rests(self, ids: list[str], matched: Set[int] = frozenset()) -> bool:
+    def _rests(self, ids: Set[str], matched: Set[str] = frozenset()) -> bool:
         """Whether it is known without looking that the drafter does not pay: looking costs, too.
 
-        Beside matches the drafter is worth less, so a verdict holds where there are as many and more.
+        Beside matches the drafter is worth less, so a verdict holds where there are as many and more. It
+        holds when some requests have left, too.
         """
         self._rest -= 1
-        known = self._verdict == (ids, self.by_position.trials) and self._matched <= matched
-        return known and self._rest >= 0 and self._credit < self._pass_seconds(len(ids))
+        if self._verdict is None or self._rest < 0:
+            return False
+        of, trials = self._verdict
+        same = (
+            trials == self.by_position.trials and ids <= of and len(ids) >= _ENOUGH_LEFT * len(of)
+        )
+        known = same and self._matched & ids <= matched
+        return known and self._credit < self._pass_seconds(len(ids))
 
     def _draft_for(
         self,

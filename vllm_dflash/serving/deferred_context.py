@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from vllm_dflash import ops
 
 #: Features that may wait. Rows that wait for long belong to requests that end before anything is drafted.
-_BYTES = 16 * 2**20
+_BYTES = 32 * 2**20
+#: Where so large a share of the room is taken, the oldest rows of another such share are written.
+_FULL, _PORTION = 3 / 4, 1 / 4
 _NOBODY = 0
 
 
@@ -124,19 +127,36 @@ class DeferredContext:
                 slots.new_empty(slots.shape[0], num),
             )
             self._owner_R = np.full(num, _NOBODY)
-        begin, end = self._end, self._end + len(owner_T)
-        if end > len(self._owner_R):
+        room = len(self._owner_R)
+        if len(owner_T) > _PORTION * room:
             self.flush()
-            begin, end = 0, len(owner_T)
-        if end > len(self._owner_R):
             self._write(features_TF, positions, slots)
             return
+        if self._end + len(owner_T) > room:
+            self._make_room()
+        begin, end = self._end, self._end + len(owner_T)
         features, places, caches = self._rows
         features[begin:end] = features_TF
         places[begin:end] = positions
         caches[:, begin:end] = slots
         self._owner_R[begin:end] = owner_T
         self._end = end
+
+    def _make_room(self) -> None:
+        """Closes the gaps; where there are few, writes the oldest rows. All at once would hold up a step."""
+        assert self._rows is not None
+        room, rows = len(self._owner_R), np.flatnonzero(self._owner_R[: self._end])
+        if len(rows) > _FULL * room:
+            portion = math.ceil(_PORTION * room)
+            self._write_rows(rows[:portion])
+            rows = rows[portion:]
+        owner_R = self._owner_R[rows]
+        self._end = len(rows)
+        at = torch.from_numpy(rows).to(self._rows[0].device)
+        for kept, dim in zip(self._rows, (0, 0, 1), strict=True):
+            kept.narrow(dim, 0, self._end).copy_(kept.index_select(dim, at))
+        self._owner_R[: self._end] = owner_R
+        self._owner_R[self._end :] = _NOBODY
 
     def _meet(self) -> None:
         """Numbers the requests of the step, and parts with those that it lacks."""
