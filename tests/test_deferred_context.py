@@ -100,11 +100,12 @@ def test_a_draft_pass_needs_the_rows_of_its_requests() -> None:
     world.runner.input_batch.req_ids = ["2", "1"]
     world.runner.input_batch.num_tokens_no_spec = [6, 6]
     world.context.flush_for([0])
-    assert world.model.written == [[300, 301, 302, 303], list(range(200, 206))]
+    # Of the other that is there its full block, which the second may share.
+    assert world.model.written == [[300, 301, 302, 303], [100, 101, 102, 103, *range(200, 206)]]
     # The pass wrote rows of both behind those that wait: the second block may be full by now.
     world.end("1")
     world.step("2")
-    assert world.model.written[2:] == [list(range(100, 106))]
+    assert world.model.written[2:] == [[104, 105]]
     assert world.context.waiting == 1
 
 

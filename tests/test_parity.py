@@ -204,6 +204,8 @@ def test_drafts_behind_a_prefix_that_waited(trained, prompts, folder) -> None:
     answers = [first["sequences"][f"run:{i}"] for i in range(8)]
     # The same once more, and then as the beginning of a longer request.
     both = prompts[:8] + [a + p for a, p in zip(answers, prompts[8:16], strict=True)]
+    # And some that share what the first of them may not have written yet.
+    both += [(prompts[16] * 4)[:96] + p for p in prompts[17:23]]
     engine = {"enable_prefix_caching": True, "block_size": 32, **length}
     cached = drafted(*models, both, folder, engine=engine, random_lengths=True, features=False)
     figures = cached["lengths"]

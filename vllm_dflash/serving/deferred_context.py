@@ -173,43 +173,48 @@ class DeferredContext:
 
     def _part_with(self, gone: set[str]) -> None:
         """Writes what is still of use of the rows of requests that have left the batch."""
-        numbers = {self._number.pop(request): request for request in gone}
         if not self._single:
+            self._number = {r: n for r, n in self._number.items() if r not in gone}
             self.flush()
             return
+        numbers = {self._number.pop(request): request for request in gone}
         going_on = self.proposer.runner.requests
-        wanted = [np.empty(0, dtype=np.int64)]
-        for number, request in numbers.items():
-            rows = np.flatnonzero(self._owner_R[: self._end] == number)
+        rows = np.flatnonzero(np.isin(self._owner_R[: self._end], list(numbers)))
+        if len(rows):
+            preempted = [n for n, request in numbers.items() if request in going_on]
+            wanted = self._in_full_blocks(rows) | np.isin(self._owner_R[rows], preempted)
+            self._write_rows(rows[wanted])
             self._owner_R[rows] = _NOBODY
-            known = self._known.pop(number, 0)
-            if request not in going_on:
-                rows = self._in_full_blocks(rows, known)
-            wanted.append(rows)
-        self._write_rows(np.concatenate(wanted))
-        if not self._owner_R[: self._end].any():
-            self._end = 0
+            if not self._owner_R[: self._end].any():
+                self._end = 0
+        for number in numbers:
+            self._known.pop(number, None)
 
-    def _in_full_blocks(self, rows: np.ndarray, known: int) -> np.ndarray:
-        """Those of one request's rows; ``known`` of its tokens may be behind them."""
-        if self._rows is None or not self._prefix_caching or not len(rows):
-            return rows[:0]
+    def _in_full_blocks(self, rows: np.ndarray) -> np.ndarray:
+        """Whether rows, all of their requests, are in cache blocks that prefix caching may show to others."""
+        if self._rows is None or not self._prefix_caching:
+            return np.zeros(len(rows), dtype=bool)
         position_R = self._rows[1][torch.from_numpy(rows)].cpu().numpy()
-        length = max(int(position_R.max()) + 1, known)
-        return rows[position_R < length // self._block_size * self._block_size]
+        owners, at_R = np.unique(self._owner_R[rows], return_inverse=True)
+        lengths = np.array([self._known.get(n, 0) for n in owners.tolist()], dtype=np.int64)
+        np.maximum.at(lengths, at_R, position_R + 1)
+        return position_R < lengths[at_R] // self._block_size * self._block_size
 
     def flush_for(self, batch_rows: Sequence[int]) -> None:
-        """Writes the rows of the requests in these rows of the batch, before they are drafted for.
+        """Writes what a draft pass for the requests in these rows of the batch reads.
 
-        The step's own rows are then written with the draft pass, for all of its requests.
+        That is their own rows and those in full blocks of others, since they may share them. The step's own
+        rows are written with the draft pass, for all of its requests.
         """
         if not (self._end and self._single):
             self.flush()
             return
         self._meet()
-        rows = np.flatnonzero(np.isin(self._owner_R[: self._end], self._numbers_B[batch_rows]))
-        self._owner_R[rows] = _NOBODY
+        rows = np.flatnonzero(self._owner_R[: self._end])
+        of_them = np.isin(self._owner_R[rows], self._numbers_B[batch_rows])
+        rows = rows[of_them | self._in_full_blocks(rows)]
         self._write_rows(rows)
+        self._owner_R[rows] = _NOBODY
         batch = self.proposer.runner.input_batch
         for row, number in enumerate(self._numbers_B.tolist()):
             # At most: what the step's drafts brought is not counted in yet.
