@@ -11,7 +11,7 @@ import pytest
 
 from vllm_dflash.draft_length.ahead import Ahead, Lengths, Slot
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import DRAFTER
+from vllm_dflash.draft_length.totals import DRAFTER
 
 K = 7
 ENDLESS = 10**9

@@ -20,7 +20,8 @@ from vllm_dflash.draft_length.choice import choose
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.pace import Pace
-from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy, Request
+from vllm_dflash.draft_length.policy import Policy, Request
+from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
 
 K = 7
 
@@ -326,7 +327,7 @@ class World:
             emitted += accepted + 1
             self.lengths[i].append(d.length)
         self.policy.cost.observe_step(total, B, context, verify, total - B)
-        self.policy.account(emitted, B, context, verify + draft, total - B, draft)
+        self.policy.totals.add(emitted, B, context, verify + draft, total - B, draft)
         self.seconds += verify + draft
         self.tokens += emitted
         self.passes += bool(plan.drafting)
@@ -520,13 +521,13 @@ def test_estimated_speed_is_one_without_drafts_whatever_the_noise() -> None:
     for _ in range(2000):
         seconds = float(truth.step(4, 4, 100)) * (1 + rng.exponential(0.15))
         policy.cost.observe_step(4, 4, 100, seconds)
-        policy.account(4, 4, 100, seconds)
+        policy.totals.add(4, 4, 100, seconds)
     assert policy.totals.speedup == pytest.approx(1.0, abs=0.03)
     before = policy.totals.plain_seconds, policy.totals.seconds
     for _ in range(2000):
         verified = float(truth.verify(4, 100, 8)[-1]) * (1 + rng.exponential(0.15))
         policy.cost.observe_step(12, 4, 100, verified, 8)
-        policy.account(8, 4, 100, verified + 0.1, 8, 0.1)
+        policy.totals.add(8, 4, 100, verified + 0.1, 8, 0.1)
     plain, spent = policy.totals.plain_seconds - before[0], policy.totals.seconds - before[1]
     want = 2 * 1.08 / (1.24 + 0.1 / 1.15)
     assert plain / spent == pytest.approx(want, rel=0.05)

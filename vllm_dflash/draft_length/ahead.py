@@ -16,7 +16,8 @@ import numpy as np
 
 from vllm_dflash.draft_length.choice import choose
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import DRAFTER, HORIZON, MARGIN, PROBE_SHARE, REST, Policy
+from vllm_dflash.draft_length.policy import HORIZON, MARGIN, PROBE_SHARE, REST, Policy
+from vllm_dflash.draft_length.totals import DRAFTER
 
 #: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
 _PROBES_KEPT = 6
@@ -229,7 +230,7 @@ class Ahead(Policy):
         B = num_requests
         self.uneven *= _UNEVEN_KEPT
         passed = self._pass_seconds(B) if drafted else 0.0
-        self.account(emitted, B, context, seconds, drafts, passed)
+        self.totals.add(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
         self._credit += max(emitted - B, 0) / B * float(self.cost.verify(B, context, 0)[0])
         if drafted is None:

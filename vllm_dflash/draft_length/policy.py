@@ -22,8 +22,8 @@ from vllm_dflash.draft_length.acceptance import (
 from vllm_dflash.draft_length.choice import Choice, choose
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.pace import Pace
+from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP, Totals
 
-DRAFTER, LOOKUP = "drafter", "lookup"
 #: Lengths of a match that are told apart; longer ones count as the last.
 MATCHES = (2, 3, 4, 5)
 #: How much more a step with drafts must promise than one without, and one with a draft pass than one with
@@ -34,10 +34,6 @@ MARGIN = 1.02
 PROBE_SHARE, _PROBE_DECAY, _LEAST_PROBE_SHARE, _HOPELESS = 0.005, 0.8, 0.0015, 0.1
 #: Steps that a request's first draft is taken to be of use for.
 HORIZON = 20
-#: Steps that took longer than so many plain ones say nothing of speculation.
-_HELD_UP = 10.0
-#: Share of the latest step in how late steps are on average.
-_LATENESS_RATE = 1 / 100
 #: Steps for which a verdict against the drafter stands while nothing is known anew but what steps cost.
 REST = 32
 #: Share of its requests that must still be there.
@@ -107,37 +103,6 @@ class _Block:
     expected: float
 
 
-@dataclass
-class Totals:
-    """Counts since start, by source where they differ.
-
-    Attributes:
-        steps: verifier steps without prompt chunks.
-        drafted_steps: those before which the drafter ran.
-        tokens: emitted by those steps.
-        seconds: spent on all steps, those with prompt chunks and draft passes included.
-        plain_seconds: what the same tokens would have taken without speculation, by the measured costs; steps
-            with prompt chunks as long as they took.
-        lengths: how often each draft length was chosen, ``[K + 1]``.
-        proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
-    """
-
-    steps: int = 0
-    drafted_steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    plain_seconds: float = 0.0
-    lengths: list[int] = field(default_factory=list)
-    proposed: dict[str, int] = field(default_factory=lambda: {DRAFTER: 0, LOOKUP: 0})
-    accepted: dict[str, int] = field(default_factory=lambda: {DRAFTER: 0, LOOKUP: 0})
-    expected: dict[str, float] = field(default_factory=lambda: {DRAFTER: 0.0, LOOKUP: 0.0})
-
-    @property
-    def speedup(self) -> float | None:
-        """Estimated speed over that without speculation; None before the first step."""
-        return self.plain_seconds / self.seconds if self.seconds else None
-
-
 class Policy:
     """Chooses sources and lengths of drafts for most expected tokens per second.
 
@@ -158,11 +123,9 @@ class Policy:
             [p for f in first for p in (f, *[0.85] * (num_tokens - 1))],
             groups=[g for _ in first for g in (0, *[1] * (num_tokens - 1))],
         )
-        # Mean of how much longer steps take than their costs say.
-        self._lateness = 1.0
         self.pace = Pace()
         self.promises = {DRAFTER: Promises(), LOOKUP: Promises()}
-        self.totals = Totals(lengths=[0] * (num_tokens + 1))
+        self.totals = Totals(cost, num_tokens)
         self._blocks: dict[str, list[_Block]] = {}
         self._credit = 0.0
         self._probe_share = PROBE_SHARE
@@ -485,41 +448,6 @@ class Policy:
             self.pace.forget(request)
             for predictor in (self.by_position, self.by_confidence, self.by_match):
                 predictor.forget(request)
-
-    def account(
-        self,
-        num_tokens: int,
-        num_requests: int,
-        context: float,
-        seconds: float,
-        drafts: int = 0,
-        draft_seconds: float = 0.0,
-        steps: int = 1,
-    ) -> None:
-        """Counts a step, or several that are alike.
-
-        Args:
-            num_tokens: emitted.
-            num_requests, context: of each step, and their tokens altogether.
-            seconds: that it took, ``draft_seconds`` of them for its draft pass.
-            drafts: draft tokens that each step verified.
-        """
-        plain = self.cost.verify_one(num_requests, context, 0)
-        verified = self.cost.verify_one(num_requests, context, drafts)
-        # A step that took much longer was held up by something else.
-        seconds = min(seconds, _HELD_UP * plain * steps)
-        # Costs are those of typical steps. Some are late, and none as early: plain ones would be, too.
-        late = max(seconds - draft_seconds, 0.0) / (verified * steps)
-        self._lateness += (1 - (1 - _LATENESS_RATE) ** steps) * (late - self._lateness)
-        self.totals.steps += steps
-        self.totals.tokens += num_tokens
-        self.totals.seconds += seconds
-        self.totals.plain_seconds += self._lateness * plain * num_tokens / num_requests
-
-    def account_prompts(self, seconds: float, draft_seconds: float = 0.0) -> None:
-        """Counts a step with prompt chunks, which is as long without speculation but for its draft pass."""
-        self.totals.seconds += seconds + draft_seconds
-        self.totals.plain_seconds += seconds
 
 
 def _bound(curves_BK: np.ndarray, seconds_M: np.ndarray) -> float:

@@ -20,7 +20,8 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.doze import Doze
-from vllm_dflash.draft_length.policy import DRAFTER, Plan, Policy, Request
+from vllm_dflash.draft_length.policy import Plan, Policy, Request
+from vllm_dflash.draft_length.totals import DRAFTER
 from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
@@ -311,9 +312,9 @@ class DraftLengths:
         if self._step is not None:
             emitted, num_requests, context, drafts, seconds = self._step
             seconds += policy.cost.overhead + draft_seconds
-            policy.account(emitted, num_requests, context, seconds, drafts, draft_seconds)
+            policy.totals.add(emitted, num_requests, context, seconds, drafts, draft_seconds)
         else:
-            policy.account_prompts(self._seconds, draft_seconds)
+            policy.totals.add_prompts(self._seconds, draft_seconds)
         policy.totals.drafted_steps += drafted
         if self.stats is not None:
             self.stats.update(policy)
@@ -323,7 +324,7 @@ class DraftLengths:
         """Counts the steps since the last look, in which nothing was drafted."""
         if self._napped:
             tokens, steps = self._nap_tokens, self._napped
-            self.policy.account(
+            self.policy.totals.add(
                 tokens, round(tokens / steps), self._context, self._nap_seconds, steps=steps
             )
             self.policy.totals.lengths[0] += tokens

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.draft_length.policy import DRAFTER, LOOKUP, Policy
+from vllm_dflash.draft_length.policy import Policy
+from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _LOG_SECONDS = 60.0

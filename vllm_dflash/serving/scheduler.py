@@ -188,7 +188,7 @@ class EngineLengths:
                 drafted=step.drafting if sure else None,
             )
         else:
-            self.policy.account_prompts(seconds)
+            self.policy.totals.add_prompts(seconds)
         self._updated, self._drafted = now, step.drafting
         self.stats.update(self.policy)
 

@@ -1,0 +1,81 @@
+"""What drafting did since start: steps, time, tokens, and what no speculation would have taken."""
+
+from __future__ import annotations
+
+from vllm_dflash.draft_length.cost import StepCost
+
+DRAFTER, LOOKUP = "drafter", "lookup"
+#: Steps that took longer than so many plain ones say nothing of speculation.
+_HELD_UP = 10.0
+#: Share of the latest step in how late steps are on average.
+_LATENESS_RATE = 1 / 100
+
+
+class Totals:
+    """Counts since start, by source where they differ.
+
+    Args:
+        cost: of steps.
+        num_tokens: K, the most draft tokens of a request.
+
+    Attributes:
+        steps: verifier steps without prompt chunks.
+        drafted_steps: those before which the drafter ran.
+        tokens: emitted by those steps.
+        seconds: spent on all steps, those with prompt chunks and draft passes included.
+        plain_seconds: what the same tokens would have taken without speculation, by the measured costs; steps
+            with prompt chunks as long as they took.
+        lengths: how often each draft length was chosen, ``[K + 1]``.
+        proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
+    """
+
+    def __init__(self, cost: StepCost, num_tokens: int) -> None:
+        self.cost = cost
+        self.steps = self.drafted_steps = self.tokens = 0
+        self.seconds = self.plain_seconds = 0.0
+        self.lengths = [0] * (num_tokens + 1)
+        self.proposed = {DRAFTER: 0, LOOKUP: 0}
+        self.accepted = {DRAFTER: 0, LOOKUP: 0}
+        self.expected = {DRAFTER: 0.0, LOOKUP: 0.0}
+        # Mean of how much longer steps take than their costs say.
+        self._lateness = 1.0
+
+    @property
+    def speedup(self) -> float | None:
+        """Estimated speed over that without speculation; None before the first step."""
+        return self.plain_seconds / self.seconds if self.seconds else None
+
+    def add(
+        self,
+        num_tokens: int,
+        num_requests: int,
+        context: float,
+        seconds: float,
+        drafts: int = 0,
+        draft_seconds: float = 0.0,
+        steps: int = 1,
+    ) -> None:
+        """Counts a step, or several that are alike.
+
+        Args:
+            num_tokens: emitted.
+            num_requests, context: of each step, and their tokens altogether.
+            seconds: that it took, ``draft_seconds`` of them for its draft pass.
+            drafts: draft tokens that each step verified.
+        """
+        plain = self.cost.verify_one(num_requests, context, 0)
+        verified = self.cost.verify_one(num_requests, context, drafts) if drafts else plain
+        # A step that took much longer was held up by something else.
+        seconds = min(seconds, _HELD_UP * plain * steps)
+        # Costs are those of typical steps. Some are late, and none as early: plain ones would be, too.
+        late = max(seconds - draft_seconds, 0.0) / (verified * steps)
+        self._lateness += (1 - (1 - _LATENESS_RATE) ** steps) * (late - self._lateness)
+        self.steps += steps
+        self.tokens += num_tokens
+        self.seconds += seconds
+        self.plain_seconds += self._lateness * plain * num_tokens / num_requests
+
+    def add_prompts(self, seconds: float, draft_seconds: float = 0.0) -> None:
+        """Counts a step with prompt chunks, which is as long without speculation but for its draft pass."""
+        self.seconds += seconds + draft_seconds
+        self.plain_seconds += seconds
