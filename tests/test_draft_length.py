@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_dflash.draft_length import policy as policies
 from vllm_dflash.draft_length.acceptance import (
     CONFIDENCE_PRIOR,
     Predictor,
@@ -72,6 +73,39 @@ def test_choice_explains_itself() -> None:
     assert choose(both, steep).lengths == (0, 0)
     assert choose(np.zeros((2, 4)), flat).lengths == (0, 0)
     assert choose(np.empty((0, 4)), flat[:1]).lengths == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_shortcuts_change_no_choice(seed) -> None:
+    """Where nothing can pay it is not tried what pays most; the choices are those without that."""
+
+    def decide(short: bool):
+        rng = np.random.default_rng(seed)
+        num = int(rng.integers(1, 6))
+        slope, fixed = rng.uniform(0.01, 0.6), rng.uniform(0.05, 3)
+        policy = Policy(made(lambda n: 1 + slope * n, draft=(fixed, 0.01)), K)
+        for predictor in (policy.by_position, policy.by_match):
+            level = rng.uniform(-5, 3)
+            predictor._logit_C[:] = rng.normal(level, 0.5, len(predictor._logit_C))
+            for i in range(num):
+                if rng.random() < 0.7:
+                    predictor.observe(np.arange(1), int(rng.integers(2)), str(i))
+        requests = [
+            Request(
+                str(i), np.arange(30), K, np.arange(rng.integers(0, K)), int(rng.integers(2, 6))
+            )
+            for i in range(num)
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            if not short:
+                patch.setattr(Policy, "_may_pay", lambda *args: True)
+                patch.setattr(policies, "_bound", lambda *args: np.inf)
+            plan = policy.plan(requests)
+            drafts = policy.settle(plan, np.zeros((len(plan.drafting), K), int), None)
+        return plan.drafting, drafts, policy._probe_share, policy._credit
+
+    assert decide(True) == decide(False)
 
 
 def test_a_rare_good_step_is_used_longer() -> None:
@@ -438,6 +472,11 @@ def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
     policy._credit = 10.0
     plan("a")
     assert len(looked) == 4
+    policy._credit = 0.0
+    # One of four leaves; two have left; another one comes.
+    for names, times in (("abcd", 5), ("abcd", 5), ("abc", 5), ("ab", 6), ("ae", 7)):
+        plan(*names)
+        assert len(looked) == times
 
 
 def test_dozes_while_nothing_is_found() -> None:
