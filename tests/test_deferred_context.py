@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_dflash import ops
 from vllm_dflash.serving import deferred_context
@@ -32,11 +34,18 @@ class Model:
 class World:
     """Requests of a batch; a request's slots are its own hundred, a token's feature is its slot."""
 
-    def __init__(self, prefix_caching: bool = True, groups: int = 1, connector=None) -> None:
+    def __init__(
+        self, prefix_caching: bool = True, groups: int = 1, connector=None, sliding: bool = False
+    ) -> None:
         self.model = Model()
-        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
+        sizes = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+        spec = (
+            SlidingWindowSpec(**sizes, sliding_window=8) if sliding else FullAttentionSpec(**sizes)
+        )
+        group = SimpleNamespace(kv_cache_spec=spec)
         self.runner = SimpleNamespace(
             requests={},
+            uses_mrope=False,
             input_batch=SimpleNamespace(req_ids=[], num_tokens_no_spec=[]),
             kv_cache_config=SimpleNamespace(kv_cache_groups=[group] * groups),
             execute_model=lambda output: None,
@@ -71,6 +80,19 @@ class World:
         features = at[:, None].float().repeat(1, 8)
         self.context.add(features, at[: len(requests)], at % 100, metadata, None)
 
+    def scheduled(self, new=(), blocks=(), ended=(), preempted=(), resumed=()) -> None:
+        """What the runner is told before a step."""
+        self.runner.execute_model(
+            SimpleNamespace(
+                scheduled_new_reqs=[SimpleNamespace(req_id=r) for r in new],
+                scheduled_cached_reqs=SimpleNamespace(
+                    new_block_ids=list(blocks), resumed_req_ids=set(resumed)
+                ),
+                finished_req_ids=set(ended),
+                preempted_req_ids=set(preempted),
+            )
+        )
+
     def end(self, request: str) -> None:
         del self.runner.requests[request]
 
@@ -98,15 +120,16 @@ def test_a_draft_pass_needs_the_rows_of_its_requests() -> None:
     world.step("1", "2", "3", tokens=6)
     world.end("3")
     world.runner.input_batch.req_ids = ["2", "1"]
-    world.runner.input_batch.num_tokens_no_spec = [6, 6]
+    world.runner.input_batch.num_tokens_no_spec = [6, 4]
     world.context.flush_for([0])
-    # Of the other that is there its full block, which the second may share.
+    # Of the other one its full block, which the second may share.
     assert world.model.written == [[300, 301, 302, 303], [100, 101, 102, 103, *range(200, 206)]]
-    # The pass wrote rows of both behind those that wait: the second block may be full by now.
-    world.end("1")
-    world.step("2")
-    assert world.model.written[2:] == [[104, 105]]
-    assert world.context.waiting == 1
+    world.step("2", "1")
+    # The pass writes rows of both behind those that wait: another block may be full by then.
+    world.runner.input_batch.num_tokens_no_spec = [7, 7]
+    world.context.flush_for([0])
+    assert world.model.written[2:] == [[104, 105, 206, 106]]
+    assert world.context.waiting == 0
 
 
 def test_without_prefix_caching_they_leave_nothing() -> None:
@@ -128,23 +151,30 @@ def test_preempted_requests_leave_everything() -> None:
     assert world.context.waiting == 5 + 1 + 2
 
 
-def test_several_groups_write_all_when_one_leaves() -> None:
-    world = World(groups=2)
+@pytest.mark.parametrize(
+    "change", [{"preempted": "1"}, {"resumed": "1"}, {"ended": "1", "new": "1"}]
+)
+def test_blocks_that_change_hands_at_once(change) -> None:
+    """Preempted and resumed in one step, or ended and another of the same name: the batch looks the same."""
+    world = World()
+    world.step("1", "2", tokens=3)
+    world.scheduled(new=["3"], ended=["4"], blocks=[([7],)])
+    assert world.model.written == []
+    world.scheduled(**{name: list(ids) for name, ids in change.items()})
+    assert world.model.written == [[100, 101, 102, 200, 201, 202]]
+
+
+@pytest.mark.parametrize("kind", [{"groups": 2}, {"sliding": True}])
+def test_blocks_that_may_pass_on_while_requests_run(kind) -> None:
+    world = World(**kind)
     world.step("1", "2", tokens=3)
     world.end("1")
     world.step("2")
     assert world.model.written == [[100, 101, 102, 200, 201, 202]]
-
-
-def test_several_groups_write_before_new_blocks() -> None:
-    world = World(groups=2)
-    world.step("1", tokens=3)
-    for new_blocks, written in (([None], []), ([([7],)], [[100, 101, 102]])):
-        cached = SimpleNamespace(new_block_ids=new_blocks)
-        world.runner.execute_model(
-            SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
-        )
-        assert world.model.written == written
+    world.scheduled(blocks=[None])
+    assert len(world.model.written) == 1
+    world.scheduled(blocks=[([7],)])
+    assert world.model.written[1:] == [[203]]
 
 
 def test_no_more_wait_than_there_is_room_for(monkeypatch) -> None:

@@ -93,7 +93,7 @@ class Ahead(Policy):
             return False
         drafting = self._pays(slots)
         if not drafting:
-            self._verdict, self._rest = (ids, self.by_position.trials), REST
+            self._verdict, self._rest = (ids, self._trials()), REST
         return drafting
 
     def _pays(self, slots: Sequence[Slot]) -> bool:

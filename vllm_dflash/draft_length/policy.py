@@ -174,8 +174,8 @@ class Policy:
         if not rests:
             drafting = self._draft_for(requests, lookups_BK, allowed_BK, best, seconds_M)
             if not drafting:
-                self._verdict, self._rest = (ids, self.by_position.trials), REST
                 self._matched = matched_ids
+                self._verdict, self._rest = (ids, self._trials()), REST
         return Plan(requests, allowed_BK, tuple(sorted(drafting)), lookups_BK, seconds_M, best)
 
     def _rests(self, ids: Set[str], matched: Set[str] = frozenset()) -> bool:
@@ -188,11 +188,13 @@ class Policy:
         if self._verdict is None or self._rest < 0:
             return False
         of, trials = self._verdict
-        same = (
-            trials == self.by_position.trials and ids <= of and len(ids) >= _ENOUGH_LEFT * len(of)
-        )
+        same = trials == self._trials() and ids <= of and len(ids) >= _ENOUGH_LEFT * len(of)
         known = same and self._matched & ids <= matched
         return known and self._credit < self._pass_seconds(len(ids))
+
+    def _trials(self) -> int:
+        """How much is known of what the drafter is worth beside the matches that there were."""
+        return self.by_position.trials + (self.by_match.trials if self._matched else 0)
 
     def _draft_for(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, UniformTypeKVCacheSpecs
 
 from vllm_dflash import ops
 
@@ -28,11 +29,13 @@ class DeferredContext:
 
     Rows of a request that leaves the batch are written then, since its cache blocks may pass to others. Has
     it ended, only those in full blocks are: prefix caching may show them to a later request, and nobody
-    will read the others.
+    will read the others. A step that takes blocks from running requests and gives them others at once
+    (preempted and resumed) is preceded by writing everything.
 
-    That holds while one KV cache group has all layers. With several, as hybrids have and verifiers with
-    sliding layers, a block may pass to another group, whose recurrent states or verifier's keys it then
-    holds: all rows are written when a request leaves, and before a step that brings any request new blocks.
+    That holds while one KV cache group has all layers, and keeps all their blocks. With several, as hybrids
+    have and verifiers with sliding layers, a block may pass to another group, whose recurrent states or
+    verifier's keys it then holds; a group of sliding layers gives away blocks of running requests. There all
+    rows are written when a request leaves, and before a step that brings any request new blocks.
 
     Args:
         proposer: ours, with its KV cache laid out.
@@ -44,7 +47,7 @@ class DeferredContext:
         self.proposer = proposer
         self.at_once = at_once or config.kv_transfer_config is not None
         groups = proposer.runner.kv_cache_config.kv_cache_groups
-        self._single = len(groups) == 1
+        self._single = len(groups) == 1 and _keeps_blocks(groups[0].kv_cache_spec)
         self._block_size = groups[0].kv_cache_spec.block_size
         self._prefix_caching = bool(config.cache_config.enable_prefix_caching)
         self._rows: tuple[Tensor, Tensor, Tensor] | None = None
@@ -57,7 +60,9 @@ class DeferredContext:
         self._made = _NOBODY
         #: Of requests that had rows written past those that wait: how many tokens they had at most.
         self._known: dict[int, int] = {}
-        if not (self.at_once or self._single):
+        # Rotary positions of images are not token indices.
+        self._mrope = bool(proposer.runner.uses_mrope)
+        if not self.at_once:
             self._watch_blocks(proposer.runner)
 
     @property
@@ -69,8 +74,16 @@ class DeferredContext:
         execute = runner.execute_model
 
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            going_on = scheduler_output.scheduled_cached_reqs.new_block_ids
-            if scheduler_output.scheduled_new_reqs or any(b is not None for b in going_on):
+            new, going_on = (
+                scheduler_output.scheduled_new_reqs,
+                scheduler_output.scheduled_cached_reqs,
+            )
+            if self._single:
+                ended = scheduler_output.finished_req_ids
+                moved = scheduler_output.preempted_req_ids or going_on.resumed_req_ids
+                if moved or (ended and any(request.req_id in ended for request in new)):
+                    self.flush()
+            elif new or any(blocks is not None for blocks in going_on.new_block_ids):
                 self.flush()
             return execute(scheduler_output, *args, **kwargs)
 
@@ -192,33 +205,35 @@ class DeferredContext:
 
     def _in_full_blocks(self, rows: np.ndarray) -> np.ndarray:
         """Whether rows, all of their requests, are in cache blocks that prefix caching may show to others."""
-        if self._rows is None or not self._prefix_caching:
-            return np.zeros(len(rows), dtype=bool)
+        if self._rows is None or not self._prefix_caching or self._mrope:
+            return np.full(len(rows), self._prefix_caching)
         position_R = self._rows[1][torch.from_numpy(rows)].cpu().numpy()
         owners, at_R = np.unique(self._owner_R[rows], return_inverse=True)
         lengths = np.array([self._known.get(n, 0) for n in owners.tolist()], dtype=np.int64)
         np.maximum.at(lengths, at_R, position_R + 1)
         return position_R < lengths[at_R] // self._block_size * self._block_size
 
-    def flush_for(self, batch_rows: Sequence[int]) -> None:
-        """Writes what a draft pass for the requests in these rows of the batch reads.
+    def flush_for(self, batch_rows: Sequence[int]) -> int:
+        """Writes what a draft pass for the requests in these rows of the batch reads; how many rows it was.
 
         That is their own rows and those in full blocks of others, since they may share them. The step's own
         rows are written with the draft pass, for all of its requests.
         """
         if not (self._end and self._single):
+            waited = self.waiting
             self.flush()
-            return
+            return waited
         self._meet()
+        batch = self.proposer.runner.input_batch
+        for row, number in enumerate(self._numbers_B.tolist()):
+            # After this step, at most: what its drafts brought is not counted in yet.
+            self._known[number] = int(batch.num_tokens_no_spec[row]) + self.proposer.max_query_len
         rows = np.flatnonzero(self._owner_R[: self._end])
         of_them = np.isin(self._owner_R[rows], self._numbers_B[batch_rows])
         rows = rows[of_them | self._in_full_blocks(rows)]
         self._write_rows(rows)
         self._owner_R[rows] = _NOBODY
-        batch = self.proposer.runner.input_batch
-        for row, number in enumerate(self._numbers_B.tolist()):
-            # At most: what the step's drafts brought is not counted in yet.
-            self._known[number] = int(batch.num_tokens_no_spec[row]) + self.proposer.max_query_len
+        return len(rows)
 
     def flush(self) -> None:
         """Writes all rows to the drafter's cache."""
@@ -246,3 +261,10 @@ class DeferredContext:
             positions,
             slots[0] if groups.single else [slots[row] for row in groups.layer_rows],
         )
+
+
+def _keeps_blocks(spec: Any) -> bool:
+    """Whether a KV cache group keeps all blocks of a request while it runs."""
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return all(_keeps_blocks(inner) for inner in spec.kv_cache_specs.values())
+    return isinstance(spec, FullAttentionSpec) and not isinstance(spec, RSWASpec)

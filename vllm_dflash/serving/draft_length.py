@@ -26,7 +26,11 @@ from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.lookup import PromptLookup
-from vllm_dflash.serving.plain_steps import skip_proposing, skip_rejection_sampling
+from vllm_dflash.serving.plain_steps import (
+    propose_near_the_end,
+    skip_proposing,
+    skip_rejection_sampling,
+)
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _NO_MATCH = np.empty(0, dtype=np.int64)
@@ -91,6 +95,7 @@ class DraftLengths:
         self.stats = stats
         self.context = DeferredContext(proposer)
         self.clock = StepClock(proposer.runner)
+        propose_near_the_end(proposer.runner)
         skip_rejection_sampling(proposer.runner)
         self._group = _tensor_parallel_group()
         if self._group is None:
@@ -131,9 +136,7 @@ class DraftLengths:
         drafted: Tensor | None = None
         proposer.confidence = None
         if drafting:
-            self.context.flush_for(drafting)
-            # What waited would else have been written at another time: it is not the pass's cost.
-            flushed = time.perf_counter()
+            waited = self.context.flush_for(drafting)
             whole = len(drafting) == num_requests
             proposer.draft_rows = None if whole else torch.tensor(drafting, device=proposer.device)
             try:
@@ -155,9 +158,9 @@ class DraftLengths:
         if tokens is not None and confidence is not None:
             confidence = confidence.float().cpu().numpy().reshape(tokens.shape)
         seconds = time.perf_counter() - began
-        if drafting:
-            queries = len(drafting) * proposer.max_query_len
-            self.policy.cost.observe_draft(queries, began + seconds - flushed)
+        if drafting and not waited:
+            # Rows that waited would else have been written at another time: they are not the pass's cost.
+            self.policy.cost.observe_draft(len(drafting) * proposer.max_query_len, seconds)
         return self._finish(look, tokens, confidence, seconds, num_requests)
 
     def plain_step(

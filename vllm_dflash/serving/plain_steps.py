@@ -1,4 +1,4 @@
-"""Steps in which nothing was drafted, without what vLLM does for those with drafts."""
+"""What vLLM does around its proposers, where nothing is drafted and where a request nears its end."""
 
 from __future__ import annotations
 
@@ -53,3 +53,12 @@ def skip_proposing(runner: Any, plain_step: Callable[..., list[list[int]] | None
         return propose(*args, **kwargs)
 
     runner.propose_draft_token_ids = propose_draft_token_ids
+
+
+def propose_near_the_end(runner: Any) -> None:
+    """Has the proposer asked in every step, also where a request comes close to ``max_model_len``.
+
+    vLLM's runner leaves it out then for the whole batch, whose features of those steps the drafter's context
+    would lack for good, and schedules drafts of zeros. Lengths that are chosen end before the limit.
+    """
+    runner._input_fits_in_drafter = lambda metadata: metadata is not None
