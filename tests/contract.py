@@ -55,6 +55,7 @@ ROLES: dict[str, dict[str, str]] = {
         "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
     },
     "serving/plain_steps.py": {"runner": _RUNNER, "output": _OUTPUT},
+    "serving/step_clock.py": {"runner": _RUNNER},
     "serving/plain_steps.py:_prepare_inputs": {
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
     },

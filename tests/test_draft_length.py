@@ -22,7 +22,7 @@ from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.pace import Pace
 from vllm_dflash.draft_length.policy import Policy, Request
-from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
+from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP, Totals
 
 K = 7
 
@@ -570,6 +570,16 @@ def test_estimated_speed_is_one_without_drafts_whatever_the_noise() -> None:
     plain, spent = policy.totals.plain_seconds - before[0], policy.totals.seconds - before[1]
     want = 2 * 1.08 / (1.24 + 0.1 / 1.15)
     assert plain / spent == pytest.approx(want, rel=0.05)
+
+
+def test_prompts_take_as_long_in_both() -> None:
+    totals = Totals(made(lambda n: 1 + 0.1 * n), K)
+    totals.add_prompts(2, 0.0, seconds=5.0)
+    assert totals.speedup == 1.0
+    # Four drafts took 0.4 s of it, and two that were accepted save a plain step of the two requests.
+    totals.add_prompts(2, 0.0, seconds=5.4, drafts=4, accepted=2, draft_seconds=0.1)
+    assert totals.seconds == pytest.approx(10.5)
+    assert totals.plain_seconds == pytest.approx(5.0 + 5.0 + 1.2)
 
 
 def test_a_step_whose_requests_are_all_at_their_end() -> None:

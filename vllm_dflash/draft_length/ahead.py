@@ -101,7 +101,7 @@ class Ahead(Policy):
         B = len(slots)
         caps_B, promised_BK, seconds_M = self._batch(slots)
         curves_BK = promised_BK * self.promises[DRAFTER].share
-        passed = self._pass_seconds(B)
+        passed = self.pass_seconds(B)
         plain = B / seconds_M[0]
         verified = np.minimum(self._probe_length(B), caps_B)
         M = int(verified.sum())
@@ -133,7 +133,7 @@ class Ahead(Policy):
             return Lengths((0,) * B, np.zeros((B, self.num_tokens)))
         caps_B, promised_BK, seconds_M = self._batch(slots)
         curves_BK = promised_BK * self.promises[DRAFTER].share
-        passed = self._pass_seconds(B)
+        passed = self.pass_seconds(B)
         choice = choose(curves_BK, seconds_M + passed)
         chosen = np.array(choice.lengths)
         if choice.rate <= MARGIN * B / float(seconds_M[0] + passed):
@@ -229,7 +229,7 @@ class Ahead(Policy):
         """
         B = num_requests
         self.uneven *= _UNEVEN_KEPT
-        passed = self._pass_seconds(B) if drafted else 0.0
+        passed = self.pass_seconds(B) if drafted else 0.0
         self.totals.add(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
         self._credit += max(emitted - B, 0) / B * float(self.cost.verify(B, context, 0)[0])

@@ -155,7 +155,7 @@ class Policy:
         context = float(sum(len(r.tokens) for r in requests))
         plain = self.cost.verify_one(B, context, 0)
         earned = steps * self._probe_share * plain
-        self._credit = min(self._credit + earned, 2 * self._pass_seconds(B))
+        self._credit = min(self._credit + earned, 2 * self.pass_seconds(B))
         matched = {i for i, r in enumerate(requests) if len(r.match)}
         matched_ids = {requests[i].id for i in matched}
         rests = self._rests(ids, matched_ids)
@@ -190,7 +190,7 @@ class Policy:
         of, trials = self._verdict
         same = trials == self._trials() and ids <= of and len(ids) >= _ENOUGH_LEFT * len(of)
         known = same and self._matched & ids <= matched
-        return known and self._credit < self._pass_seconds(len(ids))
+        return known and self._credit < self.pass_seconds(len(ids))
 
     def _trials(self) -> int:
         """How much is known of what the drafter is worth beside the matches that there were."""
@@ -213,7 +213,7 @@ class Policy:
         worth_B = drafted_B - looked_up_B
         order = np.argsort(-worth_B, kind="stable")[: int((worth_B > 0).sum())]
         sizes = {
-            n: self._pass_seconds(B if self.together else n)
+            n: self.pass_seconds(B if self.together else n)
             for n in _sizes(len(order), self.together)
         }
         margin, without, recovered = MARGIN, best, 0.0
@@ -261,7 +261,8 @@ class Policy:
                 return True
         return False
 
-    def _pass_seconds(self, num_requests: int) -> float:
+    def pass_seconds(self, num_requests: int) -> float:
+        """Seconds of a draft pass for so many requests."""
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
 
     def _positions(self, num_requests: int) -> np.ndarray:
@@ -298,8 +299,8 @@ class Policy:
         ]
         if not left:
             return []
-        before = self._pass_seconds(len(drafting))
-        cost = self._pass_seconds(len(drafting) + len(left)) - before
+        before = self.pass_seconds(len(drafting))
+        cost = self.pass_seconds(len(drafting) + len(left)) - before
         if cost <= self._credit:
             self._credit -= cost
             self._probe_share = max(_PROBE_DECAY * self._probe_share, _LEAST_PROBE_SHARE)
@@ -312,7 +313,7 @@ class Policy:
         M = max(chosen, 1)
         price = best.rate * float(seconds_M[min(M + 1, last)] - seconds_M[min(M, last)])
         first = 0.0 if chosen else best.rate * float(seconds_M[1] - seconds_M[0]) - price
-        draft = best.rate * (self._pass_seconds(len(drafting) + 1) - before) + max(first, 0.0)
+        draft = best.rate * (self.pass_seconds(len(drafting) + 1) - before) + max(first, 0.0)
         # [kinds of requests, K]: what each kind would gain a step.
         chances = np.maximum(self.by_position.likely_curves(np.arange(self.num_tokens)) - price, 0)
         out = []
@@ -360,7 +361,7 @@ class Policy:
             curves_BK = curves_BK.copy()
             curves_BK[rows] = np.where(by_drafter[rows][:, None], drafted, curves_BK[rows])
         # The draft pass is spent either way.
-        passed = self._pass_seconds(len(rows))
+        passed = self.pass_seconds(len(rows))
         price = self.pace.of(r.id for r in plan.requests) / float(plan.seconds_M[0])
         choice = choose(curves_BK, plan.seconds_M + passed) if rows else plan.looked_up
         none = Choice((0,) * B, float(B), float(plan.seconds_M[0] + passed))

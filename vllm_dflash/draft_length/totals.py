@@ -24,7 +24,7 @@ class Totals:
         tokens: emitted by those steps.
         seconds: spent on all steps, those with prompt chunks and draft passes included.
         plain_seconds: what the same tokens would have taken without speculation, by the measured costs; steps
-            with prompt chunks as long as they took.
+            with prompt chunks as long as they took without their drafts.
         lengths: how often each draft length was chosen, ``[K + 1]``.
         proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
     """
@@ -75,7 +75,22 @@ class Totals:
         self.seconds += seconds
         self.plain_seconds += self._lateness * plain * num_tokens / num_requests
 
-    def add_prompts(self, seconds: float, draft_seconds: float = 0.0) -> None:
-        """Counts a step with prompt chunks, which is as long without speculation but for its draft pass."""
+    def add_prompts(
+        self,
+        num_requests: int,
+        context: float,
+        seconds: float,
+        drafts: int = 0,
+        accepted: int = 0,
+        draft_seconds: float = 0.0,
+    ) -> None:
+        """Counts a step with prompt chunks, beside which other requests may verify drafts.
+
+        Without speculation it takes as long, but for the ``drafts`` of all requests together and the draft
+        pass, and those ``accepted`` take plain steps.
+        """
+        plain = self.cost.verify_one(num_requests, context, 0)
+        verifying = self.cost.verify_one(num_requests, context, drafts) - plain if drafts else 0.0
         self.seconds += seconds + draft_seconds
-        self.plain_seconds += seconds
+        self.plain_seconds += max(seconds - verifying, 0.0)
+        self.plain_seconds += self._lateness * plain * accepted / num_requests

@@ -31,6 +31,7 @@ from vllm_dflash.serving.plain_steps import (
     skip_proposing,
     skip_rejection_sampling,
 )
+from vllm_dflash.serving.step_clock import StepClock, StepDone
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _NO_MATCH = np.empty(0, dtype=np.int64)
@@ -46,20 +47,6 @@ def unsupported(runner: Any, vllm_config: Any) -> str | None:
     if spec.disable_padded_drafter_batch:
         return "disable_padded_drafter_batch gives the proposer other batches"
     return None
-
-
-class StepClock:
-    """When the runner's present step began, and when the last one let go."""
-
-    def __init__(self, runner: Any) -> None:
-        self.began = self.ended = 0.0
-        execute = runner.execute_model
-
-        def execute_model(*args: Any, **kwargs: Any) -> Any:
-            self.began = time.perf_counter()
-            return execute(*args, **kwargs)
-
-        runner.execute_model = execute_model
 
 
 @dataclass(frozen=True)
@@ -264,7 +251,8 @@ class DraftLengths:
         discarded = runner.discard_request_mask.np[:num_requests].tolist()
         lengths = batch.num_tokens_no_spec[:num_requests].tolist()
         drafts = batch.spec_token_ids
-        rows, requests, emitted, context = [], [], 0, 0
+        rows, requests = [], []
+        emitted = context = num_accepted = num_drafts = 0
         limit = batch.token_ids_cpu.shape[1]
         for row, request_id in enumerate(batch.req_ids[:num_requests]):
             if discarded[row]:
@@ -272,6 +260,8 @@ class DraftLengths:
             accepted = len(drafts[row]) - num_rejected[row]
             end = lengths[row] + accepted + 1
             emitted += accepted + 1
+            num_accepted += accepted
+            num_drafts += len(drafts[row])
             context += end
             if end >= limit:
                 continue
@@ -290,37 +280,47 @@ class DraftLengths:
                 match, match_len = self.lookup.draft(tokens, most)
             rows.append(row)
             requests.append(Request(request_id, tokens, most, match, match_len))
-        self._time(metadata, num_requests, emitted, context, now)
+        decoding = emitted >= num_requests and metadata.max_query_len <= self.num_tokens + 1
+        if decoding:
+            num_drafts = metadata.num_actual_tokens - num_requests
+        self._step = StepDone(
+            decoding, num_requests, context, emitted, num_drafts, num_accepted, 0.0
+        )
+        self._time(now)
         self._forget(set(batch.req_ids[:num_requests]))
         return rows, requests
 
-    def _time(
-        self, metadata: Any, num_requests: int, emitted: int, context: int, now: float
-    ) -> None:
-        cost, clock = self.policy.cost, self.clock
-        self._context = context
+    def _time(self, now: float) -> None:
+        cost, clock, step = self.policy.cost, self.clock, self._step
+        self._context = step.context
         if clock.ended:
             cost.observe_overhead(clock.began - clock.ended)
-        decoding = metadata.max_query_len <= self.num_tokens + 1 and emitted >= num_requests
-        self._step = None
-        self._seconds = seconds = now - clock.began if clock.began else 0.0
-        if decoding and clock.began:
-            tokens = metadata.num_actual_tokens
-            drafts = tokens - num_requests
-            cost.observe_step(tokens, num_requests, context, seconds, drafts)
-            self._step = (emitted, num_requests, context, drafts, seconds)
+        if not clock.began:
+            return
+        step.seconds = now - clock.began
+        if step.decoding:
+            tokens = step.num_requests + step.drafts
+            cost.observe_step(tokens, step.num_requests, step.context, step.seconds, step.drafts)
 
     def _note(self, draft_seconds: float, drafted: bool) -> None:
-        policy = self.policy
-        if self._step is not None:
-            emitted, num_requests, context, drafts, seconds = self._step
-            seconds += policy.cost.overhead + draft_seconds
-            policy.totals.add(emitted, num_requests, context, seconds, drafts, draft_seconds)
-        else:
-            policy.totals.add_prompts(self._seconds, draft_seconds)
-        policy.totals.drafted_steps += drafted
+        totals, step = self.policy.totals, self._step
+        if step.seconds and step.decoding:
+            seconds = step.seconds + self.policy.cost.overhead + draft_seconds
+            totals.add(
+                step.emitted, step.num_requests, step.context, seconds, step.drafts, draft_seconds
+            )
+        elif step.seconds:
+            totals.add_prompts(
+                step.num_requests,
+                step.context,
+                step.seconds,
+                step.drafts,
+                step.accepted,
+                draft_seconds,
+            )
+        totals.drafted_steps += drafted
         if self.stats is not None:
-            self.stats.update(policy)
+            self.stats.update(self.policy)
         self.clock.ended = time.perf_counter()
 
     def _account_for_naps(self) -> None:

@@ -159,7 +159,7 @@ class EngineLengths:
         step = self._in_flight.pop(id(output), None)
         if step is None:
             return
-        emitted = drafts = 0
+        emitted = drafts = accepted = 0
         sampled = result.sampled_token_ids
         for name, (length, promised) in step.lengths.items():
             request = self.scheduler.requests.get(name)
@@ -170,6 +170,7 @@ class EngineLengths:
             if not tokens:  # part of a prompt
                 continue
             emitted += tokens
+            accepted += tokens - 1
             drafts += length
             self.policy.observe(name, length, tokens - 1, promised)
         requests = len(step.lengths)
@@ -188,7 +189,10 @@ class EngineLengths:
                 drafted=step.drafting if sure else None,
             )
         else:
-            self.policy.totals.add_prompts(seconds)
+            passed = self.policy.pass_seconds(requests) if step.drafting else 0.0
+            self.policy.totals.add_prompts(
+                requests, step.context, max(seconds - passed, 0.0), drafts, accepted, passed
+            )
         self._updated, self._drafted = now, step.drafting
         self.stats.update(self.policy)
 
