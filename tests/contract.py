@@ -56,6 +56,9 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "serving/plain_steps.py": {"runner": _RUNNER, "output": _OUTPUT},
     "serving/step_clock.py": {"runner": _RUNNER},
+    "serving/draft_return.py": {
+        "runner": _RUNNER, "cls": "vllm.v1.executor.multiproc_executor.MultiprocExecutor",
+    },
     "serving/plain_steps.py:_prepare_inputs": {
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
     },

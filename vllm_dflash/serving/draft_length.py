@@ -24,6 +24,7 @@ from vllm_dflash.draft_length.policy import Plan, Policy, Request
 from vllm_dflash.draft_length.totals import DRAFTER
 from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving.draft_return import send_with_output
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.lookup import PromptLookup
 from vllm_dflash.serving.plain_steps import (
@@ -84,6 +85,7 @@ class DraftLengths:
         self.clock = StepClock(proposer.runner)
         propose_near_the_end(proposer.runner)
         skip_rejection_sampling(proposer.runner)
+        send_with_output(proposer.runner)
         self._group = _tensor_parallel_group()
         if self._group is None:
             # Ranks decide together, in propose().

@@ -157,6 +157,12 @@ def _patch_scheduler(module: ModuleType) -> None:
     module.Scheduler.__init__ = wrap_init(module.Scheduler.__init__)  # type: ignore[attr-defined]
 
 
+def _patch_executor(module: ModuleType) -> None:
+    from vllm_dflash.serving.draft_return import patch_executor
+
+    patch_executor(module)
+
+
 def _patch_metrics(module: ModuleType) -> None:
     from vllm_dflash.serving.metrics import drafter_metrics_class
 
@@ -218,6 +224,12 @@ SEAMS = (
         "Scheduler.__init__",
         ("vllm_config",),
         _patch_scheduler,
+    ),
+    Seam(
+        "vllm.v1.executor.multiproc_executor",
+        "MultiprocExecutor.sample_tokens",
+        ("grammar_output",),
+        _patch_executor,
     ),
     Seam(
         "vllm.v1.metrics.loggers",
