@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-all test-install test-versions versions lint clean
+.PHONY: setup demo test test-long test-all test-install test-versions versions lint clean
 
 setup: $(VENV)/.built
 
@@ -26,7 +26,11 @@ demo: setup
 	$(BIN)/python demo/run.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
+
+# What CI runs beside it.
+test-long: setup
+	$(BIN)/python -m pytest -m "long and not slow"
 
 test-all: setup
 	$(BIN)/python -m pytest

@@ -30,7 +30,7 @@ FAMILIES = {"gemma": "gemma3_text", "glm": "glm4"}
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(n, marks=() if n == "mixed, narrow" else pytest.mark.slow)
+        pytest.param(n, marks=pytest.mark.long if n == "mixed, narrow" else pytest.mark.slow)
         for n in (*LAYOUTS, *FAMILIES)
     ],
 )

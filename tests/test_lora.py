@@ -38,6 +38,7 @@ def make_adapter(path: Path, verifier: Path) -> Path:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_output_is_the_adapted_verifiers(verifier, prompts, tmp_path) -> None:
     """One request at a time: vLLM 0.32's CPU kernels give a step's adapter to all its requests."""
     adapter = make_adapter(tmp_path / "adapter", verifier)

@@ -196,6 +196,7 @@ def test_drafts_behind_a_cached_prefix(trained, prompts, folder) -> None:
     assert check_drafts(cached, Reference(*models), 7) > 500
 
 
+@pytest.mark.long
 def test_drafts_behind_a_prefix_that_waited(trained, prompts, folder) -> None:
     """Answers become cached prefixes though nothing may have been drafted in them: no context is missing."""
     models = trained.verifier, trained.drafter

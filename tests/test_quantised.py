@@ -32,7 +32,7 @@ def base(folder) -> Path:
 @pytest.mark.parametrize(
     "scheme",
     [
-        "int8",
+        pytest.param("int8", marks=pytest.mark.long),
         pytest.param("int4", marks=pytest.mark.slow),
         pytest.param("awq", marks=pytest.mark.slow),
     ],

@@ -126,6 +126,7 @@ def test_it_drafts_if_that_pays(trained, prompts, folder, plain) -> None:
     assert steps[DEAR] < 0.2
 
 
+@pytest.mark.long
 @SCHEDULERS
 def test_structured_output(asynchronous, trained, prompts, folder) -> None:
     """Drafts are checked against a grammar; requests without one are in the same batch."""

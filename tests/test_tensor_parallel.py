@@ -87,6 +87,7 @@ def check_served(out: dict[str, Any], verifier: Path, drafter: Path, prompts: li
     return check_drafts(recorded, Reference(verifier, drafter), 7)
 
 
+@pytest.mark.long
 def test_serving_on_two_ranks(trained, prompts, folder) -> None:
     """A draft vocabulary whose head is split, and one key/value head that both ranks hold."""
     out = serve(trained.verifier, trained.drafter, prompts, folder)
@@ -102,6 +103,7 @@ def test_serving_on_two_ranks(trained, prompts, folder) -> None:
     assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_accepted_tokens_total"] > 100
 
 
+@pytest.mark.long
 def test_one_rank_chooses_draft_lengths(trained, prompts, folder) -> None:
     """Clocks and so costs differ between the ranks; whom they draft for does not."""
     out = serve(
@@ -226,6 +228,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.long
 def test_training_on_two_ranks_equals_one(trained, folder, capsys) -> None:
     """The export refuses weights that differ between ranks, so there is one result to compare."""
     for ranks in (1, 2):

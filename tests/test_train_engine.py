@@ -186,6 +186,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_killed_and_stopped_runs_resume_bit_for_bit(trained, folder) -> None:
     """SIGTERM, then kill -9, then to the end: the same bytes as the run that was never stopped."""
     out = folder / "resumed"

@@ -21,7 +21,7 @@ TAPPED = (
     "granitemoehybrid", "falcon_h1",
 )  # fmt: skip
 NATIVE = ("qwen3", "phi3", "qwen3_moe", "olmo2", "starcoder2", "gemma2", "nemotron_h", "qwen3_next")
-DEFAULT = ("glm4", "gpt2", "nemotron_h")
+MARKS = {"glm4": (), "gpt2": pytest.mark.long, "nemotron_h": pytest.mark.long}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def table(folder, verifier) -> Path:
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(m, marks=() if m in DEFAULT else pytest.mark.slow) for m in (*TAPPED, *NATIVE)],
+    [pytest.param(m, marks=MARKS.get(m, pytest.mark.slow)) for m in (*TAPPED, *NATIVE)],
 )
 def test_features_and_output(model_type, prompts_file, prompts, table) -> None:
     row = verifiers.examine(model_type, table, prompts_file, prompts[:6], train=False)
@@ -51,7 +51,11 @@ def test_features_and_output(model_type, prompts_file, prompts, table) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["nemotron_h", pytest.param("falcon_h1", marks=pytest.mark.slow)]
+    "model_type",
+    [
+        pytest.param("nemotron_h", marks=pytest.mark.long),
+        pytest.param("falcon_h1", marks=pytest.mark.slow),
+    ],
 )
 def test_hybrids_with_drafts_of_any_length(model_type, verifier, prompts, folder) -> None:
     """Steps without drafts between steps with some: recurrent states go on from the accepted token."""
