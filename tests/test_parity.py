@@ -207,7 +207,7 @@ def test_drafts_behind_a_prefix_that_waited(trained, prompts, folder) -> None:
     both = prompts[:8] + [a + p for a, p in zip(answers, prompts[8:16], strict=True)]
     # And some that share what the first of them may not have written yet.
     both += [(prompts[16] * 4)[:96] + p for p in prompts[17:23]]
-    # Some come close to the end of what the engine takes, beside others that do not.
+    # The longest come close to the end of what the engine takes.
     longest = max(len(p) for p in both) + MAX_TOKENS
     engine = {"enable_prefix_caching": True, "block_size": 32, "max_model_len": longest + 1}
     cached = drafted(*models, both, folder, engine=engine, random_lengths=True, features=False)
