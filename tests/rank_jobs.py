@@ -2,7 +2,8 @@
 
     python tests/rank_jobs.py job.json out.json
 
-The job: ``engine`` (EngineArgs) and ``runs`` as in ``engine_jobs.py``, each with ``drafting``: False to
+The job: ``engine`` (EngineArgs), ``async``, ``random_lengths`` (of the scheduler) and ``runs`` as in
+``engine_jobs.py``, each with ``drafting``: False to
 decode without the drafter, and ``record``: a path to which each rank appends its number for the features
 it saw.
 """
@@ -10,11 +11,17 @@ it saw.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import engine_jobs
+
+#: Workers import this module when spawned. They make configurations, too, which the CPU platform changes.
+ASYNC = "RANK_JOBS_ASYNC"
+if os.environ.get(ASYNC):
+    engine_jobs.schedule_asynchronously()
 
 #: In a worker.
 _recorder: engine_jobs.Recorder | None = None
@@ -65,6 +72,11 @@ def main(job_file: str, out_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     args = {"enforce_eager": True, "dtype": "float32", "disable_log_stats": False, **job["engine"]}
+    if job.get("random_lengths"):
+        engine_jobs.random_lengths_ahead()
+    if job.get("async"):
+        engine_jobs.schedule_asynchronously()
+        os.environ[ASYNC] = "1"
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**args))
     except Exception as error:

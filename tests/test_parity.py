@@ -151,7 +151,7 @@ def check_drafts(out: dict[str, Any], reference: Reference, count: int) -> int:
         # Chunks of a prompt are drafted too, and thrown away; beyond the last token nothing is known.
         if anchor < out["prompt_lens"][key] or anchor > len(features):
             continue
-        # Nor is a block of use that reaches over the end of what the engine takes: it has no room in the cache.
+        # Nor is a block of use that reaches over the engine's end: the cache has no room for it.
         if anchor + count >= out["max_model_len"]:
             continue
         if anchor < len(sequence):

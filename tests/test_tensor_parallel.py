@@ -28,9 +28,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 def serve(
-    verifier: Path, drafter: Path | None, prompts: list, folder: Path, **engine: Any
+    verifier: Path,
+    drafter: Path | None,
+    prompts: list,
+    folder: Path,
+    more: dict[str, Any] | None = None,
+    **engine: Any,
 ) -> dict[str, Any]:
-    """With a drafter: a run without drafting, then one with, recorded on both ranks."""
+    """With a drafter: a run without drafting, then one with, recorded on both ranks.
+
+    Scheduled ahead (``more={"async": True}``) only the second.
+    """
     speculative = {
         "method": "dflash",
         "model": str(drafter),
@@ -58,6 +66,10 @@ def serve(
     if drafter:
         record = str(folder / f"{drafter.name}-features")
         job["runs"].append({**job["runs"][0], "name": "run", "drafting": True, "record": record})
+    job |= more or {}
+    if drafter and job.get("async"):
+        # What is scheduled ahead counts on drafts.
+        job["runs"] = job["runs"][1:]
     return tiny.engine_job(job, folder, script=RANK_JOBS)
 
 
@@ -83,6 +95,7 @@ def check_served(out: dict[str, Any], verifier: Path, drafter: Path, prompts: li
         "features": features,
         "sequences": sequences,
         "prompt_lens": {f"run:{i}": len(p) for i, p in enumerate(prompts)},
+        "max_model_len": SERVED["max_model_len"],
     }
     return check_drafts(recorded, Reference(verifier, drafter), 7)
 
@@ -118,6 +131,25 @@ def test_one_rank_chooses_draft_lengths(trained, prompts, folder) -> None:
     first, second = run["ranks"]
     assert first["drafts"] == second["drafts"]
     assert len(first["drafts"]) > 0
+
+
+@pytest.mark.long
+def test_the_scheduler_chooses_draft_lengths(trained, prompts, folder) -> None:
+    """Scheduled ahead, with random lengths: both ranks draft alike, and every draft is PyTorch's."""
+    out = serve(
+        trained.verifier,
+        trained.drafter,
+        prompts[:8],
+        folder,
+        more={"async": True, "random_lengths": True},
+        speculative={"dflash_draft_length": "auto"},
+    )
+    alone = serve(trained.verifier, None, prompts[:8], folder)
+    out["runs"]["plain"] = alone["runs"]["plain"]
+    assert check_served(out, trained.verifier, trained.drafter, prompts[:8]) > 150
+    counters = out["runs"]["run"]["counters"]
+    drafts = counters["vllm:spec_decode_num_drafts_total"]
+    assert 2 * drafts < counters["vllm:spec_decode_num_draft_tokens_total"] < 6 * drafts
 
 
 @pytest.mark.slow
