@@ -3,9 +3,8 @@
     python tests/rank_jobs.py job.json out.json
 
 The job: ``engine`` (EngineArgs), ``async``, ``random_lengths`` (of the scheduler) and ``runs`` as in
-``engine_jobs.py``, each with ``drafting``: False to
-decode without the drafter, and ``record``: a path to which each rank appends its number for the features
-it saw.
+``engine_jobs.py``, each with ``drafting``: False to decode without the drafter, and ``record``: a path to
+which each rank appends its number for the features it saw.
 """
 
 from __future__ import annotations
