@@ -465,11 +465,13 @@ def _read_speculators(raw: dict[str, Any]) -> DrafterConfig:
     fields = _layer_fields({**layer, "rope_parameters": rope})
     # The flag speaks of sliding layers; full ones are bidirectional whatever it says (speculators'
     # DFlashSpeculatorConfig). Absent it means what files had before it existed: bidirectional.
-    non_causal = raw.get("sliding_window_non_causal")
-    causal = False if non_causal is None or non_causal else None
+    said = raw.get("sliding_window_non_causal")
+    non_causal = said is None or bool(said)
+    kinds = fields["layer_types"] or (FULL,)
+    causal = False if non_causal and SLIDING in kinds else None
+    misread = not non_causal and FULL in kinds
     if layer.get("is_causal") is not None:
-        causal = bool(layer["is_causal"])
-    misread = causal is None and FULL in (fields["layer_types"] or (FULL,))
+        causal, misread = bool(layer["is_causal"]), False
     block_size = raw.get("block_size")
     return DrafterConfig(
         **fields,
