@@ -325,6 +325,28 @@ def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
     return results
 
 
+class LastDraft:
+    """Highest position of a draft token that a scheduler sends to the verifier, since the last reading."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.position = -1
+        schedule = scheduler.schedule
+
+        def noted(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            for name, tokens in output.scheduled_spec_decode_tokens.items():
+                if tokens:  # scheduled tokens are counted as computed by now
+                    last = scheduler.requests[name].num_computed_tokens - 1
+                    self.position = max(self.position, last)
+            return output
+
+        scheduler.schedule = noted
+
+    def take(self) -> int:
+        position, self.position = self.position, -1
+        return position
+
+
 def describe(engine: Any) -> dict[str, Any]:
     """The engine's configuration, without what differs between any two processes."""
     text = repr(engine.vllm_config)
@@ -392,6 +414,8 @@ def main(job_file: str, out_file: str) -> None:
     if recorder is not None:
         recorder.runner = runner
     result["runs"] = {}
+    scheduler = engine.engine_core.engine_core.scheduler
+    last_draft = LastDraft(scheduler)
     for one in job["runs"]:
         if recorder is not None:
             recorder.recording = True
@@ -413,10 +437,13 @@ def main(job_file: str, out_file: str) -> None:
             k: v - before.get(k, 0) if not k.startswith("vllm_dflash") else v
             for k, v in after.items()
         }
-        result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
+        result["runs"][one["name"]] = {
+            "outputs": outputs,
+            "counters": changed,
+            "last_draft": last_draft.take(),
+        }
     result["counters"] = counters()
     result["ops"] = calls
-    scheduler = engine.engine_core.engine_core.scheduler
     result["scheduler"] = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
     result["batches"] = engine.engine_core.engine_core.batch_queue_size
     lengths = getattr(drafter, "lengths", None) or getattr(scheduler, "draft_lengths", None)

@@ -17,6 +17,7 @@ from typing import Any
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
 from vllm_dflash.serving import handover
+from vllm_dflash.serving.draft_limit import draft_limit, end_drafts, leave_unpadded
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 
@@ -82,10 +83,11 @@ class EngineLengths:
         scheduler: vLLM's.
         policy: chooses.
         stats: where the figures go.
+        limit: tokens of a request behind which nothing is drafted.
     """
 
-    def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats) -> None:
-        self.scheduler, self.policy, self.stats = scheduler, policy, stats
+    def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats, limit: int) -> None:
+        self.scheduler, self.policy, self.stats, self.limit = scheduler, policy, stats, limit
         #: Draft tokens of each request that the latest step ends with.
         self.num_drafted = policy.num_tokens
         self._promised: dict[str, Any] = {}
@@ -150,7 +152,7 @@ class EngineLengths:
         coming = (tokens > 0) + (request.num_output_placeholders > 0)
         most = request.max_tokens - request.num_output_tokens - coming - 1
         context = request.num_computed_tokens + tokens
-        most = min(most, self.scheduler.max_model_len - context - 1)
+        most = min(most, self.limit - context - 1)
         return Slot(request.request_id, context, drafted, max(most, 0))
 
     def done(self, output: Any, result: Any) -> None:
@@ -239,14 +241,12 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
-    if scheduler.dynamic_sd_lookup is None:
-        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted.
-        most = vllm_config.scheduler_config.max_num_seqs
-        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
+    leave_unpadded(scheduler, vllm_config.scheduler_config.max_num_seqs)
     policy = Ahead(cost, scheduler.num_spec_tokens)
     stats = DraftStats(stats_file(spec.dflash_stats))
     scheduler.__class__ = choosing(type(scheduler))
-    scheduler.draft_lengths = EngineLengths(scheduler, policy, stats)
+    limit = draft_limit(spec, scheduler.max_model_len)
+    scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)
     logger.info("vllm-dflash chooses draft lengths in the scheduler")
 
 
@@ -256,12 +256,18 @@ def wrap_init(original: Any) -> Any:
     @functools.wraps(original)
     def init(self, vllm_config, *args, **kwargs):
         original(self, vllm_config, *args, **kwargs)
-        if not wanted(vllm_config):
+        if wanted(vllm_config):
+            reason = unsupported(vllm_config)
+            if reason:
+                logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
+            else:
+                adopt(self, vllm_config)
+        spec = vllm_config.speculative_config
+        if spec is None or spec.method != "dflash":
             return
-        reason = unsupported(vllm_config)
-        if reason:
-            logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
-        else:
-            adopt(self, vllm_config)
+        limit = draft_limit(spec, self.max_model_len)
+        if limit < self.max_model_len:
+            leave_unpadded(self, vllm_config.scheduler_config.max_num_seqs)
+            end_drafts(self, limit)
 
     return init

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import uuid
 from dataclasses import fields
 from typing import Any
@@ -11,8 +12,10 @@ from vllm_dflash import __version__
 from vllm_dflash.checkpoint import check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
+from vllm_dflash.serving.draft_limit import draft_limit
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 
+logger = logging.getLogger("vllm.vllm_dflash")
 _BLOCK_DROP = "disable_eagle_block_drop"
 #: Architectures in a drafter's config.json that end up in our drafter class.
 _OWN_ARCHS = {DRAFTER_ARCH, "DFlashSpeculator"}
@@ -125,6 +128,16 @@ def wrap_create_speculative_config(original):
         if made is not None and options.draft_length == "auto":
             # Travels to the workers with it; not a field, so it keys no compile cache.
             made.dflash_stats = uuid.uuid4().hex
+        if made is not None and made.draft_model_config is not None:
+            limit = draft_limit(made, target_model_config.max_model_len)
+            if limit < target_model_config.max_model_len:
+                logger.warning(
+                    "vllm-dflash drafts nothing beyond %d tokens of a request, as many positions as the drafter "
+                    "%s has here; the server takes %d",
+                    limit,
+                    made.model,
+                    target_model_config.max_model_len,
+                )
         return made
 
     return create_speculative_config
