@@ -28,8 +28,8 @@ def draft_limit(speculative_config: Any, max_model_len: int) -> int:
 def rotary_positions(hf_config: Any) -> int | None:
     """Rows of the rotary table that vLLM makes for a drafter; None where its config does not tell.
 
-    Not always the length that vLLM derives: that has the factor of dynamic and NTK scaling in it, whose tables
-    do not grow with it, and takes YaRN's ``max_position_embeddings`` as it stands.
+    Not always the length that vLLM derives: that has the factor of dynamic and NTK scaling in it, whose
+    tables do not grow with it, and takes YaRN's ``max_position_embeddings`` as it stands.
     """
     positions = getattr(hf_config, "max_position_embeddings", None)
     rope = getattr(hf_config, "rope_parameters", None) or {}

@@ -132,8 +132,8 @@ def wrap_create_speculative_config(original):
             limit = draft_limit(made, target_model_config.max_model_len)
             if limit < target_model_config.max_model_len:
                 logger.warning(
-                    "vllm-dflash drafts nothing beyond %d tokens of a request, as many positions as the drafter "
-                    "%s has here; the server takes %d",
+                    "vllm-dflash drafts nothing beyond %d tokens of a request, as many positions as the "
+                    "drafter %s has here; the server takes %d",
                     limit,
                     made.model,
                     target_model_config.max_model_len,

@@ -40,6 +40,7 @@ def observed(cls: type) -> type:
         tap: FeatureTap | None = None
         num_wanted: int | None = None
         dummy_drafts = True
+        max_model_len: int
         _use_ops = False
         _skipping = False
 
@@ -139,9 +140,7 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
         speculator.sample_from_anchor = True
         speculator.num_query_per_req = speculator.num_speculative_steps
     # vLLM's has the server's, whatever positions the drafter has.
-    speculator.max_model_len = draft_limit(
-        vllm_config.speculative_config, speculator.max_model_len
-    )
+    speculator.max_model_len = draft_limit(vllm_config.speculative_config, speculator.max_model_len)
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
     return speculator
