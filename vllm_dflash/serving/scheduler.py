@@ -14,12 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
 from vllm_dflash.serving import handover
 from vllm_dflash.serving.draft_limit import draft_limit, end_drafts, leave_unpadded
-from vllm_dflash.serving.draft_stats import DraftStats, stats_file
+from vllm_dflash.serving.draft_stats import DraftStats, StatsFile, stats_file, verified_file
 from vllm_dflash.serving.seams import DRAFTER_ARCH
+from vllm_dflash.serving.verified import count_by_source, counting
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -61,7 +64,7 @@ class _Step:
 
     Attributes:
         scheduled: when, by the clock.
-        lengths: draft tokens by request, with how many of them promise to be accepted.
+        lengths: draft tokens by request, with the probabilities that each is accepted, ``[length]``.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
         even: whether all requests had none or all of their draft tokens.
@@ -69,7 +72,7 @@ class _Step:
     """
 
     scheduled: float
-    lengths: dict[str, tuple[int, float]]
+    lengths: dict[str, tuple[int, np.ndarray]]
     context: float
     tokens: int
     even: bool
@@ -93,6 +96,7 @@ class EngineLengths:
         self._promised: dict[str, Any] = {}
         self._in_flight: dict[int, _Step] = {}
         self._updated = 0.0
+        self._step: _Step | None = None
         self._drafted: bool | None = None
 
     def trim(self) -> None:
@@ -121,8 +125,7 @@ class EngineLengths:
             request = scheduler.requests[name]
             length = len(drafts.get(name, ()))
             curve = self._promised.get(name)
-            promised = float(curve[:length].sum()) if curve is not None else 0.0
-            lengths[name] = (length, promised)
+            lengths[name] = (length, np.zeros(length) if curve is None else curve[:length])
             even.add(length)
             context += request.num_computed_tokens
             known = request.num_tokens + request.num_output_placeholders
@@ -158,9 +161,10 @@ class EngineLengths:
     def done(self, output: Any, result: Any) -> None:
         """Before a step's result is taken in: learns from it."""
         now = time.perf_counter()
-        step = self._in_flight.pop(id(output), None)
+        step = self._step = self._in_flight.pop(id(output), None)
         if step is None:
             return
+        invalid = output.num_invalid_spec_tokens or {}
         emitted = drafts = accepted = 0
         sampled = result.sampled_token_ids
         for name, (length, promised) in step.lengths.items():
@@ -174,7 +178,9 @@ class EngineLengths:
             emitted += tokens
             accepted += tokens - 1
             drafts += length
-            self.policy.observe(name, length, tokens - 1, promised)
+            # What a grammar excluded is in the step, but no evidence.
+            checked = length - invalid.get(name, 0)
+            self.policy.observe(name, checked, tokens - 1, float(promised[:checked].sum()))
         requests = len(step.lengths)
         seconds = now - max(self._updated, step.scheduled)
         self.policy.totals.drafted_steps += step.drafting
@@ -196,6 +202,17 @@ class EngineLengths:
                 requests, step.context, max(seconds - passed, 0.0), drafts, accepted, passed
             )
         self._updated, self._drafted = now, step.drafting
+
+    def verified(self, name: str, length: int, accepted: int) -> None:
+        """While a step's result is taken in, of each request with draft tokens; see
+        :func:`~vllm_dflash.serving.verified.counting`."""
+        promised = 0.0
+        if self._step is not None:
+            promised = float(self._step.lengths[name][1][:length].sum())
+        self.policy.count(length, accepted, promised)
+
+    def publish(self) -> None:
+        """Once a step's result has been taken in."""
         self.stats.update(self.policy)
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -220,7 +237,9 @@ def choosing(cls: type) -> type:
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
             self.draft_lengths.done(scheduler_output, model_runner_output)
-            return super().update_from_output(scheduler_output, model_runner_output)
+            out = super().update_from_output(scheduler_output, model_runner_output)
+            self.draft_lengths.publish()
+            return out
 
         def update_draft_token_ids(self, draft_token_ids: Any) -> None:
             # vLLM 0.31 names as many as ever behind a step without a draft pass.
@@ -246,7 +265,10 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     stats = DraftStats(stats_file(spec.dflash_stats))
     scheduler.__class__ = choosing(type(scheduler))
     limit = draft_limit(spec, scheduler.max_model_len)
-    scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)
+    lengths = scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)
+    scheduler.make_spec_decoding_stats = counting(
+        scheduler.make_spec_decoding_stats, lengths.verified
+    )
     logger.info("vllm-dflash chooses draft lengths in the scheduler")
 
 
@@ -265,6 +287,10 @@ def wrap_init(original: Any) -> Any:
         spec = vllm_config.speculative_config
         if spec is None or spec.method != "dflash":
             return
+        name = getattr(spec, "dflash_stats", None)
+        if name is not None and not wanted(vllm_config):
+            leave_unpadded(self, vllm_config.scheduler_config.max_num_seqs)
+            count_by_source(self, StatsFile(verified_file(stats_file(name))))
         limit = draft_limit(spec, self.max_model_len)
         if limit < self.max_model_len:
             leave_unpadded(self, vllm_config.scheduler_config.max_num_seqs)
