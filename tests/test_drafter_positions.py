@@ -142,7 +142,7 @@ LONG = pytest.mark.long
             "scheduled",
             {"layer_types": [SLIDING, FULL], "sliding_window": 24, "use_sliding_window": True},
             {},
-            {"num_gpu_blocks_override": 24},
+            {},
             marks=LONG,
         ),
     ],
@@ -155,7 +155,7 @@ LONG = pytest.mark.long
         "yarn",
         "dynamic, without ops",
         "sliding, sampled drafts",
-        "sliding and full, few blocks",
+        "sliding and full",
     ],
 )
 def test_no_draft_beyond(
