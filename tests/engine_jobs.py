@@ -4,7 +4,8 @@
 
 The job: ``engine`` (EngineArgs), ``runs`` (each ``name``, ``prompts`` as token ids, ``params`` of
 SamplingParams for all or per prompt, ``lora``: per prompt the folder of an adapter or null,
-``concurrency``, ``abort``: [prompt index, after how many steps],
+``concurrency``, ``abort``: [prompt index, after how many steps], ``cut``: the same, while the step runs, as
+a client's disconnect mostly comes,
 ``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
 features and drafts that the proposer sees, ``config``: whether to return the engine's configuration,
 ``features``: false to save none of them, ``random_lengths``: whether draft lengths, and whom to draft for,
@@ -20,6 +21,7 @@ import inspect
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,12 @@ def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
                 lora_request=adapter(job["lora"][i]) if "lora" in job else None,
             )
             running.add(f"{name}:{i}")
+        cut = job.get("cut")
+        if cut and steps + 1 == cut[1]:
+            core = engine.engine_core.engine_core
+            gone = [r for r in core.scheduler.requests if r.startswith(f"{name}:{cut[0]}-")]
+            assert gone, "it has ended"
+            core.aborts_queue.put_nowait(gone)
         for output in engine.step():
             if output.finished:
                 i = int(output.request_id.rsplit(":", 1)[1])
@@ -322,7 +330,32 @@ def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
         if abort and steps == abort[1]:
             engine.abort_request([f"{name}:{abort[0]}"])
             running.discard(f"{name}:{abort[0]}")
+        if cut and steps == cut[1]:
+            engine.abort_request([f"{name}:{cut[0]}"])
+            running.discard(f"{name}:{cut[0]}")
     return results
+
+
+class LastDraft:
+    """Highest position of a draft token that a scheduler sends to the verifier, since the last reading."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.position = -1
+        schedule = scheduler.schedule
+
+        def noted(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            for name, tokens in output.scheduled_spec_decode_tokens.items():
+                if tokens:  # scheduled tokens are counted as computed by now
+                    last = scheduler.requests[name].num_computed_tokens - 1
+                    self.position = max(self.position, last)
+            return output
+
+        scheduler.schedule = noted
+
+    def take(self) -> int:
+        position, self.position = self.position, -1
+        return position
 
 
 def describe(engine: Any) -> dict[str, Any]:
@@ -392,6 +425,8 @@ def main(job_file: str, out_file: str) -> None:
     if recorder is not None:
         recorder.runner = runner
     result["runs"] = {}
+    scheduler = engine.engine_core.engine_core.scheduler
+    last_draft = LastDraft(scheduler)
     for one in job["runs"]:
         if recorder is not None:
             recorder.recording = True
@@ -413,17 +448,24 @@ def main(job_file: str, out_file: str) -> None:
             k: v - before.get(k, 0) if not k.startswith("vllm_dflash") else v
             for k, v in after.items()
         }
-        result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
+        result["runs"][one["name"]] = {
+            "outputs": outputs,
+            "counters": changed,
+            "last_draft": last_draft.take(),
+        }
+    if job["engine"].get("speculative_config"):
+        time.sleep(0.6)  # the engine is idle, and its last figures are written
     result["counters"] = counters()
     result["ops"] = calls
-    scheduler = engine.engine_core.engine_core.scheduler
     result["scheduler"] = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
     result["batches"] = engine.engine_core.engine_core.batch_queue_size
     lengths = getattr(drafter, "lengths", None) or getattr(scheduler, "draft_lengths", None)
     if lengths is not None:
-        from vllm_dflash.serving.draft_stats import figures
+        from vllm_dflash.serving.draft_stats import figures, read_stats, stats_file
 
         result["lengths"] = figures(lengths.policy)
+        name = engine.vllm_config.speculative_config.dflash_stats
+        result["served"] = read_stats(stats_file(name))
     if recorder is not None:
         from safetensors.torch import save_file
 

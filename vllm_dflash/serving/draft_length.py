@@ -33,6 +33,7 @@ from vllm_dflash.serving.plain_steps import (
     skip_rejection_sampling,
 )
 from vllm_dflash.serving.step_clock import StepClock, StepDone
+from vllm_dflash.serving.verified import Sent, name_sources
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _NO_MATCH = np.empty(0, dtype=np.int64)
@@ -85,11 +86,13 @@ class DraftLengths:
         self.clock = StepClock(proposer.runner)
         propose_near_the_end(proposer.runner)
         skip_rejection_sampling(proposer.runner)
+        name_sources(proposer.runner, lambda: self._sent)
         send_with_output(proposer.runner)
         self._group = _tensor_parallel_group()
         if self._group is None:
             # Ranks decide together, in propose().
             skip_proposing(proposer.runner, self.plain_step)
+        self._sent: dict[str, Sent] = {}
         self._looked: _Look | None = None
         self._requests: set[str] = set()
         self._doze = Doze()
@@ -109,6 +112,7 @@ class DraftLengths:
         proposer, metadata = self.proposer, kwargs["common_attn_metadata"]
         num_requests = metadata.batch_size()
         look, self._looked = self._looked, None
+        self._sent = {}
         if look is None and (self._group is None or self._group.rank_in_group == 0):
             rejected = kwargs.get("num_rejected_tokens_gpu")
             look = self._look(
@@ -165,6 +169,7 @@ class DraftLengths:
         runner = proposer.runner
         if metadata.num_actual_tokens != num_requests or not proposer.drafting:
             return None
+        self._sent = {}
         look: _Look | None = None
         if self._doze.skips():
             now = time.perf_counter()
@@ -236,6 +241,7 @@ class DraftLengths:
         for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             if not draft.length:
                 continue
+            self._sent[plan.requests[i].id] = Sent(draft.source, draft.expected)
             if draft.source == DRAFTER and tokens is not None:
                 out[row] = tokens[row_of[i], : draft.length].tolist()
             else:
