@@ -228,12 +228,18 @@ class RecorderV2:
 
 def sampling_params(raw: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        StructuredOutputsParams,
+    )
 
     # Also gathers the n outputs of a request, which otherwise come one by one.
     raw = {**raw, "output_kind": RequestOutputKind.FINAL_ONLY}
     if "structured_outputs" in raw:
         raw["structured_outputs"] = StructuredOutputsParams(**raw["structured_outputs"])
+    if "repetition_detection" in raw:
+        raw["repetition_detection"] = RepetitionDetectionParams(**raw["repetition_detection"])
     return SamplingParams(**raw)
 
 

@@ -14,6 +14,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving import sampler_v1
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
@@ -254,6 +255,7 @@ class Proposer(DFlashProposer):
 
     def choose_lengths(self, runner: Any) -> None:
         """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
+        sampler_v1.mend(runner)
         if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
             return
         from vllm_dflash.serving import calibration, draft_length, draft_switch, scheduler

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
-from vllm_dflash.serving import handover
+from vllm_dflash.serving import draft_limits, handover
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 
@@ -151,6 +151,10 @@ class EngineLengths:
         most = request.max_tokens - request.num_output_tokens - coming - 1
         context = request.num_computed_tokens + tokens
         most = min(most, self.scheduler.max_model_len - context - 1)
+        limit = draft_limits.draft_limit(
+            request.sampling_params, request.num_output_tokens, request.num_output_placeholders
+        )
+        most = most if limit is None else min(most, limit)
         return Slot(request.request_id, context, drafted, max(most, 0))
 
     def done(self, output: Any, result: Any) -> None:
@@ -239,10 +243,6 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
-    if scheduler.dynamic_sd_lookup is None:
-        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted.
-        most = vllm_config.scheduler_config.max_num_seqs
-        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
     policy = Ahead(cost, scheduler.num_spec_tokens)
     stats = DraftStats(stats_file(spec.dflash_stats))
     scheduler.__class__ = choosing(type(scheduler))
@@ -256,6 +256,9 @@ def wrap_init(original: Any) -> Any:
     @functools.wraps(original)
     def init(self, vllm_config, *args, **kwargs):
         original(self, vllm_config, *args, **kwargs)
+        spec = vllm_config.speculative_config
+        if spec is not None and spec.method == "dflash":
+            draft_limits.adopt(self, vllm_config.scheduler_config.max_num_seqs)
         if not wanted(vllm_config):
             return
         reason = unsupported(vllm_config)

@@ -1,0 +1,61 @@
+"""How much may be drafted for a request before drafts change what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.sampling_params import SamplingParams, SamplingType
+
+
+def draft_limit(params: SamplingParams | None, written: int, coming: int = 0) -> int | None:
+    """Draft tokens that a request may have in its next step; None where any number will do.
+
+    * ``seed``, sampled: verifying drafts draws other random numbers than sampling does, and as many as there
+      are drafts. Without any vLLM draws what it draws without a drafter.
+    * ``min_tokens``: vLLM's V1 sampler forbids a stop token behind the drafts if it is forbidden before them.
+
+    Args:
+        params: of the request; None for pooling.
+        written: its output tokens.
+        coming: how many more there may be by then, where a step is under way.
+    """
+    if params is None:
+        return None
+    if params.sampling_type == SamplingType.RANDOM_SEED:
+        return 0
+    if written < params.min_tokens:
+        return max(0, params.min_tokens - 1 - written - coming)
+    return None
+
+
+def limiting(cls: type) -> type:
+    """A subclass of one of vLLM's schedulers that keeps to :func:`draft_limit`."""
+
+    class Limiting(cls):  # type: ignore[valid-type,misc]
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            for request in self.running:
+                drafts = request.spec_token_ids
+                if not drafts:
+                    continue
+                limit = draft_limit(
+                    request.sampling_params,
+                    request.num_output_tokens,
+                    request.num_output_placeholders,
+                )
+                if limit is not None and limit < len(drafts):
+                    # Not in place: vLLM's asynchronous scheduler gives all requests one list.
+                    request.spec_token_ids = list(drafts[:limit])
+            return super().schedule(*args, **kwargs)
+
+    Limiting.__name__ = Limiting.__qualname__ = cls.__name__
+    Limiting.__module__ = cls.__module__
+    return Limiting
+
+
+def adopt(scheduler: Any, max_num_seqs: int) -> None:
+    """Turns one of vLLM's schedulers into one that keeps to the limits; the instance is changed."""
+    if scheduler.dynamic_sd_lookup is None:
+        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted, and
+        # verifies them.
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (max_num_seqs + 1)
+    scheduler.__class__ = limiting(type(scheduler))
