@@ -32,7 +32,19 @@ def limiting(cls: type) -> type:
     """A subclass of one of vLLM's schedulers that keeps to :func:`draft_limit`."""
 
     class Limiting(cls):  # type: ignore[valid-type,misc]
+        #: Requests with ``logprob_token_ids`` on the V2 runner, where the sampler that verifies drafts does not
+        #: return those: while there are any, nobody has drafts. None on the V1 runner, whose sampler is mended.
+        scored: set[str] | None = None
+
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_request(request, *args, **kwargs)
+            params = request.sampling_params
+            if self.scored is not None and params is not None and params.logprob_token_ids:
+                self.scored.add(request.request_id)
+
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            if self.scored:
+                self.scored &= self.requests.keys()
             for request in self.running:
                 drafts = request.spec_token_ids
                 if not drafts:
@@ -42,6 +54,7 @@ def limiting(cls: type) -> type:
                     request.num_output_tokens,
                     request.num_output_placeholders,
                 )
+                limit = 0 if self.scored else limit
                 if limit is not None and limit < len(drafts):
                     # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                     request.spec_token_ids = list(drafts[:limit])
@@ -52,10 +65,12 @@ def limiting(cls: type) -> type:
     return Limiting
 
 
-def adopt(scheduler: Any, max_num_seqs: int) -> None:
+def adopt(scheduler: Any, vllm_config: Any) -> None:
     """Turns one of vLLM's schedulers into one that keeps to the limits; the instance is changed."""
+    most = vllm_config.scheduler_config.max_num_seqs
     if scheduler.dynamic_sd_lookup is None:
         # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted, and
         # verifies them.
-        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (max_num_seqs + 1)
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
     scheduler.__class__ = limiting(type(scheduler))
+    scheduler.scored = set() if vllm_config.use_v2_model_runner else None

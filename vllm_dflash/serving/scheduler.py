@@ -258,7 +258,7 @@ def wrap_init(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         spec = vllm_config.speculative_config
         if spec is not None and spec.method == "dflash":
-            draft_limits.adopt(self, vllm_config.scheduler_config.max_num_seqs)
+            draft_limits.adopt(self, vllm_config)
         if not wanted(vllm_config):
             return
         reason = unsupported(vllm_config)
