@@ -32,8 +32,8 @@ def limiting(cls: type) -> type:
     """A subclass of one of vLLM's schedulers that keeps to :func:`draft_limit`."""
 
     class Limiting(cls):  # type: ignore[valid-type,misc]
-        #: Requests with ``logprob_token_ids`` on the V2 runner, where the sampler that verifies drafts does not
-        #: return those: while there are any, nobody has drafts. None on the V1 runner, whose sampler is mended.
+        #: Requests with ``logprob_token_ids`` on the V2 runner, whose rejection sampler does not return them:
+        #: while there are any, nobody has drafts. None on the V1 runner, whose sampler is mended.
         scored: set[str] | None = None
 
         def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
