@@ -52,8 +52,8 @@ NAMES = list(CASES)
 
 
 def runs(prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """All kinds in one batch, on two prompts each; with and without requests for given log probabilities,
-    beside which vLLM garbles those of others, drafter or not."""
+    """All kinds in one batch, on two prompts each; and those that ask for given log probabilities, beside
+    which vLLM garbles those of others, drafter or not."""
     mixed = [prompts[(i + 7 * k) % len(prompts)] for k in range(2) for i in range(len(CASES))]
     scored = GREEDY | {"max_tokens": 20, "logprob_token_ids": TOKENS}
     return [
@@ -108,7 +108,7 @@ def plain(trained, prompts, folder) -> dict[str, Any]:
 
 def differences(got: dict[str, Any], want: dict[str, Any], run: str) -> list[str]:
     """Names of the requests of a run whose answers differ."""
-    names = NAMES * 2 if run == "mixed" else [str(i) for i in range(9)]
+    names = NAMES * 2 if run == "mixed" else ["scored", "plain", "garbled"] * 3
     pairs = zip(names, got[run]["outputs"], want[run]["outputs"], strict=True)
     return [
         name for name, a, b in pairs if not all(alike(*both) for both in zip(a, b, strict=True))
@@ -133,7 +133,7 @@ def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "lengths", ["any", "fixed", pytest.param("scheduled", marks=pytest.mark.long)]
+    "lengths", ["any", *(pytest.param(x, marks=pytest.mark.long) for x in ("fixed", "scheduled"))]
 )
 def test_as_without_a_drafter(trained, prompts, folder, plain, lengths) -> None:
     out = served(trained.verifier, trained.drafter, prompts, folder, lengths)
@@ -172,8 +172,8 @@ def test_seeds_behind_chunks_caches_and_preemption(
         lengths,
         enable_prefix_caching=True,
         block_size=32,
-        max_num_batched_tokens=48,
-        num_gpu_blocks_override=24,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=16,
     )
     counters = out["mixed"]["counters"]
     assert counters["vllm:num_preemptions_total"] > 0
