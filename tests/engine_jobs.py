@@ -230,12 +230,18 @@ class RecorderV2:
 
 def sampling_params(raw: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        StructuredOutputsParams,
+    )
 
     # Also gathers the n outputs of a request, which otherwise come one by one.
     raw = {**raw, "output_kind": RequestOutputKind.FINAL_ONLY}
     if "structured_outputs" in raw:
         raw["structured_outputs"] = StructuredOutputsParams(**raw["structured_outputs"])
+    if "repetition_detection" in raw:
+        raw["repetition_detection"] = RepetitionDetectionParams(**raw["repetition_detection"])
     return SamplingParams(**raw)
 
 
@@ -276,6 +282,13 @@ def accept_all(module: Any) -> Any:
     return original
 
 
+def logprobs(positions: Any) -> list[list[tuple[int, float]]]:
+    return [
+        sorted(((t, p.logprob) for t, p in step.items()), key=lambda x: (-x[1], x[0]))
+        for step in positions
+    ]
+
+
 def completion(output: Any) -> dict[str, Any]:
     out = {
         "token_ids": list(output.token_ids),
@@ -284,10 +297,7 @@ def completion(output: Any) -> dict[str, Any]:
         "stop": output.stop_reason,
     }
     if output.logprobs:
-        out["logprobs"] = [
-            sorted(((t, p.logprob) for t, p in step.items()), key=lambda x: (-x[1], x[0]))
-            for step in output.logprobs
-        ]
+        out["logprobs"] = logprobs(output.logprobs)
     return out
 
 
@@ -325,6 +335,8 @@ def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
             if output.finished:
                 i = int(output.request_id.rsplit(":", 1)[1])
                 results[i] = [completion(o) for o in output.outputs]
+                if any(output.prompt_logprobs or ()):
+                    results[i][0]["prompt_logprobs"] = logprobs(output.prompt_logprobs[1:])
                 running.discard(output.request_id)
         steps += 1
         if abort and steps == abort[1]:

@@ -24,6 +24,7 @@ from vllm_dflash.draft_length.policy import Plan, Policy, Request
 from vllm_dflash.draft_length.totals import DRAFTER
 from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving.draft_limits import request_limit
 from vllm_dflash.serving.draft_return import send_with_output
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.lookup import PromptLookup
@@ -278,10 +279,12 @@ class DraftLengths:
             tokens = batch.token_ids_cpu[row, :end]
             state = runner.requests[request_id]
             most = proposer.max_model_len - end - 1
+            written = end - state.num_prompt_tokens
             if state.sampling_params is not None and state.sampling_params.max_tokens:
-                written = end - state.num_prompt_tokens
                 # The last token is the verifier's own.
                 most = min(most, state.sampling_params.max_tokens - written - 1)
+            allowed = request_limit(state.sampling_params, written)
+            most = most if allowed is None else min(most, allowed)
             most = max(0, min(most, self.num_tokens))
             match, match_len = _NO_MATCH, 0
             if self.lookup is not None and most > 0:

@@ -14,11 +14,12 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving import sampler_v1
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
 from vllm_dflash.serving.deferred_context import DeferredContext
-from vllm_dflash.serving.draft_limit import draft_limit
+from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
 from vllm_dflash.serving.plain_steps import propose_near_the_end
@@ -81,7 +82,7 @@ class Proposer(DFlashProposer):
             _mend_cpu_sampling()
             if vllm_config.model_config.is_hybrid:
                 mend_recurrent_layers()
-        self.max_model_len = draft_limit(vllm_config.speculative_config, self.max_model_len)
+        self.max_model_len = position_limit(vllm_config.speculative_config, self.max_model_len)
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
         self.drafting = True
@@ -272,6 +273,7 @@ class Proposer(DFlashProposer):
 
     def choose_lengths(self, runner: Any) -> None:
         """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
+        sampler_v1.mend(runner)
         if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
             return
         from vllm_dflash.serving import calibration, draft_length, draft_switch, scheduler

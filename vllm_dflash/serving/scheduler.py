@@ -18,8 +18,7 @@ import numpy as np
 
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
-from vllm_dflash.serving import handover
-from vllm_dflash.serving.draft_limit import draft_limit, end_drafts, leave_unpadded
+from vllm_dflash.serving import draft_limits, handover
 from vllm_dflash.serving.draft_stats import DraftStats, StatsFile, stats_file, verified_file
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 from vllm_dflash.serving.verified import count_by_source, counting
@@ -156,6 +155,10 @@ class EngineLengths:
         most = request.max_tokens - request.num_output_tokens - coming - 1
         context = request.num_computed_tokens + tokens
         most = min(most, self.limit - context - 1)
+        limit = draft_limits.request_limit(
+            request.sampling_params, request.num_output_tokens, request.num_output_placeholders
+        )
+        most = most if limit is None else min(most, limit)
         return Slot(request.request_id, context, drafted, max(most, 0))
 
     def done(self, output: Any, result: Any) -> None:
@@ -260,11 +263,10 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
-    leave_unpadded(scheduler, vllm_config.scheduler_config.max_num_seqs)
     policy = Ahead(cost, scheduler.num_spec_tokens)
     stats = DraftStats(stats_file(spec.dflash_stats))
     scheduler.__class__ = choosing(type(scheduler))
-    limit = draft_limit(spec, scheduler.max_model_len)
+    limit = draft_limits.position_limit(spec, scheduler.max_model_len)
     lengths = scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)
     scheduler.make_spec_decoding_stats = counting(
         scheduler.make_spec_decoding_stats, lengths.verified
@@ -278,22 +280,19 @@ def wrap_init(original: Any) -> Any:
     @functools.wraps(original)
     def init(self, vllm_config, *args, **kwargs):
         original(self, vllm_config, *args, **kwargs)
-        if wanted(vllm_config):
-            reason = unsupported(vllm_config)
-            if reason:
-                logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
-            else:
-                adopt(self, vllm_config)
         spec = vllm_config.speculative_config
         if spec is None or spec.method != "dflash":
             return
-        name = getattr(spec, "dflash_stats", None)
-        if name is not None and not wanted(vllm_config):
-            leave_unpadded(self, vllm_config.scheduler_config.max_num_seqs)
-            count_by_source(self, StatsFile(verified_file(stats_file(name))))
-        limit = draft_limit(spec, self.max_model_len)
-        if limit < self.max_model_len:
-            leave_unpadded(self, vllm_config.scheduler_config.max_num_seqs)
-            end_drafts(self, limit)
+        draft_limits.adopt(self, vllm_config)
+        if not wanted(vllm_config):
+            name = getattr(spec, "dflash_stats", None)
+            if name is not None:
+                count_by_source(self, StatsFile(verified_file(stats_file(name))))
+            return
+        reason = unsupported(vllm_config)
+        if reason:
+            logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
+        else:
+            adopt(self, vllm_config)
 
     return init

@@ -13,7 +13,7 @@ from vllm_dflash.checkpoint import check_weights, quantization, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.config_formats import AmbiguousConfig, UnsupportedDrafter, is_speculators
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
-from vllm_dflash.serving.draft_limit import draft_limit
+from vllm_dflash.serving.draft_limits import position_limit
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _BLOCK_DROP = "disable_eagle_block_drop"
@@ -177,7 +177,7 @@ def wrap_create_speculative_config(original):
             # Travels to the workers with it; not a field, so it keys no compile cache.
             made.dflash_stats = uuid.uuid4().hex
         if made is not None and made.draft_model_config is not None:
-            limit = draft_limit(made, target_model_config.max_model_len)
+            limit = position_limit(made, target_model_config.max_model_len)
             if limit < target_model_config.max_model_len:
                 logger.warning(
                     "vllm-dflash drafts nothing beyond %d tokens of a request, as many positions as the "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
-from vllm_dflash.serving.draft_limit import draft_limit
+from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
@@ -140,7 +140,9 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
         speculator.sample_from_anchor = True
         speculator.num_query_per_req = speculator.num_speculative_steps
     # vLLM's has the server's, whatever positions the drafter has.
-    speculator.max_model_len = draft_limit(vllm_config.speculative_config, speculator.max_model_len)
+    speculator.max_model_len = position_limit(
+        vllm_config.speculative_config, speculator.max_model_len
+    )
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
     return speculator
