@@ -339,6 +339,7 @@ CONFIG = DrafterConfig(
 VERIFIER = SimpleNamespace(
     is_hybrid=False,
     model="some/verifier",
+    max_model_len=64,
     hf_config=SimpleNamespace(
         hidden_size=16, num_hidden_layers=5, vocab_size=40, pad_token_id=None
     ),
@@ -466,7 +467,7 @@ def test_detected_by_our_own_keys_or_the_name(drafter):
 def test_misfits_are_found_before_anything_is_allocated(drafter):
     config = {"method": "dflash", "model": str(drafter)}
     other = SimpleNamespace(**{**vars(VERIFIER.hf_config), "hidden_size": 32})
-    verifier = SimpleNamespace(model="some/verifier", hf_config=other, is_hybrid=False)
+    verifier = SimpleNamespace(**{**vars(VERIFIER), "hf_config": other})
     args = Args(config)
     with pytest.raises(ValueError, match=r"some/verifier.*width 16.*32"):
         args.create_speculative_config(verifier)
