@@ -50,7 +50,10 @@ def make_sample(seed: int, prompt: int = 4, length: int = 14, final: bool = Fals
 
 
 def make_learner(config=CONFIG, head=None, total_steps: int = 100, **hparams) -> Learner:
-    return Learner(config, replace(HPARAMS, **hparams), head or make_head(), total_steps)
+    head = head or make_head()
+    made = Learner(config, replace(HPARAMS, **hparams), head, total_steps)
+    made.verifier_logits = lambda states: states @ head.verifier_lm_head.T
+    return made
 
 
 def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
@@ -286,6 +289,17 @@ def test_kl_is_against_the_verifiers_head_not_the_drafters_own():
 def test_kl_needs_final_states():
     with pytest.raises(ValueError, match=r"final states of s1"):
         make_learner(loss="kl").step(0, [make_sample(1)])
+
+
+def test_kl_needs_what_the_verifier_makes_of_its_head():
+    """lm_head alone says nothing of caps, scales and biases."""
+    learner = make_learner(loss="kl")
+    learner.verifier_logits = lambda states: 2 * torch.tanh(states @ make_head().lm_head.T / 2)
+    got = learner._verifier_logits([make_sample(1, final=True)], [[4, 5]])
+    assert got.abs().max() <= 2
+    learner.verifier_logits = None
+    with pytest.raises(ValueError, match="needs the verifier's logits"):
+        learner.step(0, [make_sample(1, final=True)])
 
 
 # ---- draft vocabulary ----

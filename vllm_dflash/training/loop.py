@@ -241,6 +241,8 @@ class _Run:
 
     def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
         started = time.monotonic()
+        if self.config.hparams.loss == "kl":
+            self.engine.call("check_kl", self.drafter.vocab_size)
         examples = self._prepare("responses", conversations, rejected, self.folder.responses)
         if held_out:
             held = self._prepare(
