@@ -201,9 +201,11 @@ class Ahead(Policy):
         self.totals.lengths[length] += 1
         if not length:
             return
+        self.totals.drafts[DRAFTER] += 1
         self.totals.proposed[DRAFTER] += length
         self.totals.accepted[DRAFTER] += accepted
         self.totals.expected[DRAFTER] += promised * self.promises[DRAFTER].share
+        self.totals.compare(0, accepted, wrong=accepted < length)
         self.promises[DRAFTER].add(promised, accepted)
         self.by_position.observe(np.arange(min(accepted + 1, length)), accepted, request)
 

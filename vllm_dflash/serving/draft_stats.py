@@ -79,9 +79,12 @@ def figures(policy: Policy) -> dict[str, Any]:
         "seconds": totals.seconds,
         "plain_seconds": totals.plain_seconds,
         "lengths": list(totals.lengths),
+        "drafts": dict(totals.drafts),
         "proposed": dict(totals.proposed),
         "accepted": dict(totals.accepted),
         "expected": dict(totals.expected),
+        "compared": list(totals.compared),
+        "right": list(totals.right),
         "believes_confidence": policy.believes_confidence,
     }
 

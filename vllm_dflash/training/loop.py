@@ -26,7 +26,7 @@ from vllm_dflash.training.config import (
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafter
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
-from vllm_dflash.training.prepare import prepare_examples, verifier_eos
+from vllm_dflash.training.prepare import prepare_examples, rejection_summary, verifier_eos
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example
@@ -308,7 +308,7 @@ class _Run:
 
     def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
         with self.reporter.progress(what, unit="responses") as update:
-            examples = prepare_examples(
+            examples, unused = prepare_examples(
                 self.engine,
                 self.config.verifier,
                 conversations,
@@ -320,6 +320,9 @@ class _Run:
                 max_len=self.config.engine.max_len,
                 progress=update,
             )
+        if unused:
+            where = rejected_path or self.folder.rejected
+            self.reporter.say(f"{rejection_summary(unused)}; all of them in {where}")
         return examples
 
     def _keep_back(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -481,8 +484,22 @@ class _Run:
         self.reporter.evaluated(step, got["tau"])
         return got
 
+    def _workload(self) -> dict[str, Any]:
+        """What the held-out acceptance is acceptance of."""
+        config = self.config
+        return {
+            "num_speculative_tokens": self.drafter.num_speculative_tokens,
+            "drafts": "greedy",
+            "data": config.eval_data or f"{config.data}, held back",
+            "responses": "of the data" if config.on_policy else asdict(config.sampling),
+            "dtype": config.engine.dtype,
+            "chat_template_kwargs": config.chat_template_kwargs or {},
+        }
+
     def _finish(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
         held = self._evaluate(total, held_keys) if held_keys else None
+        if held is not None:
+            held |= self._workload()
         summary = {
             "verifier": self.config.verifier,
             "steps": total,
