@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_dflash.draft_length.policy import Policy
 from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
+from vllm_dflash.serving.expectation import AcceptanceWatch, read_expectation
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _LOG_SECONDS = 60.0
@@ -36,15 +37,26 @@ def read_stats(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def make_stats(vllm_config: Any) -> DraftStats:
+    """Of an engine that chooses draft lengths."""
+    spec = vllm_config.speculative_config
+    name = getattr(spec, "dflash_stats", None)
+    expectation = read_expectation(
+        str(spec.model), getattr(spec, "revision", None), spec.num_speculative_tokens
+    )
+    return DraftStats(stats_file(name) if name else None, AcceptanceWatch(expectation))
+
+
 class DraftStats:
     """Publishes a policy's totals.
 
     Args:
         path: of :func:`stats_file`, or None for the log only.
+        watch: compares the drafter's acceptance with that of its training, or None.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, watch: AcceptanceWatch | None = None) -> None:
+        self.path, self.watch = path, watch
         self._written = self._logged = time.monotonic()
         self._before: dict[str, Any] | None = None
         if path is not None:
@@ -61,6 +73,8 @@ class DraftStats:
             after = figures(policy)
             logger.info("vllm-dflash: %s", sentence(after, self._before))
             self._before = after
+        if self.watch is not None:
+            self.watch.look(policy.totals.compared, policy.totals.right)
 
     def _write(self, values: dict[str, Any]) -> None:
         assert self.path is not None

@@ -17,7 +17,7 @@ from typing import Any
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
 from vllm_dflash.serving import handover
-from vllm_dflash.serving.draft_stats import DraftStats, stats_file
+from vllm_dflash.serving.draft_stats import DraftStats, make_stats
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -244,7 +244,7 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
         most = vllm_config.scheduler_config.max_num_seqs
         scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
     policy = Ahead(cost, scheduler.num_spec_tokens)
-    stats = DraftStats(stats_file(spec.dflash_stats))
+    stats = make_stats(vllm_config)
     scheduler.__class__ = choosing(type(scheduler))
     scheduler.draft_lengths = EngineLengths(scheduler, policy, stats)
     logger.info("vllm-dflash chooses draft lengths in the scheduler")
