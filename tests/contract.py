@@ -80,6 +80,7 @@ ROLES: dict[str, dict[str, str]] = {
         "base": "vllm.v1.spec_decode.metrics.SpecDecodingProm",
         "speculative_config": "vllm.config.SpeculativeConfig",
         "spec_decoding_stats": "vllm.v1.spec_decode.metrics.SpecDecodingStats",
+        "stats": "vllm.v1.spec_decode.metrics.SpecDecodingStats",
     },
     "serving/probe.py": {"vllm_config": "vllm.config.VllmConfig"},
     "serving/proposer_v1.py": {
@@ -128,6 +129,12 @@ ROLES: dict[str, dict[str, str]] = {
         "inner[]": "vllm.model_executor.models.interfaces.EagleModelMixin",
     },
     "serving/tap.py:_tap_layer": {"self": "vllm.model_executor.models.interfaces.EagleModelMixin"},
+    "serving/draft_stats.py:make_stats": {
+        "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
+    },
+    "serving/verifier.py:_check": {
+        "processor": "vllm.model_executor.layers.logits_processor.LogitsProcessor",
+    },
     "serving/verifier.py:_unsharded": {
         "module": "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
         "group": "vllm.distributed.parallel_state.GroupCoordinator",
@@ -143,6 +150,11 @@ ROLES: dict[str, dict[str, str]] = {
         "engine": "vllm.v1.engine.async_llm.AsyncLLM", "output": "vllm.RequestOutput",
         "completion": "vllm.CompletionOutput",
     },
+    "bench/engine_process.py:_watch_steps": {
+        "output_processor": "vllm.v1.engine.output_processor.OutputProcessor",
+        "output": "vllm.v1.engine.EngineCoreOutput",
+    },
+    "bench/engine_process.py:process_outputs": {"output": "vllm.v1.engine.EngineCoreOutput"},
 }  # fmt: skip
 #: What no expression of ours shows: paths that must be there, and why.
 BY_HAND = {

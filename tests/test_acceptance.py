@@ -71,7 +71,7 @@ def test_walk_is_what_the_engine_does(run):
 
 
 def test_tokens_behind_the_end_do_not_count():
-    """Responses of 4 tokens, all drafts right: a step delivers the 3 that are left, of 7 drafted and one more."""
+    """A response of 4 tokens, all drafts right: a step delivers the 3 that are left, of 7 drafted."""
     got = walk([[True] * 7] * 3, 7)
     assert (got.num_drafts, got.num_accepted, got.tau) == (1, 2, 3.0)
     assert got.position_rates == [1.0, 1.0, 0, 0, 0, 0, 0]

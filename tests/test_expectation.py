@@ -59,7 +59,7 @@ def test_expected_tau_is_that_of_as_many_tokens_as_are_served(tmp_path) -> None:
     assert got.taus == pytest.approx(
         {"all": 1 + 0.8 + 0.56, "code": 1 + 0.9 + 0.81, "chat": 1 + 0.3 + 0.06, "odd": 1.0}
     )
-    assert list(got.taus)[0] == "all"
+    assert next(iter(got.taus)) == "all"
     # Three drafts say nothing.
     assert got.lowest == pytest.approx(got.taus["chat"])
     longer = read_expectation(drafter, None, 7)
@@ -164,9 +164,19 @@ def test_only_what_is_far_below_for_sure_is_told_and_once(tmp_path, warnings) ->
     for count in (2000, 4000, 100_000):
         watch.look(*drafts_of([0.05, 0.1, 0.1], count, rng))
     (text,) = warnings()
-    for part in (drafter, "acceptance length 1.0", "over 2000 drafts", "expected 2.70 all, 1.76 low"):
+    for part in (
+        drafter,
+        "acceptance length 1.0",
+        "over 2000 drafts",
+        "expected 2.70 all, 1.76 low",
+    ):
         assert part in text
-    for cause in ("Traffic unlike its training data", "chat template", "quantised", "mask_embedding"):
+    for cause in (
+        "Traffic unlike its training data",
+        "chat template",
+        "quantised",
+        "mask_embedding",
+    ):
         assert cause in text
 
 

@@ -136,9 +136,7 @@ class SpecCounters:
         more = Counter(n - 1 for n in tokens_per_step)
         width = max([len(self.num_accepted_tokens_per_pos), *more])
         per_pos = tuple(sum(c for n, c in more.items() if n > k) for k in range(width))
-        return replace(
-            self, num_accepted_tokens=sum(per_pos), num_accepted_tokens_per_pos=per_pos
-        )
+        return replace(self, num_accepted_tokens=sum(per_pos), num_accepted_tokens_per_pos=per_pos)
 
     @property
     def acceptance_length(self) -> float | None:

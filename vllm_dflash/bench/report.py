@@ -22,7 +22,7 @@ MODE_COLORS = {"none": "#8c8c8c", "ngram": "#e69f00", "stock": "#56b4e9", "ours"
 NO_VALUE = "-"
 LEGEND = """\
 tau: tokens delivered a step with a draft; below "ours" those of the drafter's drafts and of prompt lookup's
-(- where it sent none). differ: prompts whose output is not that of mode none (in bf16 near ties fall either way)"""
+(- where it sent none). differ: prompts whose output is not that of mode none (in bf16 near ties do that)"""
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -405,9 +405,9 @@ def summarize(
     Returns:
         ``output_tokens_per_s`` (``raw``, ``median``, ``min``, ``max``), ``num_output_tokens`` per
         repeat, ``ttft_ms_p50`` and ``tpot_ms_p50`` over the requests of all repeats, ``tau``
-        (tokens delivered a step with a draft, pooled over all of them), ``tau_by_source`` (of the drafter's
-        drafts and of prompt lookup's, by the plugin's own counts, None where it does not choose),
-        ``num_drafts``, ``draft_length`` (tokens a draft), ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
+        (tokens delivered a step with a draft, pooled over all of them), ``tau_by_source`` (see
+        :func:`tau_by_source`), ``num_drafts``, ``draft_length`` (tokens a draft),
+        ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
         the repeats' own ratios), ``num_differing_from_none`` and ``num_unstable``: prompts whose
         output differs from mode ``none``'s in the first repeat, and between repeats of this mode.
         In bf16 both happen without a fault, where two tokens are nearly tied. ``chosen``: see
@@ -439,7 +439,10 @@ def summarize(
 
 
 def tau_by_source(results: Sequence[RunResult]) -> dict[str, float | None] | None:
-    """tau of each source of drafts, pooled over the runs; None for modes in which the plugin does not choose."""
+    """tau of the drafter's drafts and of prompt lookup's by the plugin's counts, pooled over the runs.
+
+    None for modes in which it does not choose between them.
+    """
     given = [r.chosen for r in results if r.chosen is not None]
     if not given:
         return None

@@ -28,8 +28,8 @@ class Totals:
         lengths: how often each draft length was chosen, ``[K + 1]``.
         drafts: drafts verified, by source; like their tokens without those of requests' last steps.
         proposed, accepted, expected: draft tokens by source.
-        compared, right: the drafter's drafts by position, ``[K]``: those with a token of the text in its place
-            and every position before it right, and those of them that were right there, too.
+        compared, right: the drafter's drafts by position, ``[K]``: those with a token of the text in its
+            place and every position before it right, and those of them that were right there, too.
     """
 
     def __init__(self, cost: StepCost, num_tokens: int) -> None:

@@ -124,7 +124,7 @@ def walk(matches: Sequence[Sequence[bool]], num_draft_tokens: int) -> Acceptance
 
 
 def rates(compared: Sequence[int], right: Sequence[int]) -> list[float]:
-    """Share of right tokens at each position, given that those before were right; 0 where none was compared."""
+    """Share of right tokens at each position where those before were right; 0 where none was compared."""
     return [r / n if n else 0.0 for n, r in zip(compared, right, strict=True)]
 
 

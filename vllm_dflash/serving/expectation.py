@@ -2,8 +2,8 @@
 
 ``vllm-dflash train`` leaves ``dflash_training.json`` beside the weights; its ``tau_heldout`` is described in
 docs/training.md. Served acceptance is compared by position: what share of draft tokens was right, given that
-those before it were. From both sides follows the tau of drafts that all have ``num_speculative_tokens`` tokens,
-whatever lengths are chosen while serving (:func:`~vllm_dflash.modeling.acceptance.full_length_tau`).
+those before it were. From both sides follows the tau of drafts that all have ``num_speculative_tokens``
+tokens, whatever lengths are chosen (:func:`~vllm_dflash.modeling.acceptance.full_length_tau`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def read_expectation(
         known = [taus[name] for name, (_, drafts) in sources.items() if drafts >= _KNOWN_DRAFTS]
         return Expectation(drafter, taus, min([taus[ALL], *known]))
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("vllm-dflash shows no expected acceptance: %s cannot be read: %s", path, error)
+        logger.warning(
+            "vllm-dflash knows no expected acceptance, %s cannot be read: %s", path, error
+        )
         return None
 
 
@@ -85,7 +88,7 @@ def _training_file(drafter: str, revision: str | None) -> Path | None:
 
     try:
         cached = try_to_load_from_cache(drafter, TRAINING_FILE, revision=revision)
-    except HFValidationError:  # no folder and no hub name either: an address that vLLM can load from
+    except HFValidationError:  # nor a hub name: something else that vLLM can load from
         return None
     return Path(cached) if isinstance(cached, str) else None
 
@@ -115,8 +118,7 @@ def _curve(figures: Any) -> _Curve:
         # Of versions that measured no conditional ones: the next best thing.
         shares = [1.0, *given["position_rates"]]
         if all(_is_rate(s) for s in shares):
-            pairs = zip(shares, shares[1:], strict=False)
-            curve = [min(b / a, 1.0) if a else 0.0 for a, b in pairs]
+            curve = [min(b / a, 1.0) if a else 0.0 for a, b in pairwise(shares)]
     if not isinstance(curve, list) or not all(_is_rate(rate) for rate in curve):
         raise ValueError(f"conditional_rates is {str(curve)[:40]!r}, not a list of numbers in 0..1")
     if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 0:
@@ -153,13 +155,13 @@ class AcceptanceWatch:
         figures = ", ".join(f"{tau:.2f} {name}" for name, tau in list(expected.taus.items())[:4])
         logger.warning(
             "vllm-dflash: the drafter %s accepts far less here than on held-out data of its training: "
-            "acceptance length %.2f over %d drafts, expected %s. Traffic unlike its training data does that "
-            "and needs no mending: where draft lengths are chosen it costs next to nothing. If the traffic is "
-            "what it was trained for, the usual causes are another chat template, thinking mode or sampling "
-            "than in training; another or a quantised verifier; a checkpoint read otherwise than it was "
-            "trained (layers' windows and causality, mask_embedding.pt missing, ids of the verifier's layers, "
-            "rotary settings); prefixes that come from elsewhere, without the drafter's cache. "
-            "vllm-dflash eval --engine on its held-out data tells these from the traffic",
+            "acceptance length %.2f over %d drafts, expected %s. Traffic unlike its training data does "
+            "that and needs no mending: chosen draft lengths make it cost next to nothing. With its own "
+            "traffic the usual causes are another chat template, thinking mode or sampling than in training; "
+            "another or a quantised verifier; a checkpoint read otherwise than trained (windows and "
+            "causality of its layers, mask_embedding.pt missing, the verifier's layer ids, rotary settings); "
+            "prefixes from elsewhere, without the drafter's cache. vllm-dflash eval --engine with held-out "
+            "data tells",
             expected.drafter,
             full_length_tau(rates(compared, right)),
             compared[0],

@@ -1,12 +1,12 @@
 """Prometheus metrics of the drafter, beside vLLM's own speculative counters.
 
 * ``vllm_dflash:drafter_info{drafter, num_speculative_tokens}``: 1.
-* ``vllm_dflash:acceptance_length{drafter}``: pooled tau since start, ``1 + accepted / drafts``, of all drafts
-  of all lengths, as vLLM counts them.
-* ``vllm_dflash:drafter_acceptance_length{drafter}``: tau since start that drafts of ``num_speculative_tokens``
-  tokens by the drafter would have by the acceptance of their positions, and
-  ``vllm_dflash:expected_acceptance_length{drafter, source}``: the same on held-out data of its training, where
-  that is known (:mod:`vllm_dflash.serving.expectation`).
+* ``vllm_dflash:acceptance_length{drafter}``: pooled tau since start, ``1 + accepted / drafts``, of drafts of
+  all sources and lengths, as vLLM counts them.
+* ``vllm_dflash:drafter_acceptance_length{drafter}``: what tau the drafter's drafts would have if all had
+  ``num_speculative_tokens`` tokens, by the acceptance of their positions since start, and
+  ``vllm_dflash:expected_acceptance_length{drafter, source}``: the same on held-out data of its training,
+  where that is known (:mod:`vllm_dflash.serving.expectation`).
 
 Where draft lengths are chosen, read from the worker's figures (:mod:`vllm_dflash.serving.draft_stats`) at
 every scrape:

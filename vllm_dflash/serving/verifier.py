@@ -191,7 +191,7 @@ class VerifierLogits:
             return get_logits
 
         for processor in self._processors:
-            processor._get_logits = of(processor)
+            processor._get_logits = of(processor)  # type: ignore[method-assign]
         try:
             yield
         finally:

@@ -123,9 +123,9 @@ def disagreement(offline: dict[str, Any], engine: dict[str, Any]) -> dict[str, A
         "relative": relative,
         "message": (
             f"offline and engine disagree by {abs(relative):.1%} (tau {offline['tau']:.3f} over "
-            f"{offline['num_drafts']} drafts, {engine['tau']:.3f} over {engine['num_drafts']}): either the two "
-            "read the checkpoint differently (mask embedding, causality or windows of the layers, ids of the "
-            "verifier's layers, rotary settings), or they met different text (--on-policy responses that this "
+            f"{offline['num_drafts']} drafts, {engine['tau']:.3f} over {engine['num_drafts']}): either they "
+            "read the checkpoint differently (mask embedding, causality or windows of its layers, ids of the "
+            "verifier's layers, rotary settings), or met different text (--on-policy responses that this "
             "verifier would not write, near ties in bf16 or of a quantised verifier, few drafts)"
         ),
     }

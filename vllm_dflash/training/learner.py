@@ -149,8 +149,8 @@ class Learner:
         total_steps: of the whole run, for the learning rate.
         device: where the drafter is.
         ranks: the workers that train it together.
-        verifier_logits: draft-vocabulary logits ``[N, V]`` that the verifier samples from, by its final states
-            ``[N, H]``; for the kl loss. lm_head alone does not say: verifiers cap, scale and shift them.
+        verifier_logits: draft-vocabulary logits ``[N, V]`` that the verifier samples from, by its final
+            states ``[N, H]``; for the kl loss. lm_head alone does not tell: verifiers cap and scale them.
     """
 
     def __init__(

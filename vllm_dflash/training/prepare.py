@@ -34,7 +34,7 @@ def verifier_eos(engine: VerifierEngine, verifier: str) -> frozenset[int]:
 
 
 def rejection_summary(rejected: Sequence[Rejected], most: int = 3, width: int = 100) -> str:
-    """One line on the rows that are not used and why: ``2 rows not used (row 3: not JSON ...; row 9: ...)``."""
+    """One line on the rows that are not used: ``2 rows not used (row 3: not JSON ...; row 9: ...)``."""
     reasons = []
     for reject in rejected[:most]:
         reason = " ".join(reject.reason.split())
