@@ -168,6 +168,10 @@ BY_HAND = {
 MENTIONED = {
     "vllm.compilation.decorators": ("do_not_compile",),
     "vllm.model_executor.models.qwen3_next": ("use_sequence_parallel",),
+    # Replaced on the instance while the verifier's logits are computed for the kl loss.
+    "vllm.model_executor.layers.logits_processor": ("_get_logits",),
+    # Looked at on the instance by the benchmark.
+    "vllm.v1.engine.async_llm": ("process_outputs",),
 }
 
 

@@ -375,7 +375,11 @@ class Learner:
     def _verifier_logits(
         self, samples: Sequence[Sample], anchors: list[list[int]]
     ) -> Tensor | None:
-        """The verifier's draft-vocabulary logits at the drafted positions, for kl."""
+        """The verifier's draft-vocabulary logits ``[A, K, V]`` at the drafted positions, for kl.
+
+        They are as it samples from them. The drafter's have neither cap nor scale: vLLM samples drafts from
+        what its lm_head gives, also where that is the verifier's.
+        """
         if self.hparams.loss != "kl":
             return None
         num_draft = self.config.num_speculative_tokens
