@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
+from vllm_dflash import cli
 from vllm_dflash.training.config import SamplingOptions
 from vllm_dflash.training.conversations import Conversation, Rejected
 from vllm_dflash.training.evaluate import disagreement
@@ -39,6 +40,16 @@ def test_rows_not_used_are_counted_with_reasons() -> None:
     assert text.startswith("8 rows not used (row 1: unknown role xxx")
     assert text.endswith("...; and 5 more)")
     assert len(text) < 500
+
+
+def test_bench_says_so_too(tmp_path, capsys, monkeypatch) -> None:
+    from vllm_dflash.training import loop
+
+    monkeypatch.setattr(loop, "verifier_config", lambda verifier: None)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "hello"}]}\nnot json\n')
+    assert len(cli.load_requests("v", str(data), {}, 10)) == 1
+    assert capsys.readouterr().err.startswith("1 row not used (row 2: ")
 
 
 class NoTemplate:
