@@ -633,7 +633,14 @@ def spec(method="dflash"):
 
 
 def stats(drafts, accepted):
-    return SimpleNamespace(num_drafts=drafts, num_accepted_tokens=accepted)
+    """Of one step: drafts of 7 tokens, of which the first ``accepted / drafts`` are accepted."""
+    each = [min(drafts, max(accepted - k * drafts, 0)) for k in range(7)]
+    return SimpleNamespace(
+        num_drafts=drafts,
+        num_draft_tokens=7 * drafts,
+        num_accepted_tokens=accepted,
+        num_accepted_tokens_per_pos=each,
+    )
 
 
 def test_metrics(metrics):
@@ -647,6 +654,14 @@ def test_metrics(metrics):
     labels = {"drafter": "org/drafter"}
     tau = [
         metrics.get_sample_value("vllm_dflash:acceptance_length", {"model_name": m, **labels})
+        for m in ("m", "m1")
+    ]
+    assert tau == pytest.approx([1 + 6 / 5, 2.0])
+    # Drafts of one length: by position it is the same.
+    tau = [
+        metrics.get_sample_value(
+            "vllm_dflash:drafter_acceptance_length", {"model_name": m, **labels}
+        )
         for m in ("m", "m1")
     ]
     assert tau == pytest.approx([1 + 6 / 5, 2.0])

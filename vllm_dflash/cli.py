@@ -382,11 +382,14 @@ def load_requests(
     """Conversations of a data file, each up to its last user turn."""
     from vllm_dflash.training.conversations import load_conversations
     from vllm_dflash.training.loop import verifier_config
+    from vllm_dflash.training.prepare import rejection_summary
 
     verifier_config(verifier)
-    conversations, _ = load_conversations(
+    conversations, rejected = load_conversations(
         data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
     )
+    if rejected:
+        print(rejection_summary(rejected), file=sys.stderr)
     requests = []
     for conversation in conversations:
         count = len(conversation.messages)

@@ -14,7 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import check_computable, check_weights, read_config, save_drafter
+from vllm_dflash.checkpoint import (
+    TRAINING_FILE,
+    check_computable,
+    check_weights,
+    read_config,
+    save_drafter,
+)
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import versions
 from vllm_dflash.training.config import (
@@ -26,7 +32,7 @@ from vllm_dflash.training.config import (
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafter
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
-from vllm_dflash.training.prepare import prepare_examples, verifier_eos
+from vllm_dflash.training.prepare import prepare_examples, rejection_summary, verifier_eos
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example
@@ -244,6 +250,8 @@ class _Run:
 
     def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
         started = time.monotonic()
+        if self.config.hparams.loss == "kl":
+            self.engine.call("check_kl", self.drafter.vocab_size)
         examples = self._prepare("responses", conversations, rejected, self.folder.responses)
         if held_out:
             held = self._prepare(
@@ -309,7 +317,7 @@ class _Run:
 
     def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
         with self.reporter.progress(what, unit="responses") as update:
-            examples = prepare_examples(
+            examples, unused = prepare_examples(
                 self.engine,
                 self.config.verifier,
                 conversations,
@@ -321,6 +329,9 @@ class _Run:
                 max_len=self.config.engine.max_len,
                 progress=update,
             )
+        if unused:
+            where = rejected_path or self.folder.rejected
+            self.reporter.say(f"{rejection_summary(unused)}; all of them in {where}")
         return examples
 
     def _keep_back(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -482,8 +493,22 @@ class _Run:
         self.reporter.evaluated(step, got["tau"])
         return got
 
+    def _workload(self) -> dict[str, Any]:
+        """What the held-out acceptance is acceptance of."""
+        config = self.config
+        return {
+            "num_speculative_tokens": self.drafter.num_speculative_tokens,
+            "drafts": "greedy",
+            "data": config.eval_data or f"{config.data}, held back",
+            "responses": "of the data" if config.on_policy else asdict(config.sampling),
+            "dtype": config.engine.dtype,
+            "chat_template_kwargs": config.chat_template_kwargs or {},
+        }
+
     def _finish(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
         held = self._evaluate(total, held_keys) if held_keys else None
+        if held is not None:
+            held |= self._workload()
         summary = {
             "verifier": self.config.verifier,
             "steps": total,
@@ -494,7 +519,7 @@ class _Run:
             "versions": versions(),
             "config": json.loads(json.dumps(self.config.identity())),
         }
-        extra = {"dflash_training.json": json.dumps(summary, indent=2) + "\n"}
+        extra = {TRAINING_FILE: json.dumps(summary, indent=2) + "\n"}
         self.engine.call("export", str(self.config.output), self.config.fmt, extra)
         curves = self.folder.draw_curves()
         self.reporter.finished(self.config.output, summary, curves)

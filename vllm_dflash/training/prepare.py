@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,19 @@ def verifier_eos(engine: VerifierEngine, verifier: str) -> frozenset[int]:
     return eos_token_ids(engine.tokenizer, generation)
 
 
+def rejection_summary(rejected: Sequence[Rejected], most: int = 3, width: int = 100) -> str:
+    """One line on the rows that are not used: ``2 rows not used (row 3: not JSON ...; row 9: ...)``."""
+    reasons = []
+    for reject in rejected[:most]:
+        reason = " ".join(reject.reason.split())
+        reason = reason if len(reason) <= width else f"{reason[:width]}..."
+        reasons.append(f"row {reject.line}: {reason}")
+    if len(rejected) > most:
+        reasons.append(f"and {len(rejected) - most} more")
+    rows = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
+    return f"{rows} not used ({'; '.join(reasons)})"
+
+
 def prepare_examples(
     engine: VerifierEngine,
     verifier: str,
@@ -42,13 +55,18 @@ def prepare_examples(
     on_policy: bool,
     sampling: SamplingOptions,
     responses_path: Path,
-    rejected_path: Path,
+    rejected_path: Path | None,
     max_len: int,
     progress: Progress | None = None,
-) -> list[Example]:
+) -> tuple[list[Example], list[Rejected]]:
     """Responses (regenerated, or with ``on_policy`` those of the data) as token sequences.
 
-    Rejected conversations are added to ``rejected_path``.
+    Args:
+        rejected: rows that the reader of the data refused.
+        rejected_path: file that gets all rows that are not used; None for none.
+
+    Returns:
+        The examples, and all rows that are not used.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -73,11 +91,13 @@ def prepare_examples(
             max_len=max_len,
             on_progress=progress,
         )
-    write_rejected(rejected_path, [*rejected, *later])
+    unused = [*rejected, *later]
+    if rejected_path is not None:
+        write_rejected(rejected_path, unused)
     if not examples:
         reasons = sorted({r.reason for r in later})[:3]
+        where = f" (all of them in {rejected_path})" if rejected_path is not None else ""
         raise ValueError(
-            f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)} "
-            f"(all of them in {rejected_path})"
+            f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)}{where}"
         )
-    return examples
+    return examples, unused
