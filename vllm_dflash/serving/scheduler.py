@@ -288,7 +288,8 @@ def wrap_init(original: Any) -> Any:
         if spec is None or spec.method != "dflash":
             return
         name = getattr(spec, "dflash_stats", None)
-        if name is not None and not wanted(vllm_config):
+        alone = vllm_config.parallel_config.data_parallel_size == 1
+        if name is not None and alone and not wanted(vllm_config):
             leave_unpadded(self, vllm_config.scheduler_config.max_num_seqs)
             count_by_source(self, StatsFile(verified_file(stats_file(name))))
         limit = draft_limit(spec, self.max_model_len)
