@@ -49,7 +49,7 @@ def test_ours_are_vllms(asynchronous, trained, prompts, tmp_path) -> None:
         "max_model_len": 192,
         "max_num_seqs": 6,
         "block_size": 32,
-        "num_gpu_blocks_override": 20,
+        "num_gpu_blocks_override": 14,
         "max_num_batched_tokens": 40,
         "enable_prefix_caching": True,
         "speculative_config": {"method": "dflash", "model": str(trained.drafter)},
