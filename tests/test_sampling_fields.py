@@ -11,8 +11,8 @@ import tiny
 pytestmark = pytest.mark.engine
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "max_tokens": 40}
-#: Single tokens and pairs; the tiny verifier says them often.
-STOPS = [97, 215, 257, 260, 265, 270]
+#: A third of the vocabulary: a request stops right behind its min_tokens.
+STOPS = list(range(6, 384, 3))
 #: The chat template ends in the start, so that every answer begins with thinking.
 REASONING = {"reasoning_start_str": "<|im_start|>assistant", "reasoning_end_str": " the cat"}
 TOKENS = [97, 98, 260]
@@ -26,9 +26,10 @@ CASES: dict[str, dict[str, Any]] = {
     "seed and a budget": SAMPLED | {"seed": 3, "thinking_token_budget": 15},
     "seed and a grammar": SAMPLED | {"seed": 13, "structured_outputs": {"regex": "[a-z ]{9,20}"}},
     "seed and logprobs": SAMPLED | {"seed": 15, "logprobs": 2},
-    "min_tokens": GREEDY | {"min_tokens": 9},
-    "min_tokens, other": GREEDY | {"min_tokens": 17},
-    "min_tokens, stop_token_ids": GREEDY | {"min_tokens": 7, "stop_token_ids": STOPS},
+    "stop_token_ids": GREEDY | {"stop_token_ids": [97, 215, 257, 260, 265, 270]},
+    **{
+        f"min_tokens {n}": GREEDY | {"min_tokens": n, "stop_token_ids": STOPS} for n in range(5, 13)
+    },
     "repetition_penalty": GREEDY | {"repetition_penalty": 1.3},
     "frequency_penalty, presence_penalty": GREEDY
     | {"frequency_penalty": 0.5, "presence_penalty": -0.5},
@@ -151,9 +152,10 @@ def test_the_cases_are_not_empty(plain, prompts) -> None:
         found.setdefault(name, []).append(outputs)
     assert all(len(o) == len({tuple(c["token_ids"]) for c in o}) == 3 for o in found["seed, n"])
     assert any(o[0]["stop"] == "repetition_detected" for o in found["repetition_detection"])
-    # One stops at its least length, which only holds if a stop token is allowed there at once.
-    stopped = found["min_tokens, stop_token_ids"]
-    assert any(7 < len(o[0]["token_ids"]) < 40 for o in stopped)
+    # Right behind its least length, or soon.
+    lengths = {n: [len(o[0]["token_ids"]) for o in found[f"min_tokens {n}"]] for n in range(5, 13)}
+    assert all(n < k for n, of in lengths.items() for k in of)
+    assert sum(k - n == 1 for n, of in lengths.items() for k in of) > 2
     for name in ("thinking_token_budget 0", "thinking_token_budget 8"):
         assert all(" the cat" in o[0]["text"] for o in found[name])
     assert all(len(o[0]["prompt_logprobs"]) > 5 for o in found["prompt_logprobs"])
