@@ -16,6 +16,8 @@ STOPS = list(range(6, 384, 3))
 #: The chat template ends in the start, so that every answer begins with thinking.
 REASONING = {"reasoning_start_str": "<|im_start|>assistant", "reasoning_end_str": " the cat"}
 TOKENS = [97, 98, 260]
+#: Tokens in a block of the KV cache. A request of which all but a token is cached has its first step padded.
+BLOCK = 32
 CASES: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
     "temperature, top_k, top_p, seed": SAMPLED | {"seed": 5, "top_k": 20, "top_p": 0.9},
@@ -56,6 +58,7 @@ def runs(prompts: list[list[int]]) -> list[dict[str, Any]]:
     """All kinds in one batch, on two prompts each; and those that ask for given log probabilities, beside
     which vLLM garbles those of others, drafter or not."""
     mixed = [prompts[(i + 7 * k) % len(prompts)] for k in range(2) for i in range(len(CASES))]
+    a_block_more = [p[: BLOCK + 1] for p in prompts if len(p) > BLOCK][:4]
     scored = GREEDY | {"max_tokens": 20, "logprob_token_ids": TOKENS}
     return [
         {"name": "mixed", "prompts": mixed, "params": [*CASES.values()] * 2, "concurrency": 12},
@@ -65,6 +68,10 @@ def runs(prompts: list[list[int]]) -> list[dict[str, Any]]:
             "params": [scored, GREEDY, GREEDY | {"logprobs": 2}] * 3,
             "concurrency": 9,
         },
+        *(
+            {"name": n, "prompts": a_block_more, "params": SAMPLED | {"seed": 1}, "concurrency": 2}
+            for n in ("a block and a token", "again")
+        ),
     ]
 
 
@@ -109,7 +116,8 @@ def plain(trained, prompts, folder) -> dict[str, Any]:
 
 def differences(got: dict[str, Any], want: dict[str, Any], run: str) -> list[str]:
     """Names of the requests of a run whose answers differ."""
-    names = NAMES * 2 if run == "mixed" else ["scored", "plain", "garbled"] * 3
+    known = {"mixed": NAMES * 2, "logprob_token_ids": ["scored", "plain", "garbled"] * 3}
+    names = known.get(run, ["seed"] * 4)
     pairs = zip(names, got[run]["outputs"], want[run]["outputs"], strict=True)
     return [
         name
@@ -176,12 +184,13 @@ def test_seeds_behind_chunks_caches_and_preemption(
         folder,
         lengths,
         enable_prefix_caching=True,
-        block_size=32,
+        block_size=BLOCK,
         max_num_batched_tokens=64,
         num_gpu_blocks_override=16,
     )
     counters = out["mixed"]["counters"]
     assert counters["vllm:num_preemptions_total"] > 0
     assert counters["vllm:prefix_cache_hits_total"] > 0
-    seeded = [n for n in differences(out, plain, "mixed") if n.startswith("seed")]
-    assert seeded == []
+    # Near ties of greedy requests can fall otherwise where a prompt is computed in other pieces.
+    for run in plain:
+        assert [n for n in differences(out, plain, run) if n.startswith("seed")] == []
