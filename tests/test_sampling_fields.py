@@ -11,8 +11,6 @@ import tiny
 pytestmark = pytest.mark.engine
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "max_tokens": 40}
-#: A third of the vocabulary: a request stops right behind its min_tokens.
-STOPS = list(range(6, 384, 3))
 #: The chat template ends in the start, so that every answer begins with thinking.
 REASONING = {"reasoning_start_str": "<|im_start|>assistant", "reasoning_end_str": " the cat"}
 TOKENS = [97, 98, 260]
@@ -61,6 +59,7 @@ def runs(prompts: list[list[int]]) -> list[dict[str, Any]]:
     a_block_more = [p[: BLOCK + 1] for p in prompts if len(p) > BLOCK][:4]
     scored = GREEDY | {"max_tokens": 20, "logprob_token_ids": TOKENS}
     return [
+        {"name": "known", "prompts": prompts, "params": GREEDY, "concurrency": 12},
         {"name": "mixed", "prompts": mixed, "params": [*CASES.values()] * 2, "concurrency": 12},
         {
             "name": "logprob_token_ids",
@@ -75,7 +74,25 @@ def runs(prompts: list[list[int]]) -> list[dict[str, Any]]:
     ]
 
 
-def served(verifier, drafter, prompts, folder, lengths: str, **engine: Any) -> dict[str, Any]:
+def ends(known: dict[str, Any], prompts: list[list[int]]) -> tuple[dict[str, Any], list[list[int]]]:
+    """A run whose requests end at ``min_tokens`` or soon after, and the tokens of each: stopped by one that
+    the greedy answer has there for the first time."""
+    asked, params, tokens = [], [], []
+    for prompt, output in zip(prompts, known["outputs"], strict=True):
+        answer = output[0]["token_ids"]
+        for at in range(4, min(len(answer), 24)):
+            if answer[at] not in answer[:at]:
+                stop = {"stop_token_ids": [answer[at]], "min_tokens": at - at % 2}
+                asked.append(prompt)
+                params.append(GREEDY | stop)
+                tokens.append(answer[: at + 1])
+    run = {"name": "ends", "prompts": asked, "params": params, "concurrency": 12}
+    return run, tokens
+
+
+def served(
+    verifier, drafter, prompts, folder, lengths: str, more: Any = (), **engine: Any
+) -> dict[str, Any]:
     """One engine's outputs; ``lengths``: none, fixed, any, or scheduled, which is any a step ahead."""
     engine = {
         "model": str(verifier),
@@ -85,7 +102,7 @@ def served(verifier, drafter, prompts, folder, lengths: str, **engine: Any) -> d
         "reasoning_config": REASONING,
         **engine,
     }
-    job: dict[str, Any] = {"engine": engine, "runs": runs(prompts)}
+    job: dict[str, Any] = {"engine": engine, "runs": [*runs(prompts), *more]}
     if lengths != "none":
         option = "fixed" if lengths == "fixed" else "auto"
         engine["speculative_config"] = {
@@ -117,7 +134,7 @@ def plain(trained, prompts, folder) -> dict[str, Any]:
 def differences(got: dict[str, Any], want: dict[str, Any], run: str) -> list[str]:
     """Names of the requests of a run whose answers differ."""
     known = {"mixed": NAMES * 2, "logprob_token_ids": ["scored", "plain", "garbled"] * 3}
-    names = known.get(run, ["seed"] * 4)
+    names = known.get(run, ["greedy" if run == "known" else "seed"] * len(want[run]["outputs"]))
     pairs = zip(names, got[run]["outputs"], want[run]["outputs"], strict=True)
     return [
         name
@@ -148,9 +165,12 @@ def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     "lengths", ["any", *(pytest.param(x, marks=pytest.mark.long) for x in ("fixed", "scheduled"))]
 )
 def test_as_without_a_drafter(trained, prompts, folder, plain, lengths) -> None:
-    out = served(trained.verifier, trained.drafter, prompts, folder, lengths)
+    until, tokens = ends(plain["known"], prompts)
+    assert len(tokens) > 100
+    out = served(trained.verifier, trained.drafter, prompts, folder, lengths, more=[until])
     for run in plain:
         assert differences(out, plain, run) == []
+    assert [o[0]["token_ids"] for o in out["ends"]["outputs"]] == tokens
 
 
 def test_the_cases_are_not_empty(plain, prompts) -> None:
@@ -160,10 +180,6 @@ def test_the_cases_are_not_empty(plain, prompts) -> None:
         found.setdefault(name, []).append(outputs)
     assert all(len(o) == len({tuple(c["token_ids"]) for c in o}) == 3 for o in found["seed, n"])
     assert any(o[0]["stop"] == "repetition_detected" for o in found["repetition_detection"])
-    # Right behind its least length, or soon.
-    lengths = {n: [len(o[0]["token_ids"]) for o in found[f"min_tokens {n}"]] for n in range(5, 13)}
-    assert all(n < k for n, of in lengths.items() for k in of)
-    assert sum(k - n == 1 for n, of in lengths.items() for k in of) > 2
     for name in ("thinking_token_budget 0", "thinking_token_budget 8"):
         assert all(" the cat" in o[0]["text"] for o in found[name])
     assert all(len(o[0]["prompt_logprobs"]) > 5 for o in found["prompt_logprobs"])

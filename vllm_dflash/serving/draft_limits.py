@@ -12,7 +12,8 @@ def draft_limit(params: SamplingParams | None, written: int, coming: int = 0) ->
 
     * ``seed``, sampled: verifying drafts draws other random numbers than sampling does, and as many as there
       are drafts. Without any vLLM draws what it draws without a drafter.
-    * ``min_tokens``: vLLM's V1 sampler forbids a stop token behind the drafts if it is forbidden before them.
+    * ``min_tokens``: vLLM's V1 sampler forbids a stop token behind the drafts if it is forbidden before them;
+      scheduling asynchronously it allows one for good once the request would be long enough with all drafts.
 
     Args:
         params: of the request; None for pooling.
@@ -24,7 +25,8 @@ def draft_limit(params: SamplingParams | None, written: int, coming: int = 0) ->
     if params.sampling_type == SamplingType.RANDOM_SEED:
         return 0
     if written < params.min_tokens:
-        return max(0, params.min_tokens - 1 - written - coming)
+        # Short of it by a token even with all drafts and the one behind them.
+        return max(0, params.min_tokens - 2 - written - coming)
     return None
 
 
