@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.serving.draft_limit import rotary_positions
+from vllm_dflash.serving.draft_limits import rotary_positions
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
 from vllm_dflash.training.ranks import Failure
 from vllm_dflash.training.responses import GenerationRequest, GenerationResult

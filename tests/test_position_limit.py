@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_dflash import ops
-from vllm_dflash.serving.draft_limit import draft_limit, end_drafts, rotary_positions
+from vllm_dflash.serving.draft_limits import position_limit, rotary_positions
 from vllm_dflash.serving.drafter_model import _without
 from vllm_dflash.training.config import EngineOptions
 from vllm_dflash.training.engine import fit_max_len
@@ -56,25 +56,13 @@ def test_the_least_limit_counts() -> None:
     def limit(server: int, own: int | None, rows: int | None) -> int:
         hf_config = SimpleNamespace(max_position_embeddings=rows)
         draft = SimpleNamespace(max_model_len=own, hf_config=hf_config)
-        return draft_limit(SimpleNamespace(draft_model_config=draft), server)
+        return position_limit(SimpleNamespace(draft_model_config=draft), server)
 
     assert limit(300, 300, 300) == 300
     assert limit(300, 200, 300) == 200  # max_model_len of the speculative configuration
     assert limit(300, 200, 512) == 200  # a table that vLLM made longer than the drafter's own limit
     assert limit(300, 300, 100) == 100
     assert limit(300, None, None) == 300
-
-
-def test_a_scheduler_sends_no_draft_beyond() -> None:
-    shared = [1, 2, 3, 4]
-    requests = [
-        SimpleNamespace(num_computed_tokens=n, spec_token_ids=shared) for n in (90, 96, 98, 99, 150)
-    ]
-    scheduler = SimpleNamespace(running=requests, schedule=lambda throttle=False: throttle)
-    end_drafts(scheduler, 100)
-    assert scheduler.schedule(True) is True
-    assert [r.spec_token_ids for r in requests] == [shared, shared[:3], shared[:1], [], []]
-    assert shared == [1, 2, 3, 4]
 
 
 def test_context_beyond_is_not_stored() -> None:
