@@ -63,6 +63,8 @@ def test_ours_are_vllms(asynchronous, trained, prompts, tmp_path) -> None:
     accepted = counters["vllm:spec_decode_num_accepted_tokens_total"]
     assert counters["vllm_dflash:proposed_tokens_total"] == drafted
     assert counters["vllm_dflash:accepted_tokens_total"] == accepted
+    drafts = counters["vllm:spec_decode_num_drafts_total"]
+    assert counters["vllm_dflash:drafts_total"] == drafts
     assert accepted > 100
     assert counters["vllm:num_preemptions_total"] > 0
     assert [run["outputs"][0] is None for run in out["runs"].values()] == [True, True, True, False]
