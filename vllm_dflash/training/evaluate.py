@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.bounds import check_bounds, count
 from vllm_dflash.checkpoint import check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.files import claim_file
 from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine, fit_max_len
+from vllm_dflash.training.engine import VerifierEngine, check_block, check_engine, fit_max_len
 from vllm_dflash.training.loop import verifier_config
 from vllm_dflash.training.prepare import prepare_examples
 from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.responses import is_log
 from vllm_dflash.training.tokenization import Example
 
 
@@ -44,6 +47,20 @@ class EvalConfig:
     engine: EngineOptions = field(default_factory=EngineOptions)
     max_tokens: int = 1024
 
+    def __post_init__(self) -> None:
+        bounds = {
+            "num_speculative_tokens": count(),
+            "concurrency": count(1, 2**16),
+            "limit": count(),
+            "max_tokens": count(),
+        }
+        check_bounds(self, bounds)
+        if self.on_policy and self.responses is not None:
+            raise ValueError(
+                f"--responses {self.responses} keeps generated responses, but --on-policy generates none; "
+                "leave one out"
+            )
+
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     """Acceptance of a drafter on held-out conversations, by source.
@@ -55,18 +72,17 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ValueError: drafter, verifier or data cannot be used.
     """
+    if config.responses is not None:
+        claim_responses(config)
     hf_config = verifier_config(config.verifier)
     info = VerifierInfo.from_hf_config(hf_config, config.verifier)
     drafter = DrafterConfig.from_dict(read_config(config.drafter))
     drafter.check_verifier(info)
     check_weights(config.drafter, drafter)
-    tokens = config.num_speculative_tokens or drafter.num_speculative_tokens
-    if not 1 <= tokens <= drafter.num_speculative_tokens:
-        raise ValueError(
-            f"--num-speculative-tokens {tokens} is outside 1..{drafter.num_speculative_tokens}, what "
-            "this drafter was trained for"
-        )
+    tokens = draft_tokens(config.num_speculative_tokens, drafter)
     config = replace(config, engine=fit_max_len(config.engine, hf_config, tokens))
+    check_block(config.engine, drafter)
+    check_engine(hf_config, config.engine)
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
@@ -102,6 +118,33 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     if config.through_engine:
         out["engine"] = _served(config, examples, tokens, reporter)
     return out
+
+
+def draft_tokens(given: int | None, drafter: DrafterConfig) -> int:
+    """Draft tokens a step: the given number, or all that the drafter was trained for.
+
+    Raises:
+        ValueError: the drafter was not trained for so many.
+    """
+    most = drafter.num_speculative_tokens
+    if given is None:
+        return most
+    if not 1 <= given <= most:
+        raise ValueError(
+            f"--num-speculative-tokens {given} is outside 1..{most}, what this drafter was trained for"
+        )
+    return given
+
+
+def claim_responses(config: EvalConfig) -> None:
+    """ValueError when ``--responses`` names a file that is something else, or that cannot be written."""
+    assert config.responses is not None
+    inputs = {
+        "the verifier": config.verifier,
+        "the drafter": config.drafter,
+        "the data": config.data,
+    }
+    claim_file(config.responses, "--responses", is_log, inputs=inputs, link=True)
 
 
 def _offline(
