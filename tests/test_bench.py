@@ -233,12 +233,15 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
         ({"modes": ("none", "eagle")}, "eagle"),
         ({"modes": ()}, "modes"),
         ({"modes": ("none", "none")}, "each once"),
-        ({"concurrencies": (0,)}, "concurrencies"),
-        ({"repeats": 0}, "repeats is 0"),
-        ({"temperature": -1.0}, "temperature"),
+        ({"concurrencies": (0,)}, "--concurrency"),
+        ({"concurrencies": (4, 4)}, "--concurrency"),
+        ({"dtype": "fp8"}, "--dtype"),
+        ({"repeats": 0}, "--repeats is 0"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
         ({"settle_s": -1.0}, "settle_s"),
         ({"drafter": None}, "need a drafter"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0"),
+        ({"num_speculative_tokens": 0}, "--num-speculative-tokens is 0"),
     ],
 )
 def test_bad_config_is_refused_by_name(tmp_path, changes, message):
@@ -351,7 +354,7 @@ def test_interrupt_closes_every_engine(tmp_path, fake_engine, monkeypatch):
 @pytest.mark.parametrize(
     ("prompts", "changes", "message"),
     [
-        (PROMPTS[:2], {}, "2 prompts given, num_prompts is 4"),
+        (PROMPTS[:2], {}, "2 prompts given, --num-prompts is 4"),
         ([[1], [], [2], [3]], {}, "prompt 1 is empty"),
         (PROMPTS, {"max_tokens": 10, "max_model_len": 12}, "prompt 0 has 3 tokens"),
     ],
