@@ -29,6 +29,8 @@ from typing import Any, Literal
 from vllm_dflash import __version__
 
 MARK = ".vllm-dflash.json"
+#: Paths that a command reads: one, several, or none.
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
 Kind = Literal["drafter", "run", "bench", "features", "model"]
 #: For :func:`claim_folder`: whatever else lies in the folder, since nothing there will be replaced.
 ANY_FILES = ".*"
@@ -152,7 +154,7 @@ def claim_folder(
     option: str,
     *,
     label: str | None = None,
-    inputs: Mapping[str, str | Path | None] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
     names: str | None = None,
     link: bool = False,
 ) -> None:
@@ -220,7 +222,7 @@ def claim_file(
     option: str,
     is_ours: Callable[[Path], bool],
     *,
-    inputs: Mapping[str, str | Path | None] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
     link: bool = False,
 ) -> None:
     """Checks that an output file can be written, and that what it may replace is ours.
@@ -253,7 +255,7 @@ def _check_place(
     path: Path,
     who: str,
     way_out: str,
-    inputs: Mapping[str, str | Path | None],
+    inputs: Mapping[str, Inputs],
     link: bool,
 ) -> None:
     if str(path).startswith("~"):
@@ -274,11 +276,15 @@ def _check_place(
         if real == place or real in place.parents:
             held = "is" if real == place else "holds"
             raise ValueError(f"{who} {held} {what}; give a folder of its own")
-    for what, given in inputs.items():
-        source = Path(given) if given else None
-        if source is None or not source.exists():
-            continue  # none given, or the name of a model on the hub
-        source = source.resolve()
+    named = [
+        (what, one)
+        for what, given in inputs.items()
+        for one in ([given] if isinstance(given, (str, os.PathLike)) else given or ())
+    ]
+    for what, given in named:
+        if not os.path.exists(given):
+            continue  # the name of a model on the hub
+        source = Path(given).resolve()
         if real == source:
             raise ValueError(f"{who} is {what} itself; {way_out}")
         if source in real.parents:
