@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
+from vllm_dflash import guard
 from vllm_dflash.bench import engine_process, report, runner
 from vllm_dflash.bench.engine_process import (
     ChosenLengths,
@@ -476,6 +477,28 @@ def test_silent_child_times_out_and_is_ended(tmp_path, fake_child, monkeypatch):
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
     engine.close()
+
+
+def test_a_stopped_command_does_not_wait_for_its_engines(tmp_path, fake_child, monkeypatch):
+    """Not for the child, and not for what the child has started in a session of its own."""
+    fake_child(
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "script = 'import time; time.sleep(60)'\n"
+        f"core = subprocess.Popen([{sys.executable!r}, '-c', script], start_new_session=True)\n"
+        "print(core.pid, flush=True); time.sleep(60)"
+    )
+    monkeypatch.setattr(engine_process, "stopping", lambda: True)
+    monkeypatch.setattr(engine_process, "TERM_TIMEOUT_S", 60)
+    engine = EngineProcess(spec(tmp_path))
+    engine.start()
+    while not engine.log_path.read_text().strip():
+        time.sleep(0.05)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 20
+    for pid in (engine.pid, int(engine.log_path.read_text())):
+        assert guard.look(pid) is None
 
 
 def test_log_tail_leads_with_the_first_error(tmp_path):

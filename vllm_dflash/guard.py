@@ -79,9 +79,9 @@ def is_tracker(process: Process) -> bool:
         return False
 
 
-def end(orphans: set[Process]) -> None:
+def end(orphans: set[Process], grace_s: float = GRACE_S) -> None:
     """Waits for the orphans, kills those that stay, and last the trackers."""
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + grace_s
     while (orphans := descendants(orphans)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for trackers_too in (False, True):

@@ -363,7 +363,9 @@ class EngineProcess:
         family: set[guard.Process] = set()
         if process.poll() is None:
             family = guard.below(process.pid)
-            if self._busy or stopping():
+            if stopping():
+                timeout = 0.0
+            elif self._busy:
                 _signal_group(process.pid, signal.SIGTERM)
                 timeout = TERM_TIMEOUT_S
             else:
@@ -375,7 +377,7 @@ class EngineProcess:
         process.kill()
         process.wait()
         # vLLM's core and workers may outlive the child; what frees their shared memory goes last.
-        guard.end(family)
+        guard.end(family, 0 if stopping() else guard.GRACE_S)
         _signal_group(process.pid, signal.SIGKILL)
         if self._conn is not None:
             self._conn.close()
