@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from sweep_figures import CONTEXTS, OURS, TRAFFIC, fixed_modes, over, speeds
 
-from vllm_dflash.bench.report import MODE_COLORS, atomic_path
+from vllm_dflash.bench.report import MODE_COLORS
 from vllm_dflash.bench.runner import speed_ratio
+from vllm_dflash.files import atomic_path
 
 
 def make_table(report: Mapping[str, Any]) -> Table:

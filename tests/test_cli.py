@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,38 +16,8 @@ import tiny
 from typer.testing import CliRunner
 
 from vllm_dflash.checkpoint import convert, read_config
-from vllm_dflash.cli import app, main
+from vllm_dflash.cli import app
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.training.engine import VerifierEngine
-
-
-class Refused:
-    """Runs a command in this process that must fail before it starts an engine."""
-
-    def __init__(self, monkeypatch, capsys) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *args: str | Path, code: int = 1) -> str:
-        """Its one line of error."""
-
-        def engine(*_args, **_kwargs):
-            raise AssertionError("a command that should be refused began to start an engine")
-
-        self.monkeypatch.setattr(VerifierEngine, "__init__", engine)
-        self.monkeypatch.setattr(sys, "argv", ["vllm-dflash", *map(str, args)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = self.capsys.readouterr()
-        assert stop.value.code == code, out + err
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, err
-        return lines[0]
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys) -> Refused:
-    return Refused(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +207,30 @@ def test_env() -> None:
     assert "vllm-dflash ops: " in out
     seams = [line for line in out.splitlines() if "vllm." in line and " ok" in line]
     assert len(seams) >= 4, out
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_errors_of_the_disk_name_path_and_disk(refused, small_disk, drafter) -> None:
+    (small_disk / "filler").write_bytes(b"0" * (1024 * 1024 - 40_000))
+    line = refused("convert", drafter, "-o", small_disk / "out", "--to", "zlab")
+    assert f"{small_disk / 'out'} cannot be written: No space left on device" in line
+    assert f"MiB free on the disk at {small_disk}" in line
+    assert os.listdir(small_disk) == ["filler"]
+    line = refused("convert", drafter, "-o", small_disk, "--to", "zlab")
+    assert f"-o {small_disk}" in line
+    (small_disk / "filler").unlink()
+    assert "root of a disk" in refused("convert", drafter, "-o", small_disk, "--to", "zlab")
 
 
 @pytest.mark.engine

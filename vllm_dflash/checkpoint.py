@@ -7,16 +7,12 @@ drafter's mask token has an embedding of its own; it is loaded as plain tensors 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, quoted
 from vllm_dflash.config_formats import is_speculators, speculators_remarks
+from vllm_dflash.files import atomic_folder, claim_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -255,60 +251,6 @@ def load_mask_embedding(path: str | Path, config: DrafterConfig) -> Tensor | Non
     return state.reshape(-1)
 
 
-@contextmanager
-def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place only when the block succeeds.
-
-    An error or a full disk leaves ``target`` as it was, and nothing beside it. A kill does too,
-    but for the instant between the two renames that replace an existing folder: then the old one
-    lies complete in ``.<name>-old-*/previous``.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        work.chmod(0o755)
-        yield work
-        for file in work.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            previous = old / "previous"
-            try:
-                os.replace(target, previous)
-                os.replace(work, target)
-            except BaseException:
-                if previous.exists() and not target.exists():
-                    os.replace(previous, target)
-                raise
-            finally:
-                if target.exists():
-                    shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(work, target)
-    finally:
-        if work.exists():
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def atomic_write(path: str | Path, text: str) -> None:
-    """Writes a text file so that a crash leaves either the old content or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.chmod(name, 0o644)  # mkstemp's own mode shuts other users out
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        if os.path.exists(name):
-            os.unlink(name)
-
-
 def save_drafter(
     path: str | Path,
     config: DrafterConfig,
@@ -320,7 +262,7 @@ def save_drafter(
     """Writes a checkpoint that stock vLLM loads; atomic.
 
     Args:
-        path: folder to write or replace.
+        path: folder to write, or to replace if it is ours.
         config: the drafter.
         weights: tensors named as in :func:`expected_shapes`; ``lm_head.weight`` and ``d2t`` for a
             draft vocabulary, ``mask_embedding`` where the mask token has one of its own.
@@ -329,7 +271,8 @@ def save_drafter(
         cast: store floating tensors in ``config.dtype``; else each in its own.
 
     Raises:
-        ValueError: tensors that do not match the configuration or are not finite.
+        ValueError: tensors that do not match the configuration or are not finite; a folder that holds
+            something else than a drafter of ours.
     """
     import torch
     from safetensors.torch import save_file
@@ -393,10 +336,9 @@ def convert(
     Returns:
         Its configuration, and what its readers will do otherwise than the source's.
     """
+    claim_folder(Path(target), "drafter", "-o", inputs={"the drafter": source})
     raw = read_config(source)
     config = DrafterConfig.from_dict(raw)
-    if Path(target).resolve() == Path(source).resolve():
-        raise ValueError(f"converting {source} onto itself would lose it; give another -o")
     check_computable(source, raw)
     if verifier is not None:
         config = config.with_(verifier=verifier)

@@ -7,13 +7,14 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from vllm_dflash.bench.runner import BenchConfig
     from vllm_dflash.config import DrafterConfig
     from vllm_dflash.training.conversations import Conversation
 
@@ -40,7 +41,19 @@ TemplateKwargs = Annotated[
     typer.Option(help="JSON of chat_template_kwargs, as the server uses them (thinking mode...)."),
 ]
 EngineArgs = Annotated[str | None, typer.Option(help="JSON of further vLLM engine arguments.")]
-Limit = Annotated[int | None, typer.Option(help="Use only the first rows of the data.")]
+TensorParallelSize = Annotated[
+    int, typer.Option(help="Ranks of the verifier, as vLLM's --tensor-parallel-size.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Longest response. Default: 1024, or what --max-len leaves.")
+]
+SpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(
+        "-k", "--num-speculative-tokens", help="Draft tokens a step. Default: all of a block."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Use only the first usable conversations.")]
 
 
 def _json_option(name: str, text: str | None) -> dict[str, Any]:
@@ -92,9 +105,13 @@ def train(
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out conversations; default: a part of the data.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="Draft layers.")] = 5,
-    block_size: Annotated[int, typer.Option(help="Draft block, anchor included.")] = 16,
-    features: Annotated[int, typer.Option(help="Verifier layers to read.")] = 5,
+    layers: Annotated[int | None, typer.Option(help="Draft layers. Default: 5.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Draft block, anchor included. Default: 16.")
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(help="How many verifier layers to read. Default: 5.")
+    ] = None,
     target_layer_ids: Annotated[
         str | None, typer.Option(help="Which ones, 0-based, comma separated.")
     ] = None,
@@ -127,32 +144,36 @@ def train(
     on_policy: Annotated[
         bool, typer.Option("--on-policy", help="Trust the responses in the data.")
     ] = False,
-    epochs: float = 6.0,
-    max_steps: int | None = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 6.0,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Steps in all, whatever --epochs says.")
+    ] = None,
     loss: Annotated[str, typer.Option(help="dpace, ce or kl.")] = "dpace",
     gamma: Annotated[float | None, typer.Option(help="Decay of ce and kl.")] = None,
     alpha: Annotated[float, typer.Option(help="Smoothing of dpace.")] = 0.5,
     optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
-    lr: float = 6e-4,
-    weight_decay: float = 0.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-4,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decay of the matrices, times the rate.")
+    ] = 0.0,
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.04,
     min_lr: Annotated[float, typer.Option(help="End of the cosine, share of --lr.")] = 0.0,
-    clip: float = 1.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
     ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = 0.0,
     anchors: Annotated[int, typer.Option(help="Random anchors of a sequence.")] = 512,
     sequences: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
     autocast: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of initial weights, order and anchors.")] = 0,
     max_bad: Annotated[float, typer.Option(help="Share of sequences that may be skipped.")] = 0.1,
     holdout: Annotated[float, typer.Option(help="Share kept back without --eval-data.")] = 0.05,
     temperature: Annotated[float, typer.Option(help="Of regenerated responses.")] = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
+    top_p: Annotated[float, typer.Option(help="Of regenerated responses.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Of regenerated responses; 0 for all tokens.")] = 0,
+    max_tokens: MaxTokens = None,
     max_len: MaxLen = 3072,
-    max_num_seqs: int = 64,
+    max_num_seqs: Annotated[int, typer.Option(help="Responses generated at once.")] = 64,
     dtype: Dtype = "auto",
-    tensor_parallel_size: int = 1,
+    tensor_parallel_size: TensorParallelSize = 1,
     chat_template_kwargs: TemplateKwargs = None,
     engine_args: EngineArgs = None,
     limit: Limit = None,
@@ -163,7 +184,9 @@ def train(
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_minutes: Annotated[float, typer.Option(help="Minutes between saved states.")] = 5.0,
     checkpoint_format: Annotated[str, typer.Option(help="zlab or speculators.")] = "zlab",
-    tensorboard: bool = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also log for TensorBoard in the run folder.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an earlier run of this output.")
     ] = False,
@@ -174,6 +197,7 @@ def train(
         EngineOptions,
         Hyperparameters,
         SamplingOptions,
+        response_limit,
     )
     from vllm_dflash.training.loop import TrainConfig
     from vllm_dflash.training.loop import train as run
@@ -207,7 +231,7 @@ def train(
             block_size=block_size,
             features=features,
             target_layer_ids=_int_list("--target-layer-ids", target_layer_ids)
-            if target_layer_ids
+            if target_layer_ids is not None
             else None,
             draft_vocab=draft_vocab,
             mask_token_id=mask_token_id,
@@ -246,7 +270,10 @@ def train(
             extra=_json_option("--engine-args", engine_args),
         ),
         sampling=SamplingOptions(
-            temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_tokens=response_limit(max_tokens, max_len),
         ),
     )
     run(config, Reporter())
@@ -260,50 +287,54 @@ def eval_(
     engine: Annotated[
         bool, typer.Option("--engine", help="Also serve the prompts and read vLLM's counters.")
     ] = False,
-    num_speculative_tokens: Annotated[int | None, typer.Option("-k")] = None,
-    on_policy: Annotated[bool, typer.Option("--on-policy")] = False,
-    concurrency: int = 4,
+    num_speculative_tokens: SpeculativeTokens = None,
+    on_policy: Annotated[
+        bool, typer.Option("--on-policy", help="Trust the responses in the data.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight of --engine.")] = 4,
     responses: Annotated[
         Path | None, typer.Option(help="Keep generated responses here and reuse them.")
     ] = None,
-    max_tokens: int = 1024,
+    max_tokens: MaxTokens = None,
     max_len: MaxLen = 3072,
     dtype: Dtype = "auto",
-    tensor_parallel_size: int = 1,
+    tensor_parallel_size: TensorParallelSize = 1,
     chat_template_kwargs: TemplateKwargs = None,
     engine_args: EngineArgs = None,
     limit: Limit = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON result.")] = None,
 ) -> None:
     """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
-    from vllm_dflash.checkpoint import atomic_write
-    from vllm_dflash.training.config import EngineOptions
+    from vllm_dflash.files import atomic_write, claim_file, is_json_with
+    from vllm_dflash.training.config import EngineOptions, response_limit
     from vllm_dflash.training.evaluate import EvalConfig, evaluate
     from vllm_dflash.training.reporting import Reporter
 
-    result = evaluate(
-        EvalConfig(
-            verifier=verifier,
-            drafter=drafter,
-            data=data,
-            num_speculative_tokens=num_speculative_tokens,
-            on_policy=on_policy,
-            through_engine=engine,
-            concurrency=concurrency,
-            chat_template_kwargs=_json_option("--chat-template-kwargs", chat_template_kwargs)
-            or None,
-            limit=limit,
-            responses=responses,
-            engine=EngineOptions(
-                dtype=dtype,
-                max_len=max_len,
-                tensor_parallel_size=tensor_parallel_size,
-                extra=_json_option("--engine-args", engine_args),
-            ),
-            max_tokens=max_tokens,
+    config = EvalConfig(
+        verifier=verifier,
+        drafter=drafter,
+        data=data,
+        num_speculative_tokens=num_speculative_tokens,
+        on_policy=on_policy,
+        through_engine=engine,
+        concurrency=concurrency,
+        chat_template_kwargs=_json_option("--chat-template-kwargs", chat_template_kwargs) or None,
+        limit=limit,
+        responses=responses,
+        engine=EngineOptions(
+            dtype=dtype,
+            max_len=max_len,
+            tensor_parallel_size=tensor_parallel_size,
+            extra=_json_option("--engine-args", engine_args),
         ),
-        Reporter(),
+        max_tokens=response_limit(max_tokens, max_len),
     )
+    if output is not None:
+        inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
+        claim_file(output, "-o", is_json_with("verifier", "drafter", "offline"), inputs=inputs)
+        if responses is not None and responses.resolve() == output.resolve():
+            raise ValueError(f"-o {output} is also --responses; give two files")
+    result = evaluate(config, Reporter())
     if output is not None:
         atomic_write(output, json.dumps(result, indent=2) + "\n")
     table = Table("", "tau", "drafts", "accepted", "acceptance by position")
@@ -329,28 +360,38 @@ def bench(
         "none,ngram,stock,ours"
     ),
     concurrency: Annotated[str, typer.Option(help="Requests in flight, comma separated.")] = "1,4",
-    num_prompts: int = 16,
-    repeats: int = 3,
-    max_tokens: int = 128,
-    temperature: float = 0.0,
-    ignore_eos: bool = False,
-    num_speculative_tokens: Annotated[int | None, typer.Option("-k")] = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts of a run.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Measured runs of each mode.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Longest response.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on to --max-tokens; flatters drafters.")
+    ] = False,
+    num_speculative_tokens: SpeculativeTokens = None,
     dtype: Dtype = "auto",
-    max_model_len: int | None = None,
-    enforce_eager: bool = False,
-    prefix_caching: bool = False,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="As vLLM's; leave room for a draft. Default: the model's.")
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="No compilation: quick start, slow serving.")
+    ] = False,
+    prefix_caching: Annotated[
+        bool, typer.Option("--prefix-caching", help="Let repeats reuse cached prompts.")
+    ] = False,
     chat_template_kwargs: TemplateKwargs = None,
     engine_args: EngineArgs = None,
 ) -> None:
     """Output speed with and without DRAFTER, alternating in one run: table, JSON, PNG."""
     from vllm_dflash.bench.report import print_report, write_json, write_png
-    from vllm_dflash.bench.runner import BenchConfig, failed_modes, run_bench
+    from vllm_dflash.bench.runner import BenchConfig, check_prompts, failed_modes, run_bench
+    from vllm_dflash.files import claim_folder, mark_folder, writing
+    from vllm_dflash.training.engine import check_engine_args
 
     config = BenchConfig(
         verifier=verifier,
         drafter=drafter,
         num_speculative_tokens=num_speculative_tokens,
-        modes=tuple(modes.split(",")),
+        modes=tuple(mode.strip() for mode in modes.split(",")),
         concurrencies=_int_list("--concurrency", concurrency),
         num_prompts=num_prompts,
         repeats=repeats,
@@ -365,15 +406,44 @@ def bench(
         engine_args=_json_option("--engine-args", engine_args),
     )
     kwargs = _json_option("--chat-template-kwargs", chat_template_kwargs)
-    prompts = load_prompts(verifier, data, kwargs, num_prompts)
+    inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
+    claim_folder(output, "bench", "-o", inputs=inputs, names=_BENCH_FILES)
+    prompts = check_prompts(config, load_prompts(verifier, data, kwargs, num_prompts))
+    _check_bench_drafter(config)
+    check_engine_args(config.engine_args, asynchronous=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        mark_folder(output, "bench")
     console = Console(stderr=True)
     report = run_bench(config, prompts, lambda text: console.print(text, highlight=False))
     write_json(report, output / "report.json")
-    write_png(report, output / "report.png")
     print_report(report)
     failed = failed_modes(report)
+    if len(failed) < len(config.modes):
+        write_png(report, output / "report.png")
     if failed:
         raise RuntimeError(f"these modes failed: {', '.join(failed)}; see {output / 'logs'}")
+
+
+#: What a benchmark's folder holds besides our mark.
+_BENCH_FILES = r"report\.(json|png)|logs/[\w-]+\.log"
+
+
+def _check_bench_drafter(config: BenchConfig) -> None:
+    """ValueError when a mode drafts and the drafter cannot, with this verifier or at this length."""
+    from vllm_dflash.bench.runner import DRAFTER_MODES
+    from vllm_dflash.checkpoint import check_weights, read_config
+    from vllm_dflash.config import DrafterConfig, VerifierInfo
+    from vllm_dflash.training.evaluate import draft_tokens
+    from vllm_dflash.training.loop import verifier_config
+
+    if not DRAFTER_MODES & set(config.modes) or config.drafter is None:
+        return
+    drafter = DrafterConfig.from_dict(read_config(config.drafter))
+    verifier = VerifierInfo.from_hf_config(verifier_config(config.verifier), config.verifier)
+    drafter.check_verifier(verifier)
+    check_weights(config.drafter, drafter)
+    draft_tokens(config.num_speculative_tokens, drafter)
 
 
 def load_requests(
@@ -494,7 +564,7 @@ def _attention(config: DrafterConfig) -> str:
 @app.command()
 def convert(
     drafter: DrafterPath,
-    output: Annotated[Path, typer.Option("-o", "--output")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new one.")],
     to: Annotated[str, typer.Option("--to", help="zlab or speculators.")],
     verifier: Annotated[
         str | None,
@@ -529,21 +599,48 @@ def env() -> None:
 
 
 def main() -> None:
-    """Runs the command line; what a user can put right ends in one line and exit code 1."""
+    """Runs the command line; what a user can put right ends in one line and exit code 1.
+
+    Wrong usage exits with 2, a signal with 128 and its number.
+    """
+    from vllm_dflash.processes import Stopped, close_stdin, stop_by_signal
+
+    close_stdin()
     try:
-        app()
+        with stop_by_signal():
+            code = app(standalone_mode=False)
+    except Stopped as stop:
+        _fail(str(stop), 128 + stop.signum)
     except Exception as error:
-        if os.environ.get("VLLM_DFLASH_TRACEBACK"):
+        if os.environ.get("VLLM_DFLASH_TRACEBACK") or isinstance(error, AssertionError):
             raise
-        from safetensors import SafetensorError
+        _fail(*_last_words(error))
+    sys.exit(code if isinstance(code, int) else 0)
 
-        # SafetensorError is what a full disk raises while weights are written.
-        if not isinstance(error, (ValueError, OSError, RuntimeError, SafetensorError)):
-            from vllm_dflash.training.loop import Interrupted
 
-            if isinstance(error, Interrupted):
-                print(f"{error}; the same command resumes", file=sys.stderr)
-                sys.exit(130)
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+def _fail(line: str, code: int) -> NoReturn:
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _last_words(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for an error."""
+    from safetensors import SafetensorError
+
+    from vllm_dflash.processes import Interrupted
+
+    if isinstance(error, Interrupted):
+        return f"{error}; the same command resumes", 128 + error.signum
+    # Typer brings its own copy of click or uses the installed one.
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return "", 2
+    if hasattr(error, "format_message"):
+        text, code = error.format_message(), 2
+    elif isinstance(error, (ValueError, OSError, RuntimeError, SafetensorError)):
+        text, code = str(error) or type(error).__name__, 1
+    else:
+        text, code = f"unexpected {type(error).__name__}: {error}", 1
+        text += " (a fault of vllm-dflash; VLLM_DFLASH_TRACEBACK=1 shows where)"
+    return f"error: {' '.join(text.split())}", code

@@ -40,6 +40,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import guard
+from vllm_dflash.files import writing
+from vllm_dflash.processes import start_guard, stopping
+
 #: What a child gets unless the caller's environment or the spec says otherwise.
 DEFAULT_ENV = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -297,7 +301,10 @@ class EngineProcess:
         if self._process is not None:
             raise RuntimeError(f"engine {self.spec.mode!r} was started already")
         message = self.spec.to_message()
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        start_guard()
+        with writing(self.log_path):
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.log_path.touch()
         self._conn, child_conn = multiprocessing.Pipe(duplex=True)
         with self.log_path.open("wb") as log, child_conn:
             fd = child_conn.fileno()
@@ -377,8 +384,12 @@ class EngineProcess:
         process = self._process
         if process is None:
             return
+        family: set[guard.Process] = set()
         if process.poll() is None:
-            if self._busy:
+            family = guard.below(process.pid)
+            if stopping():
+                timeout = 0.0
+            elif self._busy:
                 _signal_group(process.pid, signal.SIGTERM)
                 timeout = TERM_TIMEOUT_S
             else:
@@ -387,9 +398,11 @@ class EngineProcess:
                 timeout = STOP_TIMEOUT_S
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
-        # vLLM's workers are in the child's session and may outlive it.
-        _signal_group(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+        # vLLM's core and workers may outlive the child; what frees their shared memory goes last.
+        guard.end(family, 0 if stopping() else guard.GRACE_S)
+        _signal_group(process.pid, signal.SIGKILL)
         if self._conn is not None:
             self._conn.close()
 

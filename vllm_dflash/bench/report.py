@@ -5,17 +5,16 @@ The figures come from :func:`vllm_dflash.bench.runner.run_bench`; nothing is com
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from vllm_dflash.files import atomic_path
 
 #: One colour per mode in every picture; distinguishable with red-green blindness.
 MODE_COLORS = {"none": "#8c8c8c", "ngram": "#e69f00", "stock": "#56b4e9", "ours": "#0072b2"}
@@ -26,17 +25,6 @@ tau: tokens delivered a step with a draft; below "ours" those of the drafter's d
 
 
 # -- files -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own, so that the file gets the usual permissions and may keep its suffix.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)
 
 
 def write_json(report: Mapping[str, Any], path: str | Path) -> Path:

@@ -33,6 +33,7 @@ from vllm_dflash.bench.engine_process import (
     RunResult,
     SpecCounters,
 )
+from vllm_dflash.bounds import DTYPES, POSITIVE, Bound, check_bounds, check_choice, count
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.environment import describe_machine, versions
 
@@ -106,27 +107,32 @@ class BenchConfig:
         unknown = [m for m in self.modes if m not in MODES]
         if unknown or not self.modes or len(set(self.modes)) != len(self.modes):
             raise ValueError(
-                f"modes is {list(self.modes)}; give some of {', '.join(MODES)}, each once"
+                f"--modes is {','.join(self.modes)!r}; give some of {', '.join(MODES)}, each once"
             )
-        if not self.concurrencies or min(self.concurrencies) < 1:
+        flights = self.concurrencies
+        if not flights or len(set(flights)) != len(flights) or not all(map(count().holds, flights)):
             raise ValueError(
-                f"concurrencies is {list(self.concurrencies)}; give at least one, all positive"
+                f"--concurrency is {','.join(map(str, flights))!r}; give numbers of at least 1, each once"
             )
-        for name in ("num_prompts", "repeats", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("temperature", "settle_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_choice("dtype", self.dtype, DTYPES)
+        bounds = {
+            "num_speculative_tokens": count(),
+            "num_prompts": count(),
+            "repeats": count(),
+            "max_tokens": count(),
+            "max_model_len": count(),
+            "temperature": Bound(low=0, high=100),
+            "settle_s": Bound(low=0),
+            "startup_timeout_s": POSITIVE,
+            "run_timeout_s": POSITIVE,
+        }
+        fields_only = ("settle_s", "startup_timeout_s", "run_timeout_s")
+        check_bounds(self, bounds, {name: name for name in fields_only})
         need_drafter = sorted(DRAFTER_MODES & set(self.modes))
         if self.drafter is None and need_drafter:
             raise ValueError(
                 f"modes {need_drafter} need a drafter and none is given; name a checkpoint folder "
                 "or measure only none and ngram"
-            )
-        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
-            raise ValueError(
-                f"num_speculative_tokens is {self.num_speculative_tokens}; it must be at least 1"
             )
 
     def resolve_num_speculative_tokens(self) -> int | None:
@@ -231,7 +237,7 @@ def run_bench(
         (mode to message) and ``modes``, which maps a mode to its ``log``, its ``startup_s`` and
         ``concurrency``, a map from ``"1"``, ``"4"`` ... to the figures of :func:`summarize`.
     """
-    prompts = _check_prompts(config, prompts)
+    prompts = check_prompts(config, prompts)
     say = progress or (lambda _: None)
     report: dict[str, Any] = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -273,10 +279,15 @@ def run_bench(
     return report
 
 
-def _check_prompts(config: BenchConfig, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+def check_prompts(config: BenchConfig, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """The prompts that are used.
+
+    Raises:
+        ValueError: too few, or one that is empty or too long.
+    """
     if len(prompts) < config.num_prompts:
         raise ValueError(
-            f"{len(prompts)} prompts given, num_prompts is {config.num_prompts}; give more prompts "
+            f"{len(prompts)} prompts given, --num-prompts is {config.num_prompts}; give more prompts "
             "or ask for fewer"
         )
     used = list(prompts[: config.num_prompts])
@@ -286,8 +297,8 @@ def _check_prompts(config: BenchConfig, prompts: Sequence[Sequence[int]]) -> lis
             raise ValueError(f"prompt {i} is empty; every prompt needs at least one token")
         if isinstance(limit, int) and len(prompt) + config.max_tokens > limit:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, which with max_tokens ({config.max_tokens}) "
-                f"is beyond max_model_len ({limit}); shorten it, or change one of the two"
+                f"prompt {i} has {len(prompt)} tokens, which with --max-tokens ({config.max_tokens}) "
+                f"is beyond --max-model-len ({limit}); shorten it, or change one of the two"
             )
     return used
 

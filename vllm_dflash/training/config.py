@@ -6,6 +6,15 @@ import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from vllm_dflash.bounds import (
+    DTYPES,
+    POSITIVE,
+    SHARE,
+    Bound,
+    check_bounds,
+    check_choice,
+    count,
+)
 from vllm_dflash.modeling.losses import LossName
 
 Optimizer = Literal["adamw", "muon"]
@@ -56,34 +65,29 @@ class Hyperparameters:
     max_bad: float = 0.1
 
     def __post_init__(self) -> None:
-        choices = {
-            "loss": ("dpace", "ce", "kl"),
-            "optimizer": ("adamw", "muon"),
-            "autocast": ("bfloat16", "float32"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}"
-                )
+        check_choice("loss", self.loss, ("dpace", "ce", "kl"))
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        check_choice("autocast", self.autocast, ("bfloat16", "float32"))
         bounds = {
-            "lr": (0, None),
-            "clip": (0, None),
-            "anchors": (1, None),
-            "sequences": (1, None),
-            "warmup": (0, 1),
-            "min_lr": (0, 1),
-            "alpha": (0, 1),
-            "ema": (0, 1),
-            "max_bad": (0, 1),
+            "lr": Bound(above=0, high=10),
+            "weight_decay": Bound(low=0, high=100),
+            "warmup": SHARE,
+            "min_lr": SHARE,
+            "clip": POSITIVE,
+            "anchors": count(),
+            "sequences": count(),
+            "gamma": POSITIVE,
+            "alpha": SHARE,
+            "ema": Bound(low=0, below=1),
+            "seed": count(0),
+            "max_bad": SHARE,
         }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                raise ValueError(
-                    f"{name} is {value!r}; it must be at least {low}"
-                    + (f" and at most {high}" if high is not None else "")
-                )
+        check_bounds(self, bounds)
+        if self.gamma is not None and self.loss == "dpace":
+            raise ValueError(
+                f"--gamma {self.gamma:g} is the decay of the losses ce and kl, but --loss is dpace; name one "
+                "of the two, or leave --gamma out"
+            )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Hyperparameters:
@@ -95,11 +99,13 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """The drafter to make: sizes and layers, with the paper's defaults (arXiv 2602.06036).
+    """The drafter to make: sizes and layers.
 
-    None leaves the verifier's own.
+    None leaves the paper's default (arXiv 2602.06036), or what the verifier has. Beside a
+    drafter to go on from, whose shape stays, what is given must be its shape.
 
     Attributes:
+        layers, block_size, features: 5, 16 and 5 by default.
         hidden_size: another width than the verifier's brings an own embedding and lm_head, which are learned.
         layer_types: ``sliding_attention`` or ``full_attention`` for each layer; None for all full.
         sliding_window: in tokens.
@@ -107,9 +113,9 @@ class DrafterShape:
         sample_from_anchor: whether the anchor's own output predicts, so that a block of B drafts B tokens.
     """
 
-    layers: int = 5
-    block_size: int = 16
-    features: int = 5
+    layers: int | None = None
+    block_size: int | None = None
+    features: int | None = None
     target_layer_ids: tuple[int, ...] | None = None
     draft_vocab: int | None = None
     mask_token_id: int | None = None
@@ -122,6 +128,44 @@ class DrafterShape:
     sliding_window: int | None = None
     causal: bool | None = None
     sample_from_anchor: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "layers": count(1, 512),
+            "block_size": count(1, 4096),
+            "features": count(1, 512),
+            "draft_vocab": count(),
+            "mask_token_id": count(0),
+            "intermediate_size": count(1, 2**20),
+            "hidden_size": count(8, 2**17),
+            "heads": count(1, 2**12),
+            "kv_heads": count(1, 2**12),
+            "head_dim": count(2, 2**12),
+            "sliding_window": count(),
+        }
+        check_bounds(self, bounds)
+        if self.hidden_size is not None and self.hidden_size % 8:
+            raise ValueError(
+                f"--hidden-size is {self.hidden_size}; vLLM's kernels want a multiple of 8"
+            )
+        if self.sliding_window is not None and "sliding_attention" not in (self.layer_types or ()):
+            raise ValueError(
+                f"--sliding-window is {self.sliding_window}, but --layer-types names no sliding layer; give "
+                "both or none"
+            )
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {k: v for k, v in asdict(self).items() if v is not None and v is not False}
+
+    def with_defaults(self) -> DrafterShape:
+        """The same with the paper's values where none are given."""
+        return dataclasses.replace(
+            self,
+            layers=5 if self.layers is None else self.layers,
+            block_size=16 if self.block_size is None else self.block_size,
+            features=5 if self.features is None else self.features,
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +180,8 @@ class EngineOptions:
         extra: further vLLM ``EngineArgs``; they win over the fields above.
 
     Raises:
-        ValueError: ``extra`` spreads the verifier in a way that training cannot follow.
+        ValueError: a value that cannot be, or ``extra`` spreads the verifier in a way that training cannot
+            follow.
     """
 
     dtype: str = "auto"
@@ -148,6 +193,23 @@ class EngineOptions:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        sizes = count(1, 2**16)
+        budget = self.extra.get("max_num_batched_tokens")
+        bounds = {
+            "max_len": count(),
+            # vLLM wants a token of each in a step.
+            "max_num_seqs": count(
+                1, budget if type(budget) is int else self.max_num_batched_tokens
+            ),
+            "tensor_parallel_size": sizes,
+        }
+        check_bounds(self, bounds)
+        ranks = self.extra.get("tensor_parallel_size", 1)
+        if not sizes.holds(ranks):
+            raise ValueError(
+                f"--engine-args has tensor_parallel_size {ranks!r}; give {sizes.describe()}"
+            )
         for name in _ONE_ONLY:
             if self.extra.get(name, 1) not in (1, None):
                 raise ValueError(
@@ -176,3 +238,28 @@ class SamplingOptions:
     top_k: int = 0
     max_tokens: int = 1024
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": Bound(low=0, high=100),
+            "top_p": Bound(above=0, high=1),
+            "top_k": count(-1),  # -1 is vLLM's other word for all
+            "max_tokens": count(),
+        }
+        check_bounds(self, bounds)
+
+
+def response_limit(max_tokens: int | None, max_len: int) -> int:
+    """Most tokens of a response; the default where none is given, which ``max_len`` may cut.
+
+    Raises:
+        ValueError: the given number leaves no room for a prompt.
+    """
+    if max_tokens is None:
+        return SamplingOptions.max_tokens
+    if max_tokens >= max_len > 0:
+        raise ValueError(
+            f"--max-tokens {max_tokens} leaves no room for a prompt in --max-len {max_len}; lower one or "
+            "raise the other"
+        )
+    return max_tokens

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from vllm_dflash.files import atomic_path
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -108,16 +109,10 @@ def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
 
     Callers that reject more rows later pass the whole list again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="ascii") as file:
-            for reject in rejected:
-                line = {"line": reject.line, "reason": reject.reason, "row": reject.row}
-                file.write(json.dumps(line) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as partial, partial.open("w", encoding="ascii") as file:
+        for reject in rejected:
+            line = {"line": reject.line, "reason": reject.reason, "row": reject.row}
+            file.write(json.dumps(line) + "\n")
 
 
 def load_conversations(

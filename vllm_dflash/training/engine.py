@@ -7,13 +7,15 @@ the same on each run.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.processes import start_guard
 from vllm_dflash.serving.draft_limits import rotary_positions
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
 from vllm_dflash.training.ranks import Failure
@@ -21,6 +23,12 @@ from vllm_dflash.training.responses import GenerationRequest, GenerationResult
 
 #: The engine's drafter only holds a place in the seam, so the smallest draft length will do.
 _SEAT_TOKENS = 1
+#: What the commands say themselves.
+_GIVEN = {
+    "model": "VERIFIER",
+    "speculative_config": "DRAFTER",
+    "worker_extension_cls": "the command",
+}
 
 
 def fit_max_len(
@@ -58,6 +66,66 @@ def cut_sentence(max_len: int, asked: int) -> str:
     )
 
 
+def check_engine_args(given: Mapping[str, Any], *, asynchronous: bool = False) -> None:
+    """Checks the names in ``--engine-args``; imports vLLM if there are any.
+
+    Args:
+        given: names and values.
+        asynchronous: whether they are for vLLM's asynchronous engine, which has a few more.
+
+    Raises:
+        ValueError: one that vLLM does not know, or that the command sets by other means.
+    """
+    if not given:
+        return
+    for name in given:
+        if name in _GIVEN:
+            raise ValueError(
+                f"--engine-args has {name!r}, which {_GIVEN[name]} decides; leave it out"
+            )
+    # vLLM sets its logger up when it is imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import AsyncEngineArgs, EngineArgs
+
+    known = [f.name for f in fields(AsyncEngineArgs if asynchronous else EngineArgs)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; they are spelled with underscores"
+            raise ValueError(f"--engine-args has {name!r}, which vLLM's engine does not know{hint}")
+
+
+def check_engine(hf_config: Any, options: EngineOptions) -> None:
+    """Looks for what vLLM would refuse when the engine starts.
+
+    Raises:
+        ValueError: unknown ``--engine-args``, or ranks that the verifier's heads cannot be spread over.
+    """
+    check_engine_args(options.extra)
+    limit = options.extra.get("max_model_len")
+    if isinstance(limit, int) and limit < options.max_len:
+        raise ValueError(
+            f"--engine-args has max_model_len {limit}, below --max-len ({options.max_len}); leave it "
+            "out"
+        )
+    heads = getattr(hf_config.get_text_config(), "num_attention_heads", None) or 0
+    if isinstance(heads, int) and heads % options.ranks:
+        raise ValueError(
+            f"--tensor-parallel-size is {options.ranks}, but the verifier has {heads} attention heads, "
+            "which it does not divide"
+        )
+
+
+def check_block(options: EngineOptions, drafter: DrafterConfig) -> None:
+    """ValueError when no conversation can hold a token of a prompt and a whole block."""
+    block_size = drafter.known_block_size("it decides how long a conversation must be")
+    if options.max_len <= block_size:
+        raise ValueError(
+            f"--max-len is {options.max_len} (lowered to the verifier's positions where it was more), but a "
+            f"block has {block_size} tokens; more is needed than that"
+        )
+
+
 class VerifierEngine:
     """vLLM with the verifier and a drafter in the dflash seat."""
 
@@ -74,6 +142,7 @@ class VerifierEngine:
                 "the verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. "
                 "The drafter serves beside the unmerged verifier and its adapter"
             )
+        start_guard()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Features are recorded by the V1 proposer; see docs/architecture.md.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"

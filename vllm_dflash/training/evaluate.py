@@ -8,14 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.bounds import check_bounds, count
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.files import claim_file
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine, cut_sentence, fit_max_len
+from vllm_dflash.training.engine import (
+    VerifierEngine,
+    check_block,
+    check_engine,
+    cut_sentence,
+    fit_max_len,
+)
 from vllm_dflash.training.loop import verifier_config
 from vllm_dflash.training.prepare import prepare_examples, rejection_summary
 from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.responses import is_log
 from vllm_dflash.training.tokenization import Example
 
 #: Share of tau by which the engine may differ from the offline walk: ties between two tokens fall either way.
@@ -47,6 +56,20 @@ class EvalConfig:
     engine: EngineOptions = field(default_factory=EngineOptions)
     max_tokens: int = 1024
 
+    def __post_init__(self) -> None:
+        bounds = {
+            "num_speculative_tokens": count(),
+            "concurrency": count(1, 2**16),
+            "limit": count(),
+            "max_tokens": count(),
+        }
+        check_bounds(self, bounds)
+        if self.on_policy and self.responses is not None:
+            raise ValueError(
+                f"--responses {self.responses} keeps generated responses, but --on-policy generates none; "
+                "leave one out"
+            )
+
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     """Acceptance of a drafter on held-out conversations, by source.
@@ -59,6 +82,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ValueError: drafter, verifier or data cannot be used.
     """
+    if config.responses is not None:
+        claim_responses(config)
     hf_config = verifier_config(config.verifier)
     info = VerifierInfo.from_hf_config(hf_config, config.verifier)
     raw = read_config(config.drafter)
@@ -66,16 +91,13 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     drafter.check_verifier(info)
     check_computable(config.drafter, raw)
     check_weights(config.drafter, drafter)
-    tokens = config.num_speculative_tokens or drafter.num_speculative_tokens
-    if tokens is None:
-        raise ValueError(f"the drafter {config.drafter} does not state its block size: give -k")
+    tokens = draft_tokens(config.num_speculative_tokens, drafter)
     if drafter.draft_block_size is None:
         drafter = drafter.with_(draft_block_size=drafter.block_size_for(tokens))
-    most = drafter.num_speculative_tokens
-    if most is not None and not 1 <= tokens <= most:
-        raise ValueError(f"-k is {tokens}, outside 1..{most}, what this drafter was trained for")
     asked = config.engine.max_len
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter, tokens))
+    check_block(config.engine, drafter)
+    check_engine(hf_config, config.engine)
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
     conversations, rejected = load_conversations(
@@ -136,6 +158,36 @@ def disagreement(offline: dict[str, Any], engine: dict[str, Any]) -> dict[str, A
             "verifier would not write, near ties in bf16 or of a quantised verifier, few drafts)"
         ),
     }
+
+
+def draft_tokens(given: int | None, drafter: DrafterConfig) -> int:
+    """Draft tokens a step: the given number, or all that the drafter was trained for.
+
+    Raises:
+        ValueError: the drafter was not trained for so many, or does not say for how many.
+    """
+    most = drafter.num_speculative_tokens
+    tokens = most if given is None else given
+    if tokens is None:
+        raise ValueError(
+            "the drafter's config.json does not state its block size: give --num-speculative-tokens"
+        )
+    if tokens < 1 or (most is not None and tokens > most):
+        raise ValueError(
+            f"--num-speculative-tokens {tokens} is outside 1..{most}, what this drafter was trained for"
+        )
+    return tokens
+
+
+def claim_responses(config: EvalConfig) -> None:
+    """ValueError when ``--responses`` names a file that is something else, or that cannot be written."""
+    assert config.responses is not None
+    inputs = {
+        "the verifier": config.verifier,
+        "the drafter": config.drafter,
+        "the data": config.data,
+    }
+    claim_file(config.responses, "--responses", is_log, inputs=inputs, link=True)
 
 
 def _offline(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +11,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_dflash.checkpoint import atomic_write
+from vllm_dflash.files import atomic_path, atomic_write
 
 #: A cache shard is closed when it reaches this size.
 SHARD_BYTES = 512 * 2**20
 _Entry = tuple[Tensor, Tensor | None]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Shard of each key, from a cache folder's ``index.json``.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        listed = json.loads(index.read_text())
+        good = all(re.fullmatch(r"features-\d{5,}\.safetensors", n) for n in listed.values())
+    except (ValueError, AttributeError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"the feature cache's {index} is damaged; delete {index.parent}, and its features are extracted "
+            "again"
+        )
+    return listed
 
 
 class FeatureStore:
@@ -38,16 +58,11 @@ class FeatureStore:
             cache_dir.mkdir(parents=True, exist_ok=True)
             index = cache_dir / "index.json"
             if index.is_file():
-                try:
-                    listed = json.loads(index.read_text())
-                except ValueError as error:
-                    raise ValueError(
-                        f"the feature cache's {index} is damaged ({error}); delete {cache_dir}"
-                    ) from error
+                listed = read_index(index)
                 # Entries whose shard someone deleted are extracted again.
                 there = {n for n in set(listed.values()) if (cache_dir / n).is_file()}
                 self._index = {key: n for key, n in listed.items() if n in there}
-                numbers = (int(Path(n).stem.rpartition("-")[2]) for n in set(listed.values()))
+                numbers = (int(n[len("features-") : -len(".safetensors")]) for n in listed.values())
                 self._next_shard = 1 + max(numbers, default=-1)
 
     def __contains__(self, key: str) -> bool:
@@ -103,12 +118,8 @@ class FeatureStore:
             if final is not None:
                 tensors[f"{key}/final"] = final.cpu().contiguous()
         name = f"features-{self._next_shard:05d}.safetensors"
-        part = self.cache_dir / f".{name}.part"
-        try:
+        with atomic_path(self.cache_dir / name) as part:
             save_file(tensors, part)
-            part.replace(self.cache_dir / name)
-        finally:
-            part.unlink(missing_ok=True)
         self._next_shard += 1
         self._index |= dict.fromkeys(self._pending, name)
         atomic_write(self.cache_dir / "index.json", json.dumps(self._index))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import atomic_path
 from vllm_dflash.modeling.acceptance import Acceptance, walk
 from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter
@@ -480,7 +481,8 @@ class Learner:
             for i, slot in optimizer.state_dict()["state"].items():
                 for key, value in slot.items():
                     tensors[f"{kind}.{names[i]}.{key}"] = torch.as_tensor(value)
-        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, file)
+        with atomic_path(file) as partial:
+            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, partial)
 
     def load_state(self, file: Path) -> None:
         """Inverse of :meth:`save_state`; ValueError when the file is not of this drafter."""

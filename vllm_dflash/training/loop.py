@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.bounds import Bound, check_bounds, count, option_of
 from vllm_dflash.checkpoint import (
     TRAINING_FILE,
     check_computable,
@@ -23,6 +23,8 @@ from vllm_dflash.checkpoint import (
 )
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import versions
+from vllm_dflash.files import ANY_FILES, claim_folder, mark_folder, writing
+from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
 from vllm_dflash.training.config import (
     DrafterShape,
     EngineOptions,
@@ -30,7 +32,15 @@ from vllm_dflash.training.config import (
     SamplingOptions,
 )
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine, cut_sentence, fit_max_len, seat_drafter
+from vllm_dflash.training.engine import (
+    VerifierEngine,
+    check_block,
+    check_engine,
+    cut_sentence,
+    fit_max_len,
+    seat_drafter,
+)
+from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
 from vllm_dflash.training.prepare import prepare_examples, rejection_summary, verifier_eos
 from vllm_dflash.training.reporting import Reporter
@@ -81,6 +91,19 @@ class TrainConfig:
     engine: EngineOptions = field(default_factory=EngineOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
+    def __post_init__(self) -> None:
+        bounds = {
+            "holdout": Bound(low=0, below=1),
+            "max_holdout": count(0),
+            "epochs": Bound(above=0, high=100_000),
+            "max_steps": count(1, 100_000_000),
+            "limit": count(),
+            "feature_gib": Bound(above=0, high=2**20),
+            "eval_every": count(),
+            "save_minutes": Bound(low=0),
+        }
+        check_bounds(self, bounds)
+
     @property
     def run_path(self) -> Path:
         return self.output.with_name(self.output.name + "-run")
@@ -97,26 +120,30 @@ class TrainConfig:
             path = Path(getattr(self, name) or "")
             if path.is_file():
                 out[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in ("shape", "hparams", "engine", "sampling"):
-            out |= {f"{name}.{k}": v for k, v in asdict(getattr(self, name)).items()}
+        parts: dict[str, Any] = {
+            "shape": self.shape.with_defaults(),
+            "hparams": self.hparams,
+            "engine": self.engine,
+            "sampling": self.sampling,
+        }
+        for name, part in parts.items():
+            out |= {f"{name}.{k}": v for k, v in asdict(part).items()}
         return out
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the state is saved and the same command resumes."""
 
 
 @contextmanager
 def _stop_flag() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM fills; a second one acts at once."""
+    """A list that a first signal to stop fills; a second one acts as it does elsewhere."""
     seen: list[int] = []
 
     def handler(signum, frame):
         seen.append(signum)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, before[s])
+        for s, old in before.items():
+            signal.signal(s, old)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: h for s in STOP_SIGNALS if (h := signal.getsignal(s)) != signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, handler)
     try:
         yield seen
     finally:
@@ -137,8 +164,9 @@ def verifier_config(verifier: str) -> Any:
         raise ValueError(f"verifier {verifier} does not exist: no such folder")
     try:
         return AutoConfig.from_pretrained(verifier)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # Whatever a file that is no model's configuration leads transformers into.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"verifier {verifier} cannot be read: {first}") from error
 
 
@@ -152,32 +180,100 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         drafter.known_block_size("give it there to train this drafter")
         check_computable(config.init_from, raw)
         check_weights(config.init_from, drafter)
+        _check_same_shape(config.shape, drafter, config.init_from)
         return drafter
     from transformers import AutoTokenizer
 
+    ids, features = config.shape.target_layer_ids, config.shape.features
+    if ids is not None and features not in (None, len(ids)):
+        raise ValueError(
+            f"--features is {features}, but --target-layer-ids names {len(ids)} layers; leave one out"
+        )
+    if features is not None and features > info.num_hidden_layers:
+        raise ValueError(
+            f"--features is {features}, but the verifier has {info.num_hidden_layers} layers to read"
+        )
     tokenizer = AutoTokenizer.from_pretrained(config.verifier)
     avoid = [info.pad_token_id] if info.pad_token_id is not None else []
     mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
-    shape = config.shape
-    return DrafterConfig.for_verifier(
-        hf_config,
-        mask_token_id=mask,
-        name=config.verifier,
-        num_hidden_layers=shape.layers,
-        draft_block_size=shape.block_size,
-        target_layer_ids=shape.target_layer_ids,
-        num_features=shape.features,
-        draft_vocab_size=shape.draft_vocab,
-        intermediate_size=shape.intermediate_size,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        layer_types=shape.layer_types,
-        sliding_window=shape.sliding_window,
-        causal=shape.causal,
-        sample_from_anchor=shape.sample_from_anchor,
-    )
+    shape: Any = config.shape.with_defaults()
+    try:
+        return DrafterConfig.for_verifier(
+            hf_config,
+            mask_token_id=mask,
+            name=config.verifier,
+            num_hidden_layers=shape.layers,
+            draft_block_size=shape.block_size,
+            target_layer_ids=shape.target_layer_ids,
+            num_features=shape.features,
+            draft_vocab_size=shape.draft_vocab,
+            intermediate_size=shape.intermediate_size,
+            hidden_size=shape.hidden_size,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            layer_types=shape.layer_types,
+            sliding_window=shape.sliding_window,
+            causal=shape.causal,
+            sample_from_anchor=shape.sample_from_anchor,
+        )
+    except ValueError as error:
+        given = ", ".join(option_of(name) for name in config.shape.given())
+        raise ValueError(f"{error} (given: {given or 'no option, it is the verifier'})") from error
+
+
+def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
+    """ValueError when the user gives a shape that the drafter to go on from does not have."""
+    has = {
+        "layers": drafter.num_hidden_layers,
+        "block_size": drafter.draft_block_size,
+        "features": len(drafter.target_layer_ids),
+        "target_layer_ids": drafter.target_layer_ids,
+        "draft_vocab": drafter.logits_vocab_size,
+        "mask_token_id": drafter.mask_token_id,
+        "intermediate_size": drafter.intermediate_size,
+        "hidden_size": drafter.hidden_size,
+        "heads": drafter.num_attention_heads,
+        "kv_heads": drafter.num_key_value_heads,
+        "head_dim": drafter.head_dim,
+        "layer_types": drafter.layer_types,
+        "sliding_window": drafter.sliding_window,
+        "causal": drafter.causal,
+        "sample_from_anchor": drafter.sample_from_anchor,
+    }
+    for field_name, value in shape.given().items():
+        if value != has[field_name]:
+            raise ValueError(
+                f"{option_of(field_name)} is {value!r}, but the drafter --from {name} has "
+                f"{has[field_name]!r}, and a drafter keeps its shape; leave the option out"
+            )
+
+
+def claim_outputs(config: TrainConfig) -> None:
+    """Checks before any work that what the run will write can be written and replaces nothing of the user's.
+
+    Raises:
+        ValueError: names the path and what is wrong with it.
+    """
+    inputs = {
+        "the verifier": config.verifier,
+        "the drafter of --from": config.init_from,
+        "the data": config.data,
+        "the held-out data": config.eval_data,
+    }
+    claim_folder(config.output, "drafter", "-o", inputs=inputs)
+    RunFolder.claim(config.run_path, inputs, restart=config.restart)
+    cache = config.cache_features
+    if cache is None:
+        return
+    for taken in (config.output, config.run_path):
+        if taken.resolve() in (cache.resolve(), *cache.resolve().parents):
+            raise ValueError(
+                f"--cache-features {cache} lies in {taken}, which a run writes; give another place"
+            )
+    claim_folder(cache, "features", "--cache-features", inputs=inputs, names=ANY_FILES, link=True)
+    for index in sorted(cache.glob("*/index.json")) + sorted(cache.glob("*/rank-*/index.json")):
+        read_index(index)
 
 
 def write_seat(config: DrafterConfig, path: Path) -> Path:
@@ -199,13 +295,21 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         ValueError: something the user gave cannot work; nothing that was good is lost.
         Interrupted: a signal stopped the run after its state was saved.
     """
+    try:
+        return _train(config, reporter)
+    except Stopped as stop:
+        raise Interrupted(str(stop), stop.signum) from None
+
+
+def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     # Everything that can be wrong is looked at before the engine takes its minutes to start.
+    claim_outputs(config)
     hf_config = verifier_config(config.verifier)
     drafter = drafter_config(config, hf_config)
     asked = config.engine.max_len
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter))
-    if config.restart and config.run_path.exists():
-        shutil.rmtree(config.run_path)
+    check_block(config.engine, drafter)
+    check_engine(hf_config, config.engine)
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
@@ -214,7 +318,11 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         if config.eval_data
         else ([], [])
     )
-    folder = RunFolder(config.run_path, config.identity())
+    folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
+    if config.cache_features is not None:
+        with writing(config.cache_features):
+            config.cache_features.mkdir(parents=True, exist_ok=True)
+            mark_folder(config.cache_features, "features")
     reporter.open(folder, config)
     reporter.say(
         f"{len(conversations)} conversations ({len(rejected)} rejected), drafter of "
@@ -398,8 +506,8 @@ class _Run:
             self.folder.cut_metrics(0)
             return 0
         self.engine.call("load_state", str(self.folder.path / state["file"]))
-        self.bad = dict(state["bad"])
-        self.seconds |= state["seconds"]
+        self.bad = dict(state.get("bad", {}))
+        self.seconds |= state.get("seconds", {})
         self.folder.cut_metrics(state["step"])
         self.reporter.say(f"resuming at step {state['step']}")
         return state["step"]
@@ -442,7 +550,8 @@ class _Run:
     def _stopped(self) -> Interrupted:
         """Saves what a resumed run needs."""
         self._save(self.step)
-        return Interrupted(f"stopped by signal at step {self.step}")
+        name = signal.Signals(self.stop[0]).name
+        return Interrupted(f"stopped by {name} at step {self.step}", self.stop[0])
 
     def _train(
         self,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from vllm_dflash.files import writing
 from vllm_dflash.training.conversations import Conversation, Rejected, reject_conversation
 from vllm_dflash.training.tokenization import (
     MIN_RESPONSE_TOKENS,
@@ -226,8 +227,10 @@ class ResponseLog:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> ResponseLog:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        check_log(self.path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
         try:
             self._read()
         except BaseException:
@@ -258,8 +261,9 @@ class ResponseLog:
 
     def _write(self, line: dict) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(line).encode("ascii") + b"\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(line).encode("ascii") + b"\n")
+            self._file.flush()
 
     def _read(self) -> None:
         assert self._file is not None
@@ -279,14 +283,8 @@ class ResponseLog:
             self._write({"fingerprint": self.fingerprint})
 
     def _check_header(self, raw: bytes) -> None:
-        try:
-            logged = json.loads(raw)["fingerprint"]
-            fields = sorted(logged.keys() | self.fingerprint.keys())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path} is no log of responses (no fingerprint in its first line); "
-                "use another run folder"
-            ) from error
+        logged = _fingerprint(raw) or {}
+        fields = sorted(logged.keys() | self.fingerprint.keys())
         changed = [name for name in fields if logged.get(name) != self.fingerprint.get(name)]
         if changed:
             differences = "; ".join(
@@ -307,6 +305,40 @@ class ResponseLog:
         except (ValueError, KeyError, TypeError):
             # Damaged in the middle (a full disk, two runs at once): generated again.
             return
+
+
+def check_log(path: Path, way_out: str = "give another file for the responses") -> None:
+    """Checks that a file, if there is one, is a log of responses: others would be cut or added to.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if path.is_file() and not is_log(path):
+        raise ValueError(
+            f"{path} is no log of responses (no fingerprint in its first line); it is left as it is: "
+            f"{way_out}"
+        )
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is a log of responses, perhaps one whose very first line was cut by a kill."""
+    with path.open("rb") as file:
+        first = file.readline()
+    if first.endswith(b"\n"):
+        return _fingerprint(first) is not None
+    return first[: len(_HEADER)] == _HEADER[: len(first)]
+
+
+#: How the first line of a log begins.
+_HEADER = b'{"fingerprint": '
+
+
+def _fingerprint(line: bytes) -> dict | None:
+    try:
+        found = json.loads(line)["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _prompt_sha(prompt_ids: Sequence[int]) -> str:
