@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,6 +57,9 @@ class Verifier:
             object.__setattr__(self, "chat_template", _template_text(self.chat_template))
 
     def __str__(self) -> str:
+        return self.model
+
+    def __fspath__(self) -> str:
         return self.model
 
     @classmethod
@@ -165,6 +169,7 @@ class Verifier:
         """The template that vLLM brings for models of this kind that have none."""
         if importlib.util.find_spec("vllm") is None:
             return None
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read at the first import of vLLM
         from vllm.transformers_utils.chat_templates import get_chat_template_fallback_path
 
         path = get_chat_template_fallback_path(

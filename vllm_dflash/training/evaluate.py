@@ -13,10 +13,12 @@ from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import VerifierEngine, fit_max_len
-from vllm_dflash.training.loop import verifier_config
-from vllm_dflash.training.prepare import prepare_examples
+from vllm_dflash.training.prepare import check_prompts, prepare_examples
+from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.rows import Data
 from vllm_dflash.training.tokenization import Example
+from vllm_dflash.verifier import Verifier
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class EvalConfig:
         through_engine: also serve the prompts and read vLLM's own counters.
         concurrency: requests in flight for that.
         responses: file in which generated responses are kept, so that a second evaluation reuses them.
+        rejected: file that gets the rows that are not used; None keeps none.
+        max_rejected: share of the rows that may be.
     """
 
-    verifier: str
+    verifier: Verifier
     drafter: str
-    data: str
+    data: Data
     num_speculative_tokens: int | None = None
     on_policy: bool = False
     through_engine: bool = False
@@ -41,6 +45,8 @@ class EvalConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     limit: int | None = None
     responses: Path | None = None
+    rejected: Path | None = None
+    max_rejected: float = 0.5
     engine: EngineOptions = field(default_factory=EngineOptions)
     max_tokens: int = 1024
 
@@ -55,8 +61,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ValueError: drafter, verifier or data cannot be used.
     """
-    hf_config = verifier_config(config.verifier)
-    info = VerifierInfo.from_hf_config(hf_config, config.verifier)
+    hf_config = config.verifier.load_config()
+    info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
     drafter = DrafterConfig.from_dict(read_config(config.drafter))
     drafter.check_verifier(info)
     check_weights(config.drafter, drafter)
@@ -70,13 +76,17 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
+    rejected_path = config.rejected if rejected else None  # no empty file beside the result
+    total = len(conversations) + len(rejected)
+    report_rejected(rejected, total, rejected_path, config.max_rejected, reporter.say)
+    check_prompts(config.verifier, conversations, config.engine.extra)
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         responses = config.responses or Path(scratch) / "responses.jsonl"
         with reporter.stage("starting the verifier"):
             engine = VerifierEngine(config.verifier, config.drafter, config.engine, tokens)
         try:
             with reporter.progress("responses", "responses") as update:
-                examples = prepare_examples(
+                examples, rejected = prepare_examples(
                     engine,
                     config.verifier,
                     conversations,
@@ -84,15 +94,17 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
                     on_policy=config.on_policy,
                     sampling=SamplingOptions(max_tokens=config.max_tokens),
                     responses_path=responses,
-                    rejected_path=Path(scratch) / "rejected.jsonl",
+                    rejected_path=config.rejected,
                     max_len=config.engine.max_len,
                     progress=update,
+                    max_rejected=config.max_rejected,
+                    say=reporter.say,
                 )
             offline = _offline(engine, drafter, config.drafter, examples, tokens, reporter)
         finally:
             engine.close()
     out: dict[str, Any] = {
-        "verifier": config.verifier,
+        "verifier": str(config.verifier),
         "drafter": config.drafter,
         "num_speculative_tokens": tokens,
         "conversations": len(conversations),
@@ -156,7 +168,7 @@ def _served(
 
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         bench = BenchConfig(
-            verifier=config.verifier,
+            verifier=str(config.verifier),
             drafter=config.drafter,
             num_speculative_tokens=tokens,
             modes=("ours",),
@@ -165,7 +177,10 @@ def _served(
             max_model_len=config.engine.max_len + tokens + 2,
             enforce_eager=config.engine.enforce_eager,
             out_dir=Path(scratch),
-            engine_args={"tensor_parallel_size": config.engine.ranks},
+            engine_args={
+                "tensor_parallel_size": config.engine.ranks,
+                **config.verifier.engine_args(),
+            },
         )
         # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
         speculative = {**(speculative_config(bench, "ours") or {}), "dflash_draft_length": "fixed"}

@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.training.config import SamplingOptions
-from vllm_dflash.training.conversations import (
-    Conversation,
-    Rejected,
-    reject_conversation,
-    write_rejected,
-)
+from vllm_dflash.training.conversations import Conversation, Rejected, reject_conversation
 from vllm_dflash.training.engine import VerifierEngine
+from vllm_dflash.training.rejections import report_rejected
+from vllm_dflash.training.replies import ParsedReplies, check_parser_name
 from vllm_dflash.training.responses import regenerate
-from vllm_dflash.training.tokenization import Example, eos_token_ids, on_policy_examples
+from vllm_dflash.training.tokenization import (
+    Example,
+    check_template,
+    eos_token_ids,
+    on_policy_examples,
+)
+from vllm_dflash.verifier import Verifier
 
+#: Model types for which vLLM brings a tokenizer mode of its own; their tokenizers have no template.
+_OWN_RENDERERS = ("deepseek_v32", "deepseek_v4", "kimi_k3", "kimi_audio", "inkling")
 Progress = Callable[[int, int], None]
 
 
-def verifier_eos(engine: VerifierEngine, verifier: str) -> frozenset[int]:
-    """Tokens that end the verifier's turn, from its generation config and tokenizer."""
-    from transformers import GenerationConfig
-
-    try:
-        generation = GenerationConfig.from_pretrained(verifier).to_dict()
-    except OSError:
-        # A verifier without generation_config.json; the tokenizer's eos is what vLLM uses then too.
-        generation = None
-    return eos_token_ids(engine.tokenizer, generation)
+def verifier_eos(engine: VerifierEngine, verifier: Verifier) -> frozenset[int]:
+    """Tokens that end the verifier's turn, from its generation config and tokenizer, as vLLM has them."""
+    return eos_token_ids(engine.tokenizer, verifier.load_generation_config())
 
 
 def prepare_examples(
     engine: VerifierEngine,
-    verifier: str,
+    verifier: Verifier,
     conversations: list[Conversation],
     rejected: list[Rejected],
     *,
     on_policy: bool,
     sampling: SamplingOptions,
     responses_path: Path,
-    rejected_path: Path,
+    rejected_path: Path | None,
     max_len: int,
     progress: Progress | None = None,
-) -> list[Example]:
+    max_rejected: float = 1.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Example], list[Rejected]]:
     """Responses (regenerated, or with ``on_policy`` those of the data) as token sequences.
 
-    Rejected conversations are added to ``rejected_path``.
+    Conversations rejected here are added to ``rejected_path``.
+
+    Args:
+        rejected: rows that were rejected before.
+        max_rejected: share of all rows that may be.
+        say: prints a line for the user.
+
+    Returns:
+        The examples, and all rows that are not used.
 
     Raises:
-        ValueError: nothing is left to train on.
+        ValueError: nothing is left to train on, or too much was rejected.
     """
     tokenizer = engine.tokenizer
     if on_policy:
@@ -63,7 +71,8 @@ def prepare_examples(
             except ValueError as error:
                 later.append(reject_conversation(conversation, error))
     else:
-        fingerprint: dict[str, Any] = {"verifier": verifier, **asdict(sampling)}
+        weights = {n: v for n, v in verifier.identity().items() if n in ("verifier", "revision")}
+        fingerprint: dict[str, Any] = {**weights, **asdict(sampling)}
         examples, later = regenerate(
             conversations,
             tokenizer,
@@ -72,12 +81,42 @@ def prepare_examples(
             fingerprint=fingerprint,
             max_len=max_len,
             on_progress=progress,
+            to_message=engine.to_message,
+            say=say,
         )
-    write_rejected(rejected_path, [*rejected, *later])
+    if later:
+        total = len(conversations) + len(rejected)
+        report_rejected([*rejected, *later], total, rejected_path, max_rejected, say)
     if not examples:
         reasons = sorted({r.reason for r in later})[:3]
+        kept = "" if rejected_path is None else f" (all of them in {rejected_path})"
         raise ValueError(
-            f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)} "
-            f"(all of them in {rejected_path})"
+            f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)}{kept}"
         )
-    return examples
+    return examples, [*rejected, *later]
+
+
+def check_prompts(
+    verifier: Verifier, conversations: list[Conversation], engine_args: Mapping[str, Any]
+) -> None:
+    """Finds out without an engine that the verifier's chat template and parser can serve the data.
+
+    Raises:
+        ValueError: they cannot: no template, none that fits the data, no such parser.
+    """
+    if verifier.reasoning_parser is not None:
+        check_parser_name(verifier.reasoning_parser)
+    if _renders_itself(verifier, engine_args):
+        return
+    tokenizer = verifier.load_tokenizer()
+    check_template(tokenizer, conversations)
+    if verifier.reasoning_parser is not None:
+        ParsedReplies(verifier.reasoning_parser, tokenizer)
+
+
+def _renders_itself(verifier: Verifier, engine_args: Mapping[str, Any]) -> bool:
+    """True if vLLM has a tokenizer or renderer of its own for the verifier, which needs no template."""
+    if engine_args.get("tokenizer_mode", "auto") not in ("auto", "hf"):
+        return True
+    model_type = str(verifier.load_config().model_type)
+    return model_type.startswith(_OWN_RENDERERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,18 @@ class RunFolder:
                     "repeat its settings to resume it, or give another -o (or --restart to discard it)"
                 )
         else:
-            run = {"config": config, "versions": versions(), "argv": sys.argv}
+            started = datetime.now().isoformat(timespec="seconds")
+            run = {"config": config, "versions": versions(), "argv": sys.argv, "started": started}
             atomic_write(file, json.dumps(run, indent=2) + "\n")
+
+    @property
+    def started(self) -> datetime:
+        """When the run was first started, in the local time of then."""
+        file = self.path / "run.json"
+        started = json.loads(file.read_text()).get("started")
+        if started is None:  # a run of an older version
+            return datetime.fromtimestamp(file.stat().st_mtime)
+        return datetime.fromisoformat(started)
 
     @property
     def responses(self) -> Path:
@@ -47,6 +58,10 @@ class RunFolder:
     @property
     def rejected(self) -> Path:
         return self.path / "rejected.jsonl"
+
+    @property
+    def rejected_heldout(self) -> Path:
+        return self.path / "rejected-heldout.jsonl"
 
     @property
     def metrics(self) -> Path:

@@ -1,0 +1,65 @@
+"""What the user is told of rows that are not trained on: how many, for which reasons, where they are kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from vllm_dflash.training.conversations import Rejected, write_rejected
+
+#: Kinds of reasons that are told one by one.
+MAX_KINDS = 5
+#: What differs between reasons of one kind: numbers and what is quoted.
+_DETAIL = re.compile(r"\d+|'[^']*'|\"[^\"]*\"")
+
+
+def count_reasons(reasons: Iterable[str]) -> list[tuple[int, str]]:
+    """How often each kind of reason occurs, with its first example, most frequent first."""
+    kinds: dict[str, tuple[int, str]] = {}
+    for reason in reasons:
+        kind = _DETAIL.sub("", reason)[:80]
+        count, example = kinds.get(kind, (0, reason))
+        kinds[kind] = (count + 1, example)
+    return sorted(kinds.values(), key=lambda counted: -counted[0])
+
+
+def report_rejected(
+    rejected: Sequence[Rejected],
+    total: int,
+    path: Path | None,
+    max_share: float,
+    say: Callable[[str], None],
+) -> None:
+    """Keeps the rejected rows in ``path`` and says how many there are and why.
+
+    Args:
+        rejected: all of them so far.
+        total: rows that were read, the rejected ones included.
+        path: replaced; None keeps nothing.
+        max_share: of the rows that may be rejected (``--max-rejected``).
+        say: prints a line for the user.
+
+    Raises:
+        ValueError: more are rejected.
+    """
+    if path is not None:
+        write_rejected(path, rejected)
+    if not rejected:
+        return
+    kept = "" if path is None else f", kept in {path}"
+    counted = count_reasons(reject.reason for reject in rejected)
+    too_many = len(rejected) > max_share * total
+    head = f"{len(rejected)} of {total} rows are rejected{kept}"
+    lines = [f"{count} x {reason}" for count, reason in counted[:MAX_KINDS]]
+    if len(counted) > MAX_KINDS:
+        others = sum(count for count, _ in counted[MAX_KINDS:])
+        lines.append(f"{others} x other reasons")
+    if too_many:
+        raise ValueError(
+            f"{head}, more than --max-rejected {max_share:g} allows: {'; '.join(lines)}. Mend the data, or "
+            "allow more (--max-rejected 1 allows all)"
+        )
+    say(f"{head}:")
+    for line in lines:
+        say(f"  {line}")
