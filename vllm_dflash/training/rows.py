@@ -135,9 +135,10 @@ def _local_files(one: str) -> list[Path] | None:
     if any(character in one for character in _GLOB_CHARACTERS):
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [match for match in found if match.is_file()]
-        if not files:
+        if files:
+            return files
+        if not HUB_NAME.fullmatch(one):  # whose split may be a slice: org/name:train[:1000]
             raise ValueError(f"no file matches {one}")
-        return files
     return None
 
 
