@@ -458,7 +458,7 @@ def bench(
         kwargs,
         num_prompts,
         max_rejected=max_rejected,
-        rejected_path=output / "rejected.jsonl",
+        rejected_path=output.with_name(f"{output.name}-rejected.jsonl"),
         say=lambda text: console.print(text, highlight=False, soft_wrap=True),
     )
     report = run_bench(config, prompts, lambda text: console.print(text, highlight=False))

@@ -27,7 +27,7 @@ from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafter
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
-from vllm_dflash.training.rejections import report_rejected
+from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.rows import Data, data_files
 from vllm_dflash.training.run_folder import RunFolder
@@ -202,15 +202,18 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         if config.eval_data
         else ([], [])
     )
+    # A run that cannot begin leaves no folder behind, whose settings would then be in the way.
+    beside = config.output.with_name(f"{config.output.name}-rejected.jsonl")
+    num_rows, num_held_rows = len(conversations) + len(rejected), len(held_out) + len(held_rejected)
+    check_rejected(rejected, num_rows, beside, config.max_rejected)
+    check_rejected(held_rejected, num_held_rows, beside, config.max_rejected)
+    check_prompts(config.verifier, conversations, config.engine.extra)
     folder = RunFolder(config.run_path, config.identity())
     reporter.open(folder, config)
-    for rows, refused, path in (
-        (conversations, rejected, folder.rejected),
-        (held_out, held_rejected, folder.rejected_heldout),
-    ):
-        total = len(rows) + len(refused)
-        report_rejected(refused, total, path, config.max_rejected, reporter.say)
-    check_prompts(config.verifier, conversations, config.engine.extra)
+    say, allowed = reporter.say, config.max_rejected
+    report_rejected(rejected, num_rows, folder.rejected, allowed, say)
+    if config.eval_data:
+        report_rejected(held_rejected, num_held_rows, folder.rejected_heldout, allowed, say)
     reporter.say(
         f"{len(conversations)} conversations ({len(rejected)} rejected), drafter of "
         f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "

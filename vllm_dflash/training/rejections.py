@@ -24,6 +24,30 @@ def count_reasons(reasons: Iterable[str]) -> list[tuple[int, str]]:
     return sorted(kinds.values(), key=lambda counted: -counted[0])
 
 
+def check_rejected(
+    rejected: Sequence[Rejected], total: int, path: Path | None, max_share: float
+) -> None:
+    """Refuses data of which too much is rejected, and then keeps the rejected rows in ``path``.
+
+    Args:
+        rejected: all of them so far.
+        total: rows that were read, the rejected ones included.
+        path: replaced if they are too many; None keeps nothing.
+        max_share: of the rows that may be rejected (``--max-rejected``).
+
+    Raises:
+        ValueError: more are rejected.
+    """
+    if not rejected or len(rejected) <= max_share * total:
+        return
+    if path is not None:
+        write_rejected(path, rejected)
+    raise ValueError(
+        f"{_head(rejected, total, path)}, more than --max-rejected {max_share:g} allows: "
+        f"{'; '.join(_lines(rejected))}. Mend the data, or allow more (--max-rejected 1 allows all)"
+    )
+
+
 def report_rejected(
     rejected: Sequence[Rejected],
     total: int,
@@ -33,33 +57,27 @@ def report_rejected(
 ) -> None:
     """Keeps the rejected rows in ``path`` and says how many there are and why.
 
-    Args:
-        rejected: all of them so far.
-        total: rows that were read, the rejected ones included.
-        path: replaced; None keeps nothing.
-        max_share: of the rows that may be rejected (``--max-rejected``).
-        say: prints a line for the user.
-
-    Raises:
-        ValueError: more are rejected.
+    Takes and raises what :func:`check_rejected` does; ``say`` prints a line for the user, and ``path`` is
+    replaced whether there are any or not.
     """
+    check_rejected(rejected, total, path, max_share)
     if path is not None:
         write_rejected(path, rejected)
-    if not rejected:
-        return
+    if rejected:
+        say(f"{_head(rejected, total, path)}:")
+        for line in _lines(rejected):
+            say(f"  {line}")
+
+
+def _head(rejected: Sequence[Rejected], total: int, path: Path | None) -> str:
     kept = "" if path is None else f", kept in {path}"
+    rows = "row is" if len(rejected) == 1 else "rows are"
+    return f"{len(rejected)} of {total} {rows} rejected{kept}"
+
+
+def _lines(rejected: Sequence[Rejected]) -> list[str]:
     counted = count_reasons(reject.reason for reject in rejected)
-    too_many = len(rejected) > max_share * total
-    head = f"{len(rejected)} of {total} rows are rejected{kept}"
     lines = [f"{count} x {reason}" for count, reason in counted[:MAX_KINDS]]
     if len(counted) > MAX_KINDS:
-        others = sum(count for count, _ in counted[MAX_KINDS:])
-        lines.append(f"{others} x other reasons")
-    if too_many:
-        raise ValueError(
-            f"{head}, more than --max-rejected {max_share:g} allows: {'; '.join(lines)}. Mend the data, or "
-            "allow more (--max-rejected 1 allows all)"
-        )
-    say(f"{head}:")
-    for line in lines:
-        say(f"  {line}")
+        lines.append(f"{sum(count for count, _ in counted[MAX_KINDS:])} x other reasons")
+    return lines
