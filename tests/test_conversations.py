@@ -644,6 +644,23 @@ def test_folder_with_a_split_is_a_data_set(tmp_path, monkeypatch):
     assert asked(f"{folder}:test") == ["2"]
 
 
+def test_what_datasets_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list([with_nulls(schema_nulls=False), *questions(1)])
+    one.save_to_disk(str(tmp_path / "one"))
+    conversations, _ = load_conversations(tmp_path / "one")
+    assert conversations[1].messages == ({"role": "user", "content": "question 1"},)
+    assert arguments_of(conversations[0]) == {"city": "Oslo"}
+    several = datasets.DatasetDict(
+        train_sft=datasets.Dataset.from_list(questions(0)),
+        test_sft=datasets.Dataset.from_list(questions(1)),
+    )
+    several.save_to_disk(str(tmp_path / "several"))
+    assert asked(f"{tmp_path / 'several'}:test_sft") == ["1"]
+    with pytest.raises(ValueError, match="reading split 'train' of that Hugging Face data set"):
+        load_conversations(tmp_path / "several")
+
+
 def test_pictures_of_a_data_set_are_never_opened(monkeypatch):
     datasets = pytest.importorskip("datasets")
     picture = {"bytes": b"no picture", "path": "a.png"}

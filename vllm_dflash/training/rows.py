@@ -99,6 +99,8 @@ def _chain(opened: Iterable[Iterable[Row]]) -> Rows:
 
 
 def _open(one: str, streaming: bool, split: str) -> Rows:
+    if _is_saved(Path(one).expanduser()):
+        return _hub_rows(one, None, split=split, streaming=streaming)
     paths = _local_files(one)
     if paths is not None:
         # The shards of a folder are one source in reports.
@@ -142,7 +144,15 @@ def _local_files(one: str) -> list[Path] | None:
     return None
 
 
+def _is_saved(folder: Path) -> bool:
+    """True for a folder that ``datasets`` wrote with ``save_to_disk``."""
+    one = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return one or (folder / "dataset_dict.json").is_file()
+
+
 def _folder_files(folder: Path) -> list[Path]:
+    if _is_saved(folder):
+        return sorted(folder.rglob("*.arrow"))
     inside = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     kinds = [_kind(path) for path in inside]
     # Files of metadata are .json, too: they are read only where nothing else holds data.
@@ -272,7 +282,12 @@ def _hub_rows(name: str, subset: str | None, *, split: str, streaming: bool) -> 
         ) from error
     which = [name] if subset is None else [name, subset]
     try:
-        data_set = datasets.load_dataset(*which, split=split, streaming=streaming)
+        if _is_saved(Path(name).expanduser()):
+            data_set = datasets.load_from_disk(str(Path(name).expanduser()))
+            if isinstance(data_set, dict):
+                data_set = data_set[split]
+        else:
+            data_set = datasets.load_dataset(*which, split=split, streaming=streaming)
         yield from _objects(_without_media(data_set), shown, from_arrow=True)
     except Exception as error:  # the hub's clients raise a dozen unrelated classes
         first = " ".join(str(error).split())
