@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -169,14 +168,9 @@ class Verifier:
         """The template that vLLM brings for models of this kind that have none."""
         if importlib.util.find_spec("vllm") is None:
             return None
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read at the first import of vLLM
-        from vllm.transformers_utils.chat_templates import get_chat_template_fallback_path
+        from vllm_dflash.serving.chat import fallback_template
 
-        path = get_chat_template_fallback_path(
-            model_type=self.load_config().model_type,
-            tokenizer_name_or_path=self.tokenizer or self.model,
-        )
-        return None if path is None else Path(path).read_text(encoding="utf-8")
+        return fallback_template(self.load_config().model_type, self.tokenizer or self.model)
 
 
 def _template_text(given: str) -> str:

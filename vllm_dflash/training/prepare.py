@@ -11,7 +11,7 @@ from vllm_dflash.training.config import SamplingOptions
 from vllm_dflash.training.conversations import Conversation, Rejected, reject_conversation
 from vllm_dflash.training.engine import VerifierEngine
 from vllm_dflash.training.rejections import report_rejected
-from vllm_dflash.training.replies import ParsedReplies, check_parser_name
+from vllm_dflash.training.replies import ParsedReplies
 from vllm_dflash.training.responses import regenerate
 from vllm_dflash.training.tokenization import (
     Example,
@@ -105,6 +105,8 @@ def check_prompts(
         ValueError: they cannot: no template, none that fits the data, no such parser.
     """
     if verifier.reasoning_parser is not None:
+        from vllm_dflash.serving.chat import check_parser_name
+
         check_parser_name(verifier.reasoning_parser)
     if _renders_itself(verifier, engine_args):
         return

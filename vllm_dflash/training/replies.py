@@ -7,7 +7,6 @@ reply put back raw makes a prompt that no server ever sees.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,58 +128,21 @@ class ParsedReplies:
     """
 
     def __init__(self, name: str, tokenizer: Any, model_config: Any = None) -> None:
-        check_parser_name(name)
-        from vllm.parser.parser_manager import ParserManager
+        from vllm_dflash.serving.chat import ReasoningSplit
 
-        hf_config = getattr(model_config, "hf_config", None)
-        try:
-            parser = ParserManager.get_parser(
-                reasoning_parser_name=name,
-                model_name=getattr(model_config, "model", None),
-                is_harmony=getattr(hf_config, "model_type", None) == "gpt_oss",
-                tokenizer=tokenizer,
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--reasoning-parser {name} cannot be used here: {error}") from error
-        assert parser is not None
-        self.parser, self.tokenizer, self.model_config = parser, tokenizer, model_config
+        self.tokenizer = tokenizer
+        self.split = ReasoningSplit(name, tokenizer, model_config)
 
     def __call__(self, reply: FinishedReply) -> dict:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        conversation = reply.conversation
-        # Only what parsers read: the question that was asked is in the prompt.
-        request: Any = ChatCompletionRequest.model_validate(
-            {
-                "messages": [{"role": "user", "content": ""}],
-                "tools": list(conversation.tools) if conversation.tools else None,
-                "chat_template_kwargs": conversation.chat_template_kwargs,
-            }
-        )
-        parser = self.parser(
-            self.tokenizer,
-            request.tools,
-            model_config=self.model_config,
-            chat_template_kwargs=conversation.chat_template_kwargs,
-        )
-        request = parser.adjust_request(request)
         ids = _without_stop_token(self.tokenizer, reply)
-        text = _text(self.tokenizer, ids, special=not request.skip_special_tokens)
-        parser.set_prompt_token_ids(list(reply.prompt_ids))
-        reasoning, content, _ = parser.parse(
-            text, request, model_output_token_ids=list(reply.token_ids)
+        reasoning, content = self.split(
+            reply.prompt_ids,
+            reply.token_ids,
+            lambda special: _text(self.tokenizer, ids, special=special),
+            reply.conversation.tools,
+            reply.conversation.chat_template_kwargs,
         )
         return _assistant(content or "", reasoning)
-
-
-def check_parser_name(name: str) -> None:
-    """ValueError names vLLM's reasoning parsers if this is none of them."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read at the first import of vLLM
-    from vllm.reasoning import ReasoningParserManager
-
-    known = ReasoningParserManager.list_registered()
-    if name not in known:
-        raise ValueError(f"--reasoning-parser is {name!r}; vLLM has {', '.join(known)}")
 
 
 def _assistant(content: str, reasoning: str | None) -> dict:
