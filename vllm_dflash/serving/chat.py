@@ -52,11 +52,11 @@ class ReasoningSplit:
                 reasoning_parser_name=name,
                 model_name=getattr(model_config, "model", None),
                 is_harmony=getattr(hf_config, "model_type", None) == "gpt_oss",
-                tokenizer=tokenizer,
             )
-        except (TypeError, ValueError) as error:
+            assert parser is not None
+            parser(tokenizer, model_config=model_config)
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"--reasoning-parser {name} cannot be used here: {error}") from error
-        assert parser is not None
         self.parser, self.tokenizer, self.model_config = parser, tokenizer, model_config
 
     def __call__(
@@ -77,12 +77,11 @@ class ReasoningSplit:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
         # Only what parsers read: the question that was asked is in the prompt.
-        request: Any = ChatCompletionRequest.model_validate(
-            {
-                "messages": [{"role": "user", "content": ""}],
-                "tools": list(tools) if tools else None,
-                "chat_template_kwargs": chat_template_kwargs,
-            }
+        make: Any = ChatCompletionRequest
+        request = make(
+            messages=[{"role": "user", "content": ""}],
+            tools=list(tools) if tools else None,
+            chat_template_kwargs=chat_template_kwargs,
         )
         parser = self.parser(
             self.tokenizer,
@@ -91,7 +90,8 @@ class ReasoningSplit:
             chat_template_kwargs=chat_template_kwargs,
         )
         request = parser.adjust_request(request)
-        parser.set_prompt_token_ids(list(prompt_ids))
+        if hasattr(parser, "set_prompt_token_ids"):  # not in vLLM 0.31
+            parser.set_prompt_token_ids(list(prompt_ids))
         reasoning, content, _ = parser.parse(
             text(not request.skip_special_tokens), request, model_output_token_ids=list(token_ids)
         )
