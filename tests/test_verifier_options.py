@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from datetime import datetime
@@ -201,6 +202,24 @@ def test_the_template_is_part_of_a_runs_identity(tmp_path):
     for other in ({}, {"chat_template": DATED}, {"chat_template": FIXED, "revision": "v2"}):
         with pytest.raises(ValueError, match=r"chat_template|revision"):
             RunFolder(tmp_path / "run", identity(**other))
+
+
+def test_several_files_of_data(refused, tmp_path, verifier, prompts_file):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "hi"}\n')
+    two = ("--data", prompts_file, "--data", tmp_path / "b.jsonl")
+    line = refused("train", verifier, *two, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "o")
+    assert "none.jsonl" in line
+
+    def digest():
+        data = (str(prompts_file), str(tmp_path / "b.jsonl"))
+        return TrainConfig(Verifier("m"), data, tmp_path / "o").identity()["data_sha256"]
+
+    first = digest()
+    assert digest() == first
+    (tmp_path / "b.jsonl").write_text('{"prompt": "ho"}\n')
+    assert digest() != first
+    only = TrainConfig(Verifier("m"), str(prompts_file), tmp_path / "o").identity()
+    assert only["data_sha256"] == hashlib.sha256(prompts_file.read_bytes()).hexdigest()
 
 
 def test_data_of_which_most_is_rejected(refused, tmp_path, verifier, drafter):

@@ -103,7 +103,13 @@ class TrainConfig:
 
 def _digest(files: list[Path]) -> str:
     """SHA-256 of a file; of several, that of their digests."""
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    digests = []
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        digests.append(digest.hexdigest())
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
