@@ -291,8 +291,9 @@ def _hub_rows(name: str, subset: str | None, *, split: str, streaming: bool) -> 
         yield from _objects(_without_media(data_set), shown, from_arrow=True)
     except Exception as error:  # the hub's clients raise a dozen unrelated classes
         first = " ".join(str(error).split())
+        missing = "" if Path(name).expanduser().exists() else f"no file {shown}, and "
         raise ValueError(
-            f"no file {shown}, and reading split {split!r} of that Hugging Face data set failed: "
+            f"{missing}reading split {split!r} of that Hugging Face data set failed: "
             f"{type(error).__name__}: {first}. Check the name and the network; a split or subset is "
             "named as org/name:split or org/name/subset:split; or give a file"
         ) from error
