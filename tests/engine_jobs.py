@@ -4,7 +4,8 @@
 
 The job: ``engine`` (EngineArgs), ``runs`` (each ``name``, ``prompts`` as token ids, ``params`` of
 SamplingParams for all or per prompt, ``lora``: per prompt the folder of an adapter or null,
-``concurrency``, ``abort``: [prompt index, after how many steps],
+``concurrency``, ``abort``: [prompt index, after how many steps], ``cut``: the same, while the step runs, as
+a client's disconnect mostly comes,
 ``sampler``: "accept_all" for a deliberately wrong rejection sampler), ``record``: a safetensors file for the
 features and drafts that the proposer sees, ``config``: whether to return the engine's configuration,
 ``features``: false to save none of them, ``random_lengths``: whether draft lengths, and whom to draft for,
@@ -20,6 +21,7 @@ import inspect
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -228,12 +230,18 @@ class RecorderV2:
 
 def sampling_params(raw: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        StructuredOutputsParams,
+    )
 
     # Also gathers the n outputs of a request, which otherwise come one by one.
     raw = {**raw, "output_kind": RequestOutputKind.FINAL_ONLY}
     if "structured_outputs" in raw:
         raw["structured_outputs"] = StructuredOutputsParams(**raw["structured_outputs"])
+    if "repetition_detection" in raw:
+        raw["repetition_detection"] = RepetitionDetectionParams(**raw["repetition_detection"])
     return SamplingParams(**raw)
 
 
@@ -274,6 +282,13 @@ def accept_all(module: Any) -> Any:
     return original
 
 
+def logprobs(positions: Any) -> list[list[tuple[int, float]]]:
+    return [
+        sorted(((t, p.logprob) for t, p in step.items()), key=lambda x: (-x[1], x[0]))
+        for step in positions
+    ]
+
+
 def completion(output: Any) -> dict[str, Any]:
     out = {
         "token_ids": list(output.token_ids),
@@ -282,10 +297,7 @@ def completion(output: Any) -> dict[str, Any]:
         "stop": output.stop_reason,
     }
     if output.logprobs:
-        out["logprobs"] = [
-            sorted(((t, p.logprob) for t, p in step.items()), key=lambda x: (-x[1], x[0]))
-            for step in output.logprobs
-        ]
+        out["logprobs"] = logprobs(output.logprobs)
     return out
 
 
@@ -313,16 +325,49 @@ def run(engine: Any, job: dict[str, Any]) -> list[list[dict[str, Any]] | None]:
                 lora_request=adapter(job["lora"][i]) if "lora" in job else None,
             )
             running.add(f"{name}:{i}")
+        cut = job.get("cut")
+        if cut and steps + 1 == cut[1]:
+            core = engine.engine_core.engine_core
+            gone = [r for r in core.scheduler.requests if r.startswith(f"{name}:{cut[0]}-")]
+            assert gone, "it has ended"
+            core.aborts_queue.put_nowait(gone)
         for output in engine.step():
             if output.finished:
                 i = int(output.request_id.rsplit(":", 1)[1])
                 results[i] = [completion(o) for o in output.outputs]
+                if any(output.prompt_logprobs or ()):
+                    results[i][0]["prompt_logprobs"] = logprobs(output.prompt_logprobs[1:])
                 running.discard(output.request_id)
         steps += 1
         if abort and steps == abort[1]:
             engine.abort_request([f"{name}:{abort[0]}"])
             running.discard(f"{name}:{abort[0]}")
+        if cut and steps == cut[1]:
+            engine.abort_request([f"{name}:{cut[0]}"])
+            running.discard(f"{name}:{cut[0]}")
     return results
+
+
+class LastDraft:
+    """Highest position of a draft token that a scheduler sends to the verifier, since the last reading."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.position = -1
+        schedule = scheduler.schedule
+
+        def noted(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            for name, tokens in output.scheduled_spec_decode_tokens.items():
+                if tokens:  # scheduled tokens are counted as computed by now
+                    last = scheduler.requests[name].num_computed_tokens - 1
+                    self.position = max(self.position, last)
+            return output
+
+        scheduler.schedule = noted
+
+    def take(self) -> int:
+        position, self.position = self.position, -1
+        return position
 
 
 def describe(engine: Any) -> dict[str, Any]:
@@ -392,6 +437,8 @@ def main(job_file: str, out_file: str) -> None:
     if recorder is not None:
         recorder.runner = runner
     result["runs"] = {}
+    scheduler = engine.engine_core.engine_core.scheduler
+    last_draft = LastDraft(scheduler)
     for one in job["runs"]:
         if recorder is not None:
             recorder.recording = True
@@ -413,17 +460,24 @@ def main(job_file: str, out_file: str) -> None:
             k: v - before.get(k, 0) if not k.startswith("vllm_dflash") else v
             for k, v in after.items()
         }
-        result["runs"][one["name"]] = {"outputs": outputs, "counters": changed}
+        result["runs"][one["name"]] = {
+            "outputs": outputs,
+            "counters": changed,
+            "last_draft": last_draft.take(),
+        }
+    if job["engine"].get("speculative_config"):
+        time.sleep(0.6)  # the engine is idle, and its last figures are written
     result["counters"] = counters()
     result["ops"] = calls
-    scheduler = engine.engine_core.engine_core.scheduler
     result["scheduler"] = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
     result["batches"] = engine.engine_core.engine_core.batch_queue_size
     lengths = getattr(drafter, "lengths", None) or getattr(scheduler, "draft_lengths", None)
     if lengths is not None:
-        from vllm_dflash.serving.draft_stats import figures
+        from vllm_dflash.serving.draft_stats import figures, read_stats, stats_file
 
         result["lengths"] = figures(lengths.policy)
+        name = engine.vllm_config.speculative_config.dflash_stats
+        result["served"] = read_stats(stats_file(name))
     if recorder is not None:
         from safetensors.torch import save_file
 

@@ -106,6 +106,7 @@ class World:
         for row, (i, length, accepted) in enumerate(rows):
             if i in self.ids:
                 promised = float(step.chosen.promised_BK[row, :length].sum())
+                policy.count(length, accepted, promised)
                 policy.observe(str(i), length, accepted, promised)
         policy.observe_step(
             num_requests=len(step.ids),

@@ -217,6 +217,7 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
         "hidden_size": 8,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "intermediate_size": 8,
         "vocab_size": 16,
         "block_size": 8,

@@ -39,6 +39,7 @@ CONFIG = DrafterConfig(
     mask_token_id=39,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     dtype="float32",
+    verifier="some/verifier",
 )
 DRAFT_TOKENS = torch.tensor([0, 3, 4, 11, 39])
 SMALL_VOCAB = CONFIG.with_(draft_vocab_size=5)
@@ -382,16 +383,16 @@ def test_broken_config(text, words, saved):
 @pytest.mark.parametrize("config", [CONFIG, SMALL_VOCAB])
 def test_convert_there_and_back(config, tmp_path):
     save_drafter(tmp_path / "zlab", config, weights_of(config))
-    there = convert(tmp_path / "zlab", tmp_path / "speculators", "speculators")
+    there, remarks = convert(tmp_path / "zlab", tmp_path / "speculators", "speculators")
     convert(tmp_path / "speculators", tmp_path / "again", "zlab")
     assert there == config
+    assert remarks == []
     raw = json.loads((tmp_path / "speculators" / "config.json").read_text())
     assert raw["speculators_model_type"] == "dflash"
     first = load_file(tmp_path / "zlab" / WEIGHTS_FILE)
     for name in ("speculators", "again"):
         assert_same(load_file(tmp_path / name / WEIGHTS_FILE), first)
     raw, back = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("zlab", "again"))
-    back["dflash_config"].pop("causal")  # speculators always says it
     assert back == raw
 
 
@@ -405,3 +406,131 @@ def test_convert_onto_itself(saved):
 def test_the_weights_are_as_readable_as_the_config(saved):
     modes = {f.name: f.stat().st_mode & 0o777 for f in saved.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+# ---- what a copy must not lose ----
+
+
+def give_mask_embedding(folder, seed: int = 5, **changes) -> torch.Tensor:
+    """As MiMo's checkpoint has it."""
+    embedding = torch.randn(16, generator=torch.Generator().manual_seed(seed))
+    state = {"mask_token_id": 39, "embedding": embedding} | changes
+    torch.save(state, folder / "mask_embedding.pt")
+    return embedding
+
+
+@pytest.mark.parametrize("fmt", ["zlab", "speculators"])
+def test_the_mask_tokens_own_embedding_is_read_and_carried_along(fmt, saved):
+    embedding = give_mask_embedding(saved)
+    assert torch.equal(load_weights(saved, CONFIG)["mask_embedding"], embedding)
+    _, remarks = convert(saved, saved.parent / "copy", fmt)
+    assert torch.equal(load_weights(saved.parent / "copy", CONFIG)["mask_embedding"], embedding)
+    state = torch.load(saved.parent / "copy" / "mask_embedding.pt", weights_only=True)
+    assert state["mask_token_id"] == 39
+    assert any("speculators does not" in r for r in remarks) == (fmt == "speculators")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask_token_id": 7}, "7.*39"),
+        ({"embedding": torch.zeros(3)}, "16 values"),
+        ({"embedding": None}, "NoneType"),
+        ({"embedding": torch.full((16,), float("nan"))}, "mask_embedding has non-finite"),
+    ],
+    ids=str,
+)
+def test_an_unusable_mask_embedding_is_named(changes, words, saved):
+    give_mask_embedding(saved, **changes)
+    with pytest.raises(ValueError, match=words):
+        load_weights(saved, CONFIG)
+
+
+def test_a_mask_embedding_that_would_run_code_is_not_loaded(saved):
+    (saved / "mask_embedding.pt").write_bytes(pickle.dumps({"embedding": print}))
+    with pytest.raises(ValueError, match=r"mask_embedding\.pt cannot be read"):
+        load_weights(saved, CONFIG)
+
+
+def test_a_bare_mask_embedding_is_read(saved):
+    torch.save(torch.ones(1, 16), saved / "mask_embedding.pt")
+    assert torch.equal(load_weights(saved, CONFIG)["mask_embedding"], torch.ones(16))
+
+
+@pytest.mark.parametrize("said", ["bfloat16", None])
+def test_conversion_keeps_every_bit_and_says_its_dtype(said, saved):
+    """Also where config.json says another dtype than the tensors have, or none (speculators' own place)."""
+    raw = json.loads((saved / "config.json").read_text())
+    raw["dtype"] = said
+    (saved / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    converted, _ = convert(saved, saved.parent / "copy", "speculators")
+    assert converted.dtype == "float32"
+    assert_same(load_weights(saved.parent / "copy", CONFIG), weights_of(CONFIG))
+    assert json.loads((saved.parent / "copy" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_speculators_says_its_dtype_at_the_top(saved):
+    convert(saved, saved.parent / "spec", "speculators")
+    raw = json.loads((saved.parent / "spec" / "config.json").read_text())
+    del raw["transformer_layer_config"]["dtype"]
+    assert DrafterConfig.from_dict(raw).dtype == "float32"
+
+
+def test_conversion_keeps_where_the_drafter_came_from(saved):
+    (saved / "dflash_training.json").write_text('{"tau_heldout": {"tau": 3.0}}')
+    convert(saved, saved.parent / "copy", "speculators")
+    assert (
+        saved.parent / "copy" / "dflash_training.json"
+    ).read_text() == '{"tau_heldout": {"tau": 3.0}}'
+
+
+def test_conversion_to_speculators_needs_the_verifiers_name(tmp_path):
+    nameless = CONFIG.with_(verifier=None)
+    save_drafter(tmp_path / "d", nameless, weights_of(nameless))
+    with pytest.raises(ValueError, match="--verifier"):
+        convert(tmp_path / "d", tmp_path / "spec", "speculators")
+    assert os.listdir(tmp_path) == ["d"]
+    convert(tmp_path / "d", tmp_path / "spec", "speculators", verifier="org/name")
+    raw = json.loads((tmp_path / "spec" / "config.json").read_text())
+    assert raw["speculators_config"]["verifier"]["name_or_path"] == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (
+            {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 9},
+            "read them as causal",
+        ),
+        (
+            {"layer_types": ("sliding_attention",) * 2, "sliding_window": 9},
+            "from the anchor by speculators",
+        ),
+        ({"target_hidden_size": 24}, "speculators 0.9 cannot load"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_conversion_says_what_other_readers_do_otherwise(changes, word, tmp_path):
+    config = CONFIG.with_(**changes)
+    save_drafter(tmp_path / "d", config, weights_of(config))
+    _, remarks = convert(tmp_path / "d", tmp_path / "spec", "speculators")
+    assert word is None or any(word in r for r in remarks), remarks
+    assert remarks == [] or word is not None
+    again = DrafterConfig.from_dict(read_config(tmp_path / "spec"))
+    layers = range(config.num_hidden_layers)
+    assert [again.layer_causal(i) for i in layers] == [config.layer_causal(i) for i in layers]
+
+
+def test_quantised_checkpoints_are_not_computed_with(saved):
+    (saved / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(ValueError, match="NVFP4"):
+        convert(saved, saved.parent / "copy", "speculators")
+
+
+def test_names_that_vllm_takes_for_others(saved):
+    weights = load_file(saved / WEIGHTS_FILE)
+    weights["encoder.fc.weight"] = weights.pop("fc.weight")
+    weights["encoder.output_norm_enc.weight"] = weights.pop("hidden_norm.weight")
+    save_file(weights, saved / WEIGHTS_FILE)
+    assert_same(load_weights(saved, CONFIG), weights_of(CONFIG))

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from typer.testing import CliRunner
 
-from vllm_dflash.checkpoint import read_config
-from vllm_dflash.cli import main
+from vllm_dflash.checkpoint import convert, read_config
+from vllm_dflash.cli import app, main
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.training.engine import VerifierEngine
 
@@ -172,12 +173,56 @@ def test_inspect(verifier, drafter) -> None:
     assert "complete and finite" in out
 
 
+def inspected(folder, tmp_path, dflash=None, **changes) -> str:
+    """What ``inspect`` prints of a copy with other keys, None for absent; line breaks are spaces."""
+    copy = tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"
+    shutil.copytree(folder, copy)
+    raw = json.loads((copy / "config.json").read_text()) | changes
+    if dflash:
+        raw["dflash_config"] |= dflash
+    raw = {k: v for k, v in raw.items() if v is not None}
+    (copy / "config.json").write_text(json.dumps(raw))
+    result = CliRunner().invoke(app, ["inspect", str(copy)], env={"COLUMNS": "400"})
+    return " ".join(f"{result.stdout} {result.exception or ''}".replace("│", " ").split())
+
+
+def test_inspect_says_what_decides_acceptance(drafter, tmp_path) -> None:
+    """Causality and window of each layer, the rotary base, and what vLLM or another reader does otherwise."""
+    assert "attention 2 x full, bidirectional" in inspected(drafter, tmp_path)
+    assert "rope_theta" in inspected(drafter, tmp_path)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    mixed = inspected(drafter, tmp_path, **kinds, use_sliding_window=True)
+    assert "1 x sliding over 16 tokens, causal; 1 x full, bidirectional" in mixed
+    off = inspected(drafter, tmp_path, **kinds)
+    assert "no known number of tokens" in off
+    assert "use_sliding_window true" in off
+    assert "block size not stated" in inspected(drafter, tmp_path, block_size=None)
+    assert "num_anchors: not read by vLLM" in inspected(
+        drafter, tmp_path, dflash={"num_anchors": 3}
+    )
+    quantised = inspected(drafter, tmp_path, quantization_config={"quant_method": "fp8"})
+    assert "quantised (fp8)" in quantised
+    assert "complete" not in quantised
+    convert(drafter, tmp_path / "spec", "speculators")
+    raw = read_config(tmp_path / "spec")
+    layers = {**raw["transformer_layer_config"], **kinds}
+    spec = inspected(
+        tmp_path / "spec",
+        tmp_path,
+        transformer_layer_config=layers,
+        sliding_window_non_causal=False,
+    )
+    assert "1 x sliding over 16 tokens, causal; 1 x full, bidirectional" in spec
+    assert "vLLM 0.33 and older read them as causal" in spec
+    assert "from the anchor by speculators" in spec
+
+
 def test_convert_there_and_back(refused, tmp_path, drafter) -> None:
     tiny.cli("convert", drafter, "-o", tmp_path / "spec", "--to", "speculators")
     assert read_config(tmp_path / "spec")["speculators_model_type"] == "dflash"
     tiny.cli("convert", tmp_path / "spec", "-o", tmp_path / "back", "--to", "zlab")
     a, b = (DrafterConfig.from_dict(read_config(p)) for p in (drafter, tmp_path / "back"))
-    assert a.with_(causal=b.causal) == b
+    assert a == b
     weights = [(p / "model.safetensors").read_bytes() for p in (drafter, tmp_path / "back")]
     assert weights[0] == weights[1]
     line = refused("convert", drafter, "-o", tmp_path / "x", "--to", "gguf")

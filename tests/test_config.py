@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +22,23 @@ from vllm_dflash.config import (
     hidden_state_index,
     target_layer_id,
 )
+from vllm_dflash.config_formats import AmbiguousConfig, UnsupportedDrafter
+from vllm_dflash.serving.speculative_config import mend_causality
 
+PUBLIC = Path(__file__).with_name("public_drafters")
+#: Public drafters that are not plain DFlash, and the word that names them.
+OTHER_KINDS = {
+    "angelslim-mrope": "architectures",
+    "automodel-export": "architectures",
+    "modelopt-dspark-projector": "DSpark",
+    "muse-glimmer-30b-assistant": "MuseGlimmerAssistantModel",
+    "muse-glimmer-30b-dflash2": "DFlash 2",
+    "nemotron-nvfp4-dspark": "DSpark",
+    "qwen3.8-27b-dflash2": "DFlash 2",
+    "redhat-qwen3.6-35b-a3b-speculator.dspark": "DSpark",
+}
+#: Their copies lack use_sliding_window, without which vLLM finds no window.
+WITHOUT_WINDOW = {"gemma-4-31b-it-dflash", "qwen3.6-27b-dflash-nested"}
 FORMATS = ("zlab", "speculators")
 BASE = DrafterConfig(
     hidden_size=64,
@@ -44,7 +63,12 @@ VARIANTS = {
     "draft vocabulary": {"draft_vocab_size": 50},
     "sliding": SWA,
     "sliding, bidirectional": {**SWA, "causal": False},
-    "causal": {"causal": True},
+    "mixed": {"layer_types": (FULL, SLIDING, FULL), "sliding_window": 16},
+    "mixed, bidirectional": {
+        "layer_types": (FULL, SLIDING, FULL),
+        "sliding_window": 16,
+        "causal": False,
+    },
     "from the anchor": {"sample_from_anchor": True},
     "bias": {"attention_bias": True},
     "interleaved, partial rope": {
@@ -59,7 +83,6 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     },
 }
-#: Only z-lab's format has a causality for each layer.
 MIXED = {"layer_types": (FULL, SLIDING, FULL), "sliding_window": 16}
 
 
@@ -149,7 +172,8 @@ def test_layers():
 def behaviour(config: DrafterConfig) -> dict:
     """Everything that decides arithmetic and agreement with the verifier."""
     layers = range(config.num_hidden_layers)
-    fields = {k: v for k, v in vars(config).items() if k not in ("causal", "layer_types")}
+    left_out = ("causal", "layer_types", "remarks")
+    fields = {k: v for k, v in vars(config).items() if k not in left_out}
     fields["rope_parameters"] = {**config.rope_parameters, "rope_theta": config.rope_theta}
     windows = [config.layer_window(i) for i in layers]
     # A window that no layer uses decides nothing.
@@ -165,12 +189,27 @@ def test_round_trip(name, fmt):
     assert behaviour(DrafterConfig.from_dict(as_json(config, fmt))) == behaviour(config)
 
 
-def test_round_trip_of_what_only_zlab_has():
-    for changes in (MIXED, {"serve_only": {"attention_value_scale": 0.5}}):
-        config = BASE.with_(**changes)
-        assert DrafterConfig.from_dict(as_json(config, "zlab")) == config
-        with pytest.raises(ValueError, match="z-lab"):
-            config.to_dict("speculators")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"serve_only": {"attention_value_scale": 0.5}},
+        {"causal": True},
+        {**MIXED, "causal": True},
+    ],
+    ids=str,
+)
+def test_round_trip_of_what_only_zlab_has(changes):
+    config = BASE.with_(**changes)
+    assert DrafterConfig.from_dict(as_json(config, "zlab")) == config
+    with pytest.raises(ValueError, match="z-lab"):
+        config.to_dict("speculators")
+
+
+def test_speculators_names_the_verifier_and_the_block():
+    with pytest.raises(ValueError, match="--verifier"):
+        BASE.with_(verifier=None).to_dict("speculators")
+    with pytest.raises(ValueError, match="block_size"):
+        BASE.with_(draft_block_size=None).to_dict("speculators")
 
 
 def test_unknown_format():
@@ -206,10 +245,10 @@ def configs(draw) -> DrafterConfig:
         attention_bias=draw(st.booleans()),
         is_neox_style=draw(st.booleans()),
         layer_types=types,
-        sliding_window=draw(st.integers(1, 64)) if types else None,
+        sliding_window=draw(st.integers(1, 64)) if SLIDING in (types or ()) else None,
         causal=draw(st.none() | st.booleans()),
         sample_from_anchor=anchor,
-        verifier=draw(st.none() | st.text(min_size=1)),
+        verifier=draw(st.text(min_size=1)),
         dtype=draw(st.sampled_from(("bfloat16", "float32"))),
     )
 
@@ -218,7 +257,8 @@ def configs(draw) -> DrafterConfig:
 @settings(max_examples=60, deadline=None)
 def test_round_trip_of_any_config(config):
     assert DrafterConfig.from_dict(as_json(config, "zlab")) == config
-    if config.causal is not None or len(set(config.layer_types or ())) < 2:
+    full = [i for i in range(config.num_hidden_layers) if config.layer_window(i) is None]
+    if not any(config.layer_causal(i) for i in full):
         again = DrafterConfig.from_dict(as_json(config, "speculators"))
         assert behaviour(again) == behaviour(config)
 
@@ -226,8 +266,11 @@ def test_round_trip_of_any_config(config):
 # ---- what vLLM derives from the same file ----
 
 
-def vllm_reads(raw: dict, folder, monkeypatch):
-    """The configuration that vLLM's drafter classes get, and its per-layer decisions."""
+def vllm_reads(raw: dict, folder, monkeypatch, ours: DrafterConfig | None = None):
+    """The configuration that vLLM's drafter classes get, and its per-layer decisions.
+
+    With ``ours`` behind what the plugin mends in it.
+    """
     from vllm.model_executor.models import qwen3_dflash
     from vllm.transformers_utils.config import get_config
     from vllm.transformers_utils.configs.eagle import EAGLEConfig
@@ -237,6 +280,8 @@ def vllm_reads(raw: dict, folder, monkeypatch):
     config = get_config(str(folder), trust_remote_code=False)
     if "speculators_model_type" not in raw:
         config = EAGLEConfig(config, method="dflash", model_type="eagle")
+    if ours is not None:
+        mend_causality(config, raw, ours)
     v2 = SimpleNamespace(use_v2_model_runner=True)
     monkeypatch.setattr(qwen3_dflash, "get_current_vllm_config", lambda: v2)
     qwen3_dflash.set_default_rope_theta(config, default_theta=1000000)
@@ -250,29 +295,33 @@ def vllm_reads(raw: dict, folder, monkeypatch):
 
 def compare_with_vllm(raw: dict, folder, monkeypatch) -> None:
     config = DrafterConfig.from_dict(copy.deepcopy(raw))
-    theirs, layers, aux_layers, fc = vllm_reads(raw, folder, monkeypatch)
+    config.check_windows()
+    theirs, layers, aux_layers, fc = vllm_reads(raw, folder, monkeypatch, config)
     ours = range(config.num_hidden_layers)
     assert theirs.architectures == ["DFlashDraftModel"]
     assert layers == [(config.layer_window(i), config.layer_causal(i)) for i in ours]
     assert aux_layers == config.aux_hidden_state_layer_ids
     assert fc == config.num_features
-    assert theirs.dflash_config["mask_token_id"] == config.mask_token_id
-    assert theirs.dflash_config["target_layer_ids"] == list(config.target_layer_ids)
+    mask = theirs.dflash_config.get("mask_token_id", getattr(theirs, "mask_token_id", None))
+    assert mask == config.mask_token_id
+    sinks = theirs.dflash_config.get(
+        "attention_sink_bias", getattr(theirs, "add_swa_attention_sink_bias", False)
+    )
+    assert bool(sinks) == ("attention_sink_bias" in config.serve_only)
     assert theirs.dflash_config.get("sample_from_anchor", False) == config.sample_from_anchor
     vocab = getattr(theirs, "draft_vocab_size", None) or theirs.vocab_size
     assert vocab == config.logits_vocab_size
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert head_dim == config.head_dim
     assert getattr(theirs, "is_neox_style", True) == config.is_neox_style
-    rope = theirs.rope_parameters
-    assert rope["rope_theta"] == config.rope_theta
-    assert rope["rope_type"] == config.rope_parameters["rope_type"]
-    partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    assert rope.get("partial_rotary_factor", 1.0) == partial
+    rope = {k: v for k, v in theirs.rope_parameters.items() if k != "type"}
+    scaled = {"original_max_position_embeddings": config.max_position_embeddings}
+    assert {**scaled, **rope} == {**scaled, **config.rope_parameters}
     same = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
     same += "intermediate_size rms_norm_eps max_position_embeddings hidden_act attention_bias"
     for name in same.split():
-        assert getattr(theirs, name) == getattr(config, name), name
+        # A speculators file is taken as it stands, and some public copies lack keys.
+        assert getattr(theirs, name, getattr(config, name)) == getattr(config, name), name
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -317,6 +366,133 @@ def test_vllm_reads_the_same_causality_from_speculators(flag, tmp_path, monkeypa
     compare_with_vllm(raw, tmp_path, monkeypatch)
 
 
+#: Edits of a z-lab file: a key (of dflash_config behind a dot) and what it may become; ABSENT removes it.
+ABSENT = object()
+ZLAB_EDITS: dict[str, tuple] = {
+    "block_size": (ABSENT, 4),
+    ".block_size": (8,),
+    ".num_anchors": (64,),
+    ".causal": (True, False, None),
+    "is_causal": (True, False),
+    "layer_types": (ABSENT, [FULL] * 3, [SLIDING] * 3, [SLIDING, SLIDING, FULL]),
+    "sliding_window": (ABSENT, None, 16),
+    "use_sliding_window": (ABSENT, True, False),
+    "max_window_layers": (ABSENT, 0, 2, 3),
+    ".use_swa": (True, False),
+    ".swa_window_size": (12,),
+    ".sample_from_anchor": (True, False),
+    ".attention_sink_bias": (True, False),
+    ".attention_value_scale": (0.5,),
+    "model_type": ("gpt_oss", "minimax_m2", "llama", "qwen2", "qwen3_moe", "mistral", "gemma2"),
+    "rope_parameters": (ABSENT, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e5}),
+    "rope_scaling": (
+        {"type": "linear", "factor": 2.0},
+        None,
+        {"rope_type": "dynamic", "factor": 2.0},
+    ),
+    "rope_theta": (7e4, 500000),
+    "rotary_dim": (16,),
+    "partial_rotary_factor": (0.5,),
+    "head_dim": (ABSENT, 16),
+    "num_key_value_heads": (None, 4),
+    "rms_norm_eps": (ABSENT, 1e-5),
+    "hidden_act": (ABSENT,),
+    "max_position_embeddings": (ABSENT, 512),
+    "attention_bias": (ABSENT, True),
+    "hidden_size": (ABSENT,),
+    "intermediate_size": (ABSENT,),
+    "num_attention_heads": (ABSENT,),
+    "vocab_size": (ABSENT,),
+    "draft_vocab_size": (None, 50, 200),
+    "target_hidden_size": (ABSENT, 64),
+    "eagle_aux_hidden_state_layer_ids": ([2, 4, 7], []),
+    "is_neox_style": (False,),
+    "tie_word_embeddings": (True,),
+    "dtype": (ABSENT, "float32"),
+    "final_logit_softcapping": (30.0,),
+    "projector_type": (None,),
+}
+SPECULATORS_EDITS: dict[str, tuple] = {
+    "sliding_window_non_causal": (ABSENT, True, False),
+    "sample_from_anchor": (ABSENT, True),
+    "draft_vocab_size": (None, 50),
+    "target_hidden_size": (ABSENT, None),
+    "dtype": (ABSENT, "float32"),
+    "/layer_types": (ABSENT, [FULL] * 3, [SLIDING] * 3, [SLIDING, SLIDING, FULL]),
+    "/sliding_window": (ABSENT, None, 16),
+    "/use_sliding_window": (True, False),
+    "/model_type": (ABSENT, "llama", "qwen3"),
+    "/rope_parameters": (ABSENT, None, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e5}),
+    "/rope_theta": (7e4,),
+    "/rope_scaling": (None, {"type": "linear", "factor": 2.0}),
+    "/head_dim": (ABSENT, 16),
+    "/attention_bias": (ABSENT, True),
+    "/is_causal": (True, False),
+}
+
+
+def edited(raw: dict, edits: dict[str, tuple], rng: random.Random) -> tuple[dict, dict]:
+    """A copy with one to five keys changed, and what was changed."""
+    raw, what = copy.deepcopy(raw), {}
+    for key in rng.sample(sorted(edits), rng.randint(1, 5)):
+        value = rng.choice(edits[key])
+        place = raw
+        if key[0] in "./":
+            place = raw["dflash_config" if key[0] == "." else "transformer_layer_config"]
+        name = key.lstrip("./")
+        if value is ABSENT:
+            place.pop(name, None)
+        else:
+            place[name] = copy.deepcopy(value)
+        what[key] = "absent" if value is ABSENT else value
+    return raw, what
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_vllm_reads_the_same_from_generated_variants(part, tmp_path, monkeypatch):
+    """What vLLM refuses is refused, too; nothing else is, but for two places that contradict each other."""
+    rng, seen = random.Random(part), Counter()
+    for n in range(40):
+        fmt = FORMATS[n % 2]
+        edits = ZLAB_EDITS if fmt == "zlab" else SPECULATORS_EDITS
+        raw, what = edited(as_json(BASE, fmt), edits, rng)
+        try:
+            compare_with_vllm(raw, tmp_path, monkeypatch)
+            seen["equal"] += 1
+        except AmbiguousConfig:
+            seen["two places"] += 1
+        except ValueError as error:
+            try:
+                vllm_reads(raw, tmp_path, monkeypatch)
+            except Exception:  # each config class has errors of its own
+                seen["refused by both"] += 1
+            else:
+                raise AssertionError(f"vLLM reads {what}, ours does not") from error
+        except AssertionError as error:
+            raise AssertionError(f"{fmt} {what}: {error}") from error
+    assert seen["equal"] > 20, seen
+
+
+@pytest.mark.parametrize("path", sorted(PUBLIC.glob("*.json")), ids=lambda p: p.stem)
+def test_vllm_reads_the_same_from_public_drafters(path, tmp_path, monkeypatch):
+    """Configurations of public drafters; those that another class of vLLM serves are named."""
+    raw = json.loads(path.read_text())
+    kind = OTHER_KINDS.get(path.stem)
+    if kind is not None:
+        with pytest.raises(UnsupportedDrafter, match=kind) as error:
+            DrafterConfig.from_dict(raw)
+        assert "unknown keys" not in str(error.value)
+        return
+    config = DrafterConfig.from_dict(raw)
+    if path.stem in WITHOUT_WINDOW:
+        with pytest.raises(ValueError, match="use_sliding_window"):
+            config.check_windows()
+        with pytest.raises(ValueError, match="window size"):
+            vllm_reads(raw, tmp_path, monkeypatch)
+        return
+    compare_with_vllm(raw, tmp_path, monkeypatch)
+
+
 def test_vllm_takes_the_draft_length_from_speculators():
     from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
 
@@ -349,7 +525,7 @@ def test_vllm_takes_the_draft_length_from_speculators():
         ({"draft_vocab_size": 0}, ["draft_vocab_size", "0"]),
         ({"layer_types": ("linear_attention",) * 3}, ["layer_types", "linear_attention"]),
         ({"layer_types": (FULL,)}, ["layer_types", "1", "num_hidden_layers", "3"]),
-        ({"layer_types": (SLIDING,) * 3}, ["layer_types", "sliding_window", "None"]),
+        ({"sliding_window": 0}, ["sliding_window", "0"]),
     ],
     ids=str,
 )
@@ -362,12 +538,9 @@ def test_invalid_values(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dflash": {"window": 3}}, ["dflash_config", "window", "target_layer_ids"]),
         ({"dflash": {"mask_token_id": None}}, ["dflash_config.mask_token_id", "missing"]),
         ({"dflash": {"target_layer_ids": None}}, ["dflash_config.target_layer_ids", "missing"]),
         ({"dflash": {"use_aux_hidden_state": False}}, ["use_aux_hidden_state", "false"]),
-        ({"block_size": None}, ["block_size", "missing"]),
-        ({"hidden_size": None, "vocab_size": None}, ["hidden_size, vocab_size", "missing"]),
     ],
     ids=str,
 )
@@ -420,7 +593,6 @@ def test_fitting_verifier():
     ("changes", "words"),
     [
         ({"target_layer_ids": (1, 9), "num_target_layers": None}, ["[9]", "0..8"]),
-        ({"num_target_layers": 12}, ["12", "9"]),
         ({"target_hidden_size": None}, ["64", "80"]),
         ({"vocab_size": 201}, ["201", "200"]),
         ({"mask_token_id": 3}, ["mask_token_id 3", "pad"]),

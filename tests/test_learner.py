@@ -346,6 +346,31 @@ def test_head_maps_back_and_forth():
     )
 
 
+def test_mask_tokens_may_have_an_embedding_of_their_own():
+    head = make_head()
+    own = SharedHead(head.embedding, head.lm_head, None, mask_embedding=torch.full((HIDDEN,), 7.0))
+    ids = torch.tensor([[1, CONFIG.mask_token_id], [CONFIG.mask_token_id, 2]])
+    drafter = Drafter(CONFIG)
+    want = head.embed(drafter, ids)
+    want[ids == CONFIG.mask_token_id] = 7.0
+    assert torch.equal(own.embed(drafter, ids), want)
+
+
+def test_tokens_that_only_the_verifier_has_are_read_and_not_drafted():
+    """A drafter whose vocabulary lacks the verifier's padding rows."""
+    full = make_head()
+    for ids in (None, torch.tensor([1, 4, 6])):
+        head = SharedHead(full.embedding, full.lm_head[: VOCAB - 2], ids)
+        tokens = torch.tensor([1, VOCAB - 1])
+        assert head.labels(tokens).tolist() == [1 if ids is None else 0, -1]
+        assert head.embed(Drafter(CONFIG), tokens).shape == (2, HIDDEN)
+
+
+def test_a_block_size_that_is_not_stated_cannot_be_trained():
+    with pytest.raises(ValueError, match="block_size is missing"):
+        make_learner(CONFIG.with_(draft_block_size=None))
+
+
 def test_drafter_of_another_width_learns_its_own_embedding_and_head(tmp_path):
     config = CONFIG.with_(hidden_size=16, target_hidden_size=HIDDEN, draft_vocab_size=VOCAB - 1)
     head = make_head([*range(VOCAB - 1)])

@@ -104,7 +104,10 @@ class Reference:
         self.embedding = weights.get(
             "embed_tokens.weight", base["model.embed_tokens.weight"]
         ).float()
+        if "mask_embedding" in weights:
+            self.embedding[self.config.mask_token_id] = weights["mask_embedding"]
         tied = base.get("lm_head.weight", base["model.embed_tokens.weight"])
+        tied = tied[: self.config.vocab_size]
         self.head = weights.get("lm_head.weight", tied).float()
         self.ids = None
         if self.config.has_draft_vocab:
@@ -282,8 +285,10 @@ MIXED: dict[str, Any] = {
 @pytest.mark.parametrize(
     "changes",
     [
-        MIXED,
-        {"sample_from_anchor": True, "draft_block_size": 7},
+        # Layers by type, which vLLM itself reads otherwise from this format; rows that only the verifier has.
+        {**MIXED, "fmt": "speculators", "vocab_size": tiny.VOCAB - 8},
+        {"sample_from_anchor": True, "draft_block_size": 7, "own_mask": True},
+        pytest.param(MIXED, marks=pytest.mark.slow),
         pytest.param({**MIXED, "causal": False}, marks=pytest.mark.slow),
         pytest.param({**MIXED, "sample_from_anchor": True}, marks=pytest.mark.slow),
         pytest.param(
@@ -306,8 +311,9 @@ MIXED: dict[str, Any] = {
         ),
     ],
     ids=[
+        "mixed, speculators, smaller vocabulary",
+        "from anchor, own mask embedding",
         "mixed",
-        "from anchor",
         "mixed not causal",
         "mixed from anchor",
         "sliding not causal",
@@ -322,7 +328,12 @@ MIXED: dict[str, Any] = {
 def test_drafts_of_other_shapes(verifier, prompts, folder, changes) -> None:
     """Untrained drafters whose norms differ from layer to layer, in chunked prefill."""
     name = "-".join(changes)
+    own_mask = changes.get("own_mask", False)
+    changes = {k: v for k, v in changes.items() if k != "own_mask"}
     drafter = tiny.make_drafter(folder / name, verifier, **changes)
+    if own_mask:
+        embedding = torch.randn(64, generator=torch.Generator().manual_seed(4))
+        torch.save({"embedding": embedding}, drafter / "mask_embedding.pt")
     engine = {"max_num_batched_tokens": 64}
     out = drafted(verifier, drafter, prompts[:8], folder, engine=engine)
     reference = Reference(verifier, drafter)

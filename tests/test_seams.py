@@ -6,9 +6,11 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import prometheus_client
@@ -353,6 +355,9 @@ def drafter(tmp_path_factory):
 class Made(str):
     """Stands for a SpeculativeConfig: it takes attributes."""
 
+    def __init__(self, *args):
+        self.draft_model_config = SimpleNamespace(hf_config=SimpleNamespace(dflash_config={}))
+
 
 class Args:
     """The part of vLLM's EngineArgs that matters."""
@@ -443,10 +448,11 @@ def test_flags_and_shorter_drafts(drafter):
     assert given["num_speculative_tokens"] == 1
 
 
-def test_longer_drafts_than_trained_are_refused(drafter):
+def test_longer_drafts_than_trained_are_served_with_a_word(drafter, fresh):
     config = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 4}
-    with pytest.raises(ValueError, match=r"num_speculative_tokens is 4.*blocks of 4: at most 3"):
-        create(Args(config))
+    assert create(Args(config))[0]["num_speculative_tokens"] == 4
+    assert "num_speculative_tokens is 4" in fresh.text
+    assert "blocks of 4, that is 3 tokens" in fresh.text
 
 
 def test_detected_by_our_own_keys_or_the_name(drafter):
@@ -473,31 +479,118 @@ def test_broken_options_name_the_key(drafter):
         create(Args({"method": "dflash", "model": str(drafter), "dflash_chek": False}))
 
 
-def rewrite(folder, tmp_path, **changes):
+def rewrite(folder, tmp_path, dflash=None, weights=False, **changes):
+    """A copy with other keys, None for absent; ``dflash`` are those of dflash_config."""
     copy = tmp_path / "copy"
     copy.mkdir()
     raw = json.loads((folder / "config.json").read_text()) | changes
+    raw["dflash_config"] = {**raw["dflash_config"], **(dflash or {})}
+    raw = {k: v for k, v in raw.items() if v is not None}
     (copy / "config.json").write_text(json.dumps(raw))
+    if weights:
+        shutil.copy(folder / "model.safetensors", copy)
     return str(copy)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"architectures": ["DFlash2DraftModel"], "dflash_config": {"conv_kernel_size": 3}},
+        {"architectures": ["DFlash2DraftModel"], "dflash": {"conv_kernel_size": 3}},
+        {"architectures": ["DFlashNovelForCausalLM"]},
         {"speculators_model_type": "dflash2"},
-        {"quantization_config": {"quant_method": "fp8"}},
+        {"dflash": {"markov_rank": 8}},
+        {"dflash": {"use_aux_hidden_state": False}},
     ],
-    ids=["DFlash 2", "speculators", "quantised"],
+    ids=["DFlash 2", "novel", "speculators", "DSpark by its keys", "without features"],
 )
-def test_relatives_are_left_to_vllm(changes, drafter, tmp_path):
+def test_relatives_are_left_to_vllm(changes, drafter, tmp_path, fresh):
     model = rewrite(drafter, tmp_path, **changes)
     given, _ = create(Args({"method": "dflash", "model": model}))
     assert given == {"method": "dflash", "model": model}
+    assert f"leaves the drafter {model} to vLLM" in fresh.text
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in config.json", "beside it"])
+def test_of_quantised_drafters_the_weights_are_not_compared(beside, drafter, tmp_path):
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    model = rewrite(drafter, tmp_path, **({} if beside else quantised))
+    if beside:
+        text = json.dumps({"quantization": {"quant_algo": "NVFP4"}})
+        (Path(model) / "hf_quant_config.json").write_text(text)
+    given, _ = create(Args({"method": "dflash", "model": model}))
+    assert given["num_speculative_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_size": None, "dflash": {"block_size": 4}},
+        {"dflash": {"block_size": 4}},
+        {"dflash": {"num_anchors": 64, "loss_decay_gamma": 7.0}},
+        {"dflash": {"attention_sink_bias": False, "use_swa": False}, "draft_vocab_size": None},
+        {"dflash": {"causal": None}, "sliding_window": None},
+        {"num_target_layers": 6},
+        {"vocab_size": 38, "dflash": {"mask_token_id": 37}},
+    ],
+    ids=str,
+)
+def test_what_stock_serves_is_served(changes, drafter, tmp_path):
+    model = rewrite(drafter, tmp_path, weights=True, **changes)
+    given, _ = create(Args({"method": "dflash", "model": model}))
+    assert given["num_speculative_tokens"] == 3
+
+
+def test_a_larger_vocabulary_than_the_verifiers_is_refused(drafter, tmp_path):
+    model = rewrite(drafter, tmp_path, weights=True, vocab_size=42)
+    with pytest.raises(ValueError, match=r"42 tokens, the verifier's 40"):
+        create(Args({"method": "dflash", "model": model}))
+
+
+def test_the_server_may_have_to_say_the_block_size(drafter, tmp_path):
+    model = rewrite(drafter, tmp_path, weights=True, block_size=None)
+    with pytest.raises(ValueError, match="give num_speculative_tokens"):
+        create(Args({"method": "dflash", "model": model}))
+    given, _ = create(Args({"method": "dflash", "model": model, "num_speculative_tokens": 2}))
+    assert given["num_speculative_tokens"] == 2
+    create(Args({"model": model, "method": "dflash"}, tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dflash": {"block_size": 8}}, ["block_size says 4", "dflash_config.block_size says 8"]),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [1, 2]},
+            [
+                "eagle_aux_hidden_state_layer_ids",
+                "[0, 1]",
+                "dflash_config.target_layer_ids",
+                "[1, 2]",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_two_places_that_differ(changes, words, drafter, tmp_path, fresh):
+    """vLLM reads one of them and serves, so ours says it and does too; unless it needs the value itself."""
+    model = rewrite(drafter, tmp_path, weights=True, **changes)
+    with pytest.raises(ValueError, match="give num_speculative_tokens") as error:
+        create(Args({"method": "dflash", "model": model}))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    given, _ = create(Args({"method": "dflash", "model": model, "num_speculative_tokens": 2}))
+    assert given["num_speculative_tokens"] == 2
+    assert all(word in fresh.text for word in words), fresh.text
+
+
+def test_windows_that_vllm_does_not_find_are_refused(drafter, tmp_path):
+    kinds = {"layer_types": ["sliding_attention"], "sliding_window": 16, "use_sliding_window": None}
+    model = rewrite(drafter, tmp_path, weights=True, **kinds)
+    with pytest.raises(ValueError, match="use_sliding_window true"):
+        create(Args({"method": "dflash", "model": model}))
 
 
 def test_unchecked_drafters_may_be_unreadable(drafter, tmp_path):
-    model = rewrite(drafter, tmp_path, dflash_config={"novel": 1})
+    model = rewrite(drafter, tmp_path, dflash={"mask_token_id": "novel"})
     with pytest.raises(ValueError, match="novel"):
         create(Args({"method": "dflash", "model": model}))
     given, _ = create(Args({"method": "dflash", "model": model, "dflash_check": False}))

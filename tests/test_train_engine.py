@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,9 +268,13 @@ def test_feature_cache_is_used_again(trained, folder) -> None:
 
 
 def test_fine_tuning_goes_on_from_a_drafter(trained, folder) -> None:
-    """``--from`` keeps shape and draft vocabulary and starts where the drafter was."""
-    out = folder / "tuned"
-    short(trained, out, "--from", str(trained.drafter), "--holdout", "0", steps=20)
+    """``--from`` keeps shape, draft vocabulary and mask embedding, and starts where the drafter was."""
+    out, base_folder = folder / "tuned", folder / "with-mask-embedding"
+    shutil.copytree(trained.drafter, base_folder)
+    token = json.loads((base_folder / "config.json").read_text())["dflash_config"]["mask_token_id"]
+    mask = load_file(trained.verifier / "model.safetensors")["model.embed_tokens.weight"][token]
+    torch.save({"embedding": mask.clone()}, base_folder / "mask_embedding.pt")
+    short(trained, out, "--from", str(base_folder), "--holdout", "0", steps=20)
     rows = (folder / "tuned-run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in rows]
     first = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
@@ -278,6 +283,9 @@ def test_fine_tuning_goes_on_from_a_drafter(trained, folder) -> None:
     assert torch.equal(tuned["d2t"], base["d2t"])
     assert torch.equal(tuned["lm_head.weight"], base["lm_head.weight"])
     assert not torch.equal(tuned["fc.weight"], base["fc.weight"])
+    state = torch.load(out / "mask_embedding.pt", weights_only=True)
+    assert state["mask_token_id"] == token
+    assert torch.equal(state["embedding"], mask.to(state["embedding"].dtype))
     assert json.loads((out / "dflash_training.json").read_text())["tau_heldout"] is None
 
 

@@ -1,4 +1,8 @@
-"""Drafter checkpoints on disk: read, check, save atomically. safetensors only, never pickle."""
+"""Drafter checkpoints on disk: read, check, save atomically. safetensors only, no code in pickles.
+
+The one other file with weights is ``mask_embedding.pt``, which vLLM reads beside the safetensors where a
+drafter's mask token has an embedding of its own; it is loaded as plain tensors (``weights_only``).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dflash.config import CheckpointFormat, DrafterConfig
+from vllm_dflash.config import CheckpointFormat, DrafterConfig, quoted
+from vllm_dflash.config_formats import is_speculators, speculators_remarks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
+#: ``_read_mask_embedding`` in vLLM's qwen3_dflash.py; among the weights its tensor is MASK_EMBEDDING.
+MASK_EMBEDDING_FILE, MASK_EMBEDDING = "mask_embedding.pt", "mask_embedding"
+#: ModelOpt's name for what others put into ``quantization_config``; vLLM reads it beside config.json.
+_QUANT_FILE = "hf_quant_config.json"
+#: Where a drafter came from and what acceptance to expect of it; goes where its weights go.
+TRAINING_FILE = "dflash_training.json"
+#: Names that vLLM's DFlash model takes for others.
+_RENAMED = {
+    "midlayer.": "layers.0.",
+    "encoder.output_norm_enc.": "hidden_norm.",
+    "encoder.fc.": "fc.",
+}
 #: Tensors that a checkpoint may hold besides the drafter's own.
 _OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 #: Buffers that old exports hold and vLLM skips: they follow from the configuration.
@@ -49,9 +66,32 @@ def read_config(model: str | Path, revision: str | None = None) -> dict[str, Any
         raw = json.loads(file.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply to be a configuration") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file} holds a {type(raw).__name__}, not an object")
     return raw
+
+
+def quantization(path: str | Path, raw: dict[str, Any]) -> str | None:
+    """How a checkpoint's weights are quantised, None where they are not.
+
+    Args:
+        path: checkpoint folder, whose side file counts too; of a hub name only ``raw`` is looked at.
+        raw: its parsed ``config.json``.
+    """
+    said = raw.get("quantization_config")
+    file = Path(path) / _QUANT_FILE
+    if not said and file.is_file():
+        try:
+            said = json.loads(file.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not said:
+        return None
+    inner = said.get("quantization", said) if isinstance(said, dict) else {}
+    name = inner.get("quant_algo") or inner.get("quant_method") if isinstance(inner, dict) else None
+    return str(name or "quantised")
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -107,6 +147,12 @@ def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _renamed(name: str) -> str:
+    for old, new in _RENAMED.items():
+        name = name.replace(old, new)
+    return name
+
+
 def check_weights(path: str | Path, config: DrafterConfig) -> None:
     """Compares a local checkpoint's tensors with its configuration, reading headers only.
 
@@ -125,7 +171,7 @@ def check_weights(path: str | Path, config: DrafterConfig) -> None:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
                     if not name.endswith(_DERIVED):
-                        have[name] = tuple(handle.get_slice(name).get_shape())
+                        have[_renamed(name)] = tuple(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}); it is cut short or damaged, copy it again"
@@ -147,19 +193,66 @@ def _some(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + rest
 
 
+def check_computable(path: str | Path, raw: dict[str, Any]) -> None:
+    """ValueError for a quantised checkpoint: vLLM serves it, nothing here computes with it."""
+    how = quantization(path, raw)
+    if how is not None:
+        raise ValueError(
+            f"{path} is quantised ({how}); vLLM serves it, but training, evaluation and conversion need the "
+            "checkpoint that it was made from"
+        )
+
+
 def load_weights(path: str | Path, config: DrafterConfig) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, checked for shape and for non-finite values."""
+    """All tensors of a checkpoint folder, checked for shape and for non-finite values.
+
+    An own embedding of the mask token, ``[hidden_size]``, is among them as ``mask_embedding``.
+    """
     import torch
     from safetensors.torch import load_file
 
     check_weights(path, config)
     weights: dict[str, Tensor] = {}
     for file in weight_files(path):
-        weights |= {n: t for n, t in load_file(file).items() if not n.endswith(_DERIVED)}
+        tensors = load_file(file)
+        weights |= {_renamed(n): t for n, t in tensors.items() if not n.endswith(_DERIVED)}
+    mask_embedding = load_mask_embedding(path, config)
+    if mask_embedding is not None:
+        weights[MASK_EMBEDDING] = mask_embedding
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} has non-finite values; the checkpoint is broken")
     return weights
+
+
+def load_mask_embedding(path: str | Path, config: DrafterConfig) -> Tensor | None:
+    """The embedding ``[hidden_size]`` that a checkpoint folder gives its mask token, or None.
+
+    Raises:
+        ValueError: the file is damaged, of another width, or made for another mask token.
+    """
+    import pickle
+
+    import torch
+
+    file = Path(path) / MASK_EMBEDDING_FILE
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read: {quoted(str(error))}; copy it again") from error
+    if isinstance(state, dict):
+        token = state.get("mask_token_id", config.mask_token_id)
+        if token != config.mask_token_id:
+            raise ValueError(
+                f"{file} is of mask token {quoted(token)}, config.json says {config.mask_token_id}"
+            )
+        state = state.get("embedding")
+    if not isinstance(state, torch.Tensor) or state.numel() != config.hidden_size:
+        found = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+        raise ValueError(f"{file} holds {found}, not one embedding of {config.hidden_size} values")
+    return state.reshape(-1)
 
 
 @contextmanager
@@ -222,6 +315,7 @@ def save_drafter(
     weights: dict[str, Tensor],
     fmt: CheckpointFormat = "zlab",
     extra_files: dict[str, str] | None = None,
+    cast: bool = True,
 ) -> None:
     """Writes a checkpoint that stock vLLM loads; atomic.
 
@@ -229,9 +323,10 @@ def save_drafter(
         path: folder to write or replace.
         config: the drafter.
         weights: tensors named as in :func:`expected_shapes`; ``lm_head.weight`` and ``d2t`` for a
-            draft vocabulary. Floating tensors are stored in ``config.dtype``.
+            draft vocabulary, ``mask_embedding`` where the mask token has one of its own.
         fmt: ``zlab`` or ``speculators``.
         extra_files: further text files of the folder, by name.
+        cast: store floating tensors in ``config.dtype``; else each in its own.
 
     Raises:
         ValueError: tensors that do not match the configuration or are not finite.
@@ -246,14 +341,19 @@ def save_drafter(
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu()
         if tensor.is_floating_point():
-            tensor = tensor.to(dtype)
+            tensor = tensor.to(dtype) if cast else tensor
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"refusing to save {name}: it has non-finite values")
         out[name] = tensor.contiguous()
     if config.has_draft_vocab:
         out["t2d"] = _draft_tokens(config, out.get("d2t"))
+    mask_embedding = out.pop(MASK_EMBEDDING, None)
+    raw = config.to_dict(fmt)
     with atomic_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(config.to_dict(fmt), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        if mask_embedding is not None:
+            state = {"mask_token_id": config.mask_token_id, "embedding": mask_embedding}
+            torch.save(state, folder / MASK_EMBEDDING_FILE)
         save_file(out, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors writes 0600; the server that loads it may be another user.
         (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode & 0o777)
@@ -282,10 +382,32 @@ def _draft_tokens(config: DrafterConfig, d2t: Tensor | None) -> Tensor:
     return t2d
 
 
-def convert(source: str | Path, target: str | Path, fmt: CheckpointFormat) -> DrafterConfig:
-    """Rewrites a checkpoint in the other public format; returns its configuration."""
-    config = DrafterConfig.from_dict(read_config(source))
+def convert(
+    source: str | Path, target: str | Path, fmt: CheckpointFormat, verifier: str | None = None
+) -> tuple[DrafterConfig, list[str]]:
+    """Rewrites a checkpoint in the other public format, its tensors bit for bit.
+
+    Args:
+        verifier: what the speculators format is to name, where the source does not.
+
+    Returns:
+        Its configuration, and what its readers will do otherwise than the source's.
+    """
+    raw = read_config(source)
+    config = DrafterConfig.from_dict(raw)
     if Path(target).resolve() == Path(source).resolve():
         raise ValueError(f"converting {source} onto itself would lose it; give another -o")
-    save_drafter(target, config, load_weights(source, config), fmt)
-    return config
+    check_computable(source, raw)
+    if verifier is not None:
+        config = config.with_(verifier=verifier)
+    weights = load_weights(source, config)
+    config = config.with_(dtype=str(weights["fc.weight"].dtype).removeprefix("torch."))
+    training = Path(source) / TRAINING_FILE
+    extra = {TRAINING_FILE: training.read_text()} if training.is_file() else {}
+    save_drafter(target, config, weights, fmt, extra, cast=False)
+    remarks = list(config.remarks)
+    if fmt == "speculators" or is_speculators(raw):
+        remarks += speculators_remarks(config)
+        if MASK_EMBEDDING in weights:
+            remarks.append(f"vLLM reads {MASK_EMBEDDING_FILE}, speculators does not")
+    return config, list(dict.fromkeys(remarks))

@@ -15,6 +15,7 @@ from rich.table import Table
 from vllm_dflash.bench.prompts import load_prompts
 
 if TYPE_CHECKING:
+    from vllm_dflash.config import DrafterConfig
     from vllm_dflash.verifier import Verifier as LoadedVerifier
 
 app = typer.Typer(
@@ -480,12 +481,14 @@ def inspect(
     revision: Revision = None,
 ) -> None:
     """What a checkpoint is, and whether it fits a verifier."""
-    from vllm_dflash.checkpoint import load_weights, read_config
+    from vllm_dflash.checkpoint import MASK_EMBEDDING, load_weights, quantization, read_config
     from vllm_dflash.config import DrafterConfig, VerifierInfo
+    from vllm_dflash.config_formats import is_speculators, speculators_remarks
 
     raw = read_config(drafter)
     config = DrafterConfig.from_dict(raw)
-    fmt = "speculators" if "speculators_model_type" in raw else "z-lab"
+    fmt = "speculators" if is_speculators(raw) else "z-lab"
+    remarks = [*config.remarks, *(speculators_remarks(config) if is_speculators(raw) else [])]
     table = _facts()
     rows: dict[str, Any] = {
         "format": fmt,
@@ -493,30 +496,61 @@ def inspect(
         "layers": f"{config.num_hidden_layers} x {config.hidden_size}, MLP {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} KV, "
         f"{config.head_dim} each",
-        "block size": f"{config.draft_block_size} ({config.num_speculative_tokens} speculative tokens)",
+        "block size": "not stated: the server's num_speculative_tokens decides"
+        if config.draft_block_size is None
+        else f"{config.draft_block_size} ({config.num_speculative_tokens} speculative tokens)",
         "verifier layers read": f"{list(config.target_layer_ids)} (vLLM aux ids "
         f"{list(config.aux_hidden_state_layer_ids)})",
         "mask token": config.mask_token_id,
         "vocabulary": f"{config.vocab_size}, drafts from {config.logits_vocab_size}",
-        "attention": "full"
-        if config.layer_types is None
-        else f"{', '.join(config.layer_types)}; window {config.sliding_window}",
+        "attention": _attention(config),
+        "rotary embedding": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items())
+        + f"; {config.max_position_embeddings} positions",
     }
-    if Path(drafter).is_dir():
+    quantised = quantization(drafter, raw)
+    if quantised is not None:
+        rows["weights"] = f"quantised ({quantised}): vLLM checks them"
+    elif Path(drafter).is_dir():
         weights = load_weights(drafter, config)
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in weights.values()})
         rows["weights"] = (
-            f"{sum(t.numel() for t in weights.values()) / 1e6:.1f}M values in {len(weights)} tensors, "
-            "complete and finite"
+            f"{sum(t.numel() for t in weights.values()) / 1e6:.1f}M values in {len(weights)} tensors "
+            f"({', '.join(dtypes)}), complete and finite"
         )
+        if MASK_EMBEDDING in weights:
+            rows["mask token's embedding"] = "its own (mask_embedding.pt)"
     if verifier is not None:
         loaded, _ = _verifier(
             verifier, None, trust_remote_code=trust_remote_code, revision=revision
         )
-        config.check_verifier(VerifierInfo.from_hf_config(loaded.load_config(), verifier))
+        info = VerifierInfo.from_hf_config(loaded.load_config(), verifier)
+        config.check_verifier(info)
+        remarks += config.verifier_remarks(info)
         rows["fits"] = verifier
+    for i, text in enumerate(dict.fromkeys(remarks), start=1):
+        rows[f"note {i}"] = text
     for name, value in rows.items():
         table.add_row(name, str(value))
     Console().print(table)
+    config.check_windows()
+
+
+def _attention(config: DrafterConfig) -> str:
+    """Type, window and causality of the draft layers, neighbours of a kind together."""
+    from itertools import groupby
+
+    from vllm_dflash.config import FULL, SLIDING
+
+    kinds = []
+    for i in range(config.num_hidden_layers):
+        sliding = (config.layer_types or (FULL,) * config.num_hidden_layers)[i] == SLIDING
+        name = (
+            f"sliding over {config.sliding_window or 'no known number of'} tokens"
+            if sliding
+            else "full"
+        )
+        kinds.append(f"{name}, {'causal' if config.layer_causal(i) else 'bidirectional'}")
+    return "; ".join(f"{len(list(same))} x {kind}" for kind, same in groupby(kinds))
 
 
 @app.command()
@@ -524,11 +558,17 @@ def convert(
     drafter: DrafterPath,
     output: Annotated[Path, typer.Option("-o", "--output")],
     to: Annotated[str, typer.Option("--to", help="zlab or speculators.")],
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="The verifier to name; the speculators format needs one."),
+    ] = None,
 ) -> None:
     """Rewrite a checkpoint in the other public format."""
     from vllm_dflash.checkpoint import convert as run
 
-    run(drafter, output, to)  # type: ignore[arg-type]
+    _, remarks = run(drafter, output, to, verifier)  # type: ignore[arg-type]
+    for remark in remarks:
+        Console(stderr=True).print(f"note: {remark}", highlight=False)
     Console().print(f"{output} written in the {to} format", highlight=False)
 
 

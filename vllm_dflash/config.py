@@ -9,11 +9,12 @@ This is the one home of every id and size conversion of the field (see docs/glos
   samples from its anchor).
 
 Neither torch nor vllm is imported here: the plugin reads configurations in every vLLM process.
+:mod:`vllm_dflash.config_formats` reads and writes the files.
 """
 
 from __future__ import annotations
 
-import json
+import reprlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,22 +23,13 @@ CheckpointFormat = Literal["zlab", "speculators"]
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-#: Keys of ``dflash_config`` that DFlash checkpoints use and vLLM reads.
-DFLASH_CONFIG_KEYS = frozenset(
-    {
-        "target_layer_ids",
-        "mask_token_id",
-        "causal",
-        "sample_from_anchor",
-        "use_swa",
-        "swa_window_size",
-        "use_aux_hidden_state",
-        "attention_sink_bias",
-        "attention_value_scale",
-    }
-)
-#: Of those, what changes the drafter's arithmetic in a way that modeling/ does not train.
-SERVE_ONLY_KEYS = ("attention_sink_bias", "attention_value_scale")
+
+def quoted(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    short.maxlist = 24
+    return short.repr(value)
 
 
 def hidden_state_index(target_layer_id: int) -> int:
@@ -121,6 +113,8 @@ class DrafterConfig:
     Sizes are in elements, ids are token or layer ids. ``layer_types`` is None for all-full
     attention; ``causal`` is None when each layer type decides (sliding layers causal, full layers
     bidirectional inside the block: ``_dflash_layer_causal`` in vLLM's ``qwen3_dflash.py``).
+    ``draft_block_size`` is None where the file leaves it to the server's ``num_speculative_tokens``.
+    ``remarks`` are what a reader of the file should know; they decide nothing.
     """
 
     hidden_size: int
@@ -130,7 +124,7 @@ class DrafterConfig:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    draft_block_size: int
+    draft_block_size: int | None
     target_layer_ids: tuple[int, ...]
     mask_token_id: int
     num_target_layers: int | None = None
@@ -149,18 +143,30 @@ class DrafterConfig:
     verifier: str | None = None
     dtype: str = "bfloat16"
     serve_only: dict[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         positive = (
             "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size vocab_size max_position_embeddings draft_block_size"
-        )
-        for name in positive.split():
+            "intermediate_size vocab_size max_position_embeddings"
+        ).split()
+        # Those that may be unset.
+        positive += [
+            name
+            for name in (
+                "draft_block_size",
+                "target_hidden_size",
+                "num_target_layers",
+                "sliding_window",
+            )
+            if getattr(self, name) is not None
+        ]
+        for name in positive:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 key = "block_size" if name == "draft_block_size" else name
                 raise ValueError(
-                    f"drafter config: {key} is {value!r}; a positive integer is needed"
+                    f"drafter config: {key} is {quoted(value)}; a positive integer below 2^31 is needed"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -169,7 +175,7 @@ class DrafterConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"drafter config: head_dim is {self.head_dim}; rotary needs it even")
-        if self.draft_block_size < 2 and not self.sample_from_anchor:
+        if self.draft_block_size == 1 and not self.sample_from_anchor:
             raise ValueError(
                 f"drafter config: block_size is {self.draft_block_size}; it counts the anchor, so "
                 "a block that drafts anything has at least 2"
@@ -177,29 +183,29 @@ class DrafterConfig:
         ids = self.target_layer_ids
         if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
             raise ValueError(
-                f"drafter config: target_layer_ids is {list(ids)}; 0-based layer ids needed"
+                f"drafter config: target_layer_ids is {quoted(list(ids))}; 0-based layer ids needed"
             )
         if list(ids) != sorted(set(ids)):
             # vLLM sorts and de-duplicates aux layers (interfaces.py), which permutes fc's input.
             raise ValueError(
-                f"drafter config: target_layer_ids {list(ids)} must be ascending and distinct, "
+                f"drafter config: target_layer_ids {quoted(list(ids))} must be ascending and distinct, "
                 "since vLLM concatenates the features in ascending order"
             )
         if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"drafter config: mask_token_id is {self.mask_token_id!r}; it must be a token id "
+                f"drafter config: mask_token_id is {quoted(self.mask_token_id)}; it must be a token id "
                 f"below vocab_size ({self.vocab_size})"
             )
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"drafter config: draft_vocab_size is {self.draft_vocab_size}, outside "
+                f"drafter config: draft_vocab_size is {quoted(self.draft_vocab_size)}, outside "
                 f"1..vocab_size ({self.vocab_size})"
             )
         if self.layer_types is not None:
             unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
             if unknown:
                 raise ValueError(
-                    f"drafter config: layer_types has {unknown}; only {SLIDING!r} and {FULL!r} "
+                    f"drafter config: layer_types has {quoted(unknown)}; only {SLIDING!r} and {FULL!r} "
                     "exist"
                 )
             if len(self.layer_types) != self.num_hidden_layers:
@@ -207,18 +213,28 @@ class DrafterConfig:
                     f"drafter config: layer_types names {len(self.layer_types)} layers, "
                     f"num_hidden_layers is {self.num_hidden_layers}"
                 )
-            if SLIDING in self.layer_types and not self.sliding_window:
-                raise ValueError(
-                    "drafter config: layer_types has sliding layers but sliding_window is "
-                    f"{self.sliding_window!r}; give the window in tokens"
-                )
 
     # -- derived ---------------------------------------------------------------------------------
 
     @property
-    def num_speculative_tokens(self) -> int:
-        """Draft tokens a block yields: the anchor predicts nothing unless it is sampled from."""
+    def num_speculative_tokens(self) -> int | None:
+        """Draft tokens a block yields: the anchor predicts nothing unless it is sampled from.
+
+        None where the file states no block size.
+        """
+        if self.draft_block_size is None:
+            return None
         return self.draft_block_size if self.sample_from_anchor else self.draft_block_size - 1
+
+    def block_size_for(self, num_speculative_tokens: int) -> int:
+        """Tokens of a block that drafts so many, the anchor included."""
+        return num_speculative_tokens + (not self.sample_from_anchor)
+
+    def known_block_size(self, why: str) -> int:
+        """``draft_block_size``; ValueError where the file does not state it."""
+        if self.draft_block_size is None:
+            raise ValueError(f"drafter config: block_size is missing from config.json; {why}")
+        return self.draft_block_size
 
     @property
     def aux_hidden_state_layer_ids(self) -> tuple[int, ...]:
@@ -262,8 +278,33 @@ class DrafterConfig:
 
     # -- agreement with a verifier ---------------------------------------------------------------
 
+    def check_windows(self) -> None:
+        """Raises ValueError for sliding layers without a window, which vLLM refuses."""
+        if SLIDING in (self.layer_types or ()) and not self.sliding_window:
+            raise ValueError(
+                "drafter config: layer_types has sliding layers but there is no window: give sliding_window, "
+                "in tokens, with use_sliding_window true (without that flag transformers' Qwen3Config "
+                "drops it), or dflash_config.swa_window_size"
+            )
+
+    def verifier_remarks(self, verifier: VerifierInfo) -> list[str]:
+        """What differs between the two and still is served."""
+        remarks = []
+        if self.num_target_layers not in (None, verifier.num_hidden_layers):
+            remarks.append(
+                f"it was trained for {self.num_target_layers} verifier layers, {verifier.name} has "
+                f"{verifier.num_hidden_layers}"
+            )
+        if self.vocab_size < verifier.vocab_size:
+            remarks.append(
+                f"its vocabulary has {self.vocab_size} tokens, that of {verifier.name} "
+                f"{verifier.vocab_size}: it drafts none of the others"
+            )
+        return remarks
+
     def check_verifier(self, verifier: VerifierInfo) -> None:
         """Raises ValueError, naming both sides, where drafter and verifier cannot work together."""
+        self.check_windows()
         problems = []
         too_deep = [i for i in self.target_layer_ids if i >= verifier.num_hidden_layers]
         if too_deep:
@@ -271,18 +312,13 @@ class DrafterConfig:
                 f"target_layer_ids {too_deep} do not exist (the verifier has layers "
                 f"0..{verifier.num_hidden_layers - 1})"
             )
-        if self.num_target_layers not in (None, verifier.num_hidden_layers):
-            problems.append(
-                f"it was trained for {self.num_target_layers} verifier layers, this one has "
-                f"{verifier.num_hidden_layers}"
-            )
         width = self.target_hidden_size or self.hidden_size
         if width != verifier.hidden_size:
             problems.append(
                 f"it reads features of width {width}, the verifier's hidden size is "
                 f"{verifier.hidden_size}"
             )
-        if self.vocab_size != verifier.vocab_size:
+        if self.vocab_size > verifier.vocab_size:
             problems.append(
                 f"its vocabulary has {self.vocab_size} tokens, the verifier's {verifier.vocab_size}"
             )
@@ -313,261 +349,27 @@ class DrafterConfig:
                 f"{', '.join(problems)}. Serve with fewer ranks, or train one of another shape"
             )
 
-    # -- reading ---------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> DrafterConfig:
-        """Reads either public format from a parsed ``config.json``.
+        """Reads either public format; see :func:`vllm_dflash.config_formats.read`."""
+        from vllm_dflash.config_formats import read
 
-        Raises:
-            ValueError: not a DFlash configuration, a key that is missing, unknown or out of range.
-        """
-        if "speculators_model_type" in raw or "speculators_config" in raw:
-            return cls._from_speculators(raw)
-        if "dflash_config" in raw:
-            return cls._from_zlab(raw)
-        raise ValueError(
-            "config.json is not a DFlash drafter: it has neither dflash_config (z-lab format) nor "
-            f"speculators_model_type; architectures: {raw.get('architectures')}"
-        )
+        return read(raw)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> DrafterConfig:
-        """Reads ``config.json`` of a checkpoint folder; ValueError when it is missing or broken."""
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{path} is not a drafter checkpoint: there is no {file}")
-        try:
-            raw = json.loads(file.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{file} holds a {type(raw).__name__}, not an object")
-        return cls.from_dict(raw)
+        """Reads ``config.json`` of a checkpoint folder or hub name."""
+        from vllm_dflash.checkpoint import read_config
 
-    @classmethod
-    def _layer_fields(
-        cls, raw: dict[str, Any], *, head_dim: int | None = None, rope_theta: float = 1e6
-    ) -> dict[str, Any]:
-        """Fields shared by both formats: the Qwen3-style transformer layer configuration.
-
-        ``head_dim`` and ``rope_theta`` are what vLLM takes in this format for absent keys.
-        """
-        required = ["hidden_size", "num_hidden_layers", "num_attention_heads"]
-        required += ["intermediate_size", "vocab_size"]
-        missing = [k for k in required if raw.get(k) is None]
-        if missing:
-            raise ValueError(f"drafter config: {', '.join(missing)} missing from config.json")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope.setdefault("rope_type", rope.pop("type", "default"))
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if raw.get(key) is not None:
-                rope.setdefault(key, raw[key])
-        rope.setdefault("rope_theta", rope_theta)
-        layer_types = raw.get("layer_types")
-        heads = raw["num_attention_heads"]
-        return {
-            **{k: raw[k] for k in required},
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": raw.get("head_dim") or head_dim or raw["hidden_size"] // heads,
-            "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-            "rope_parameters": rope,
-            "max_position_embeddings": raw.get("max_position_embeddings", 32768),
-            "hidden_act": raw.get("hidden_act", "silu"),
-            "attention_bias": bool(raw.get("attention_bias", False)),
-            "is_neox_style": bool(raw.get("is_neox_style", True)),
-            "layer_types": tuple(layer_types) if layer_types else None,
-            "sliding_window": raw.get("sliding_window"),
-            "dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix(
-                "torch."
-            ),
-        }
-
-    @classmethod
-    def _from_zlab(cls, raw: dict[str, Any]) -> DrafterConfig:
-        dflash = dict(raw["dflash_config"] or {})
-        unknown = sorted(set(dflash) - DFLASH_CONFIG_KEYS)
-        if unknown:
-            raise ValueError(
-                f"drafter config: dflash_config has unknown keys {unknown}; known: "
-                f"{sorted(DFLASH_CONFIG_KEYS)}"
-            )
-        for key in ("target_layer_ids", "mask_token_id"):
-            if dflash.get(key) is None:
-                raise ValueError(f"drafter config: dflash_config.{key} is missing")
-        if dflash.get("use_aux_hidden_state") is False:
-            raise ValueError(
-                "drafter config: dflash_config.use_aux_hidden_state is false; a drafter without "
-                "verifier features is not supported"
-            )
-        # vLLM reads this format through transformers' Qwen3Config and so takes its defaults.
-        fields = cls._layer_fields(raw, head_dim=128, rope_theta=1e4)
-        if raw.get("layer_types") is None and raw.get("use_sliding_window"):
-            first, layers = raw.get("max_window_layers", 28), fields["num_hidden_layers"]
-            kinds = tuple(SLIDING if i >= first else FULL for i in range(layers))
-            fields["layer_types"] = (
-                kinds if SLIDING in kinds and raw.get("sliding_window") else None
-            )
-        if dflash.get("use_swa") and SLIDING not in (fields["layer_types"] or ()):
-            fields["layer_types"] = (SLIDING,) * fields["num_hidden_layers"]
-            # In vLLM use_swa leaves the causality of the layer types as they were: none sliding, so
-            # bidirectional (_dflash_layer_causal).
-            if dflash.get("causal") is None:
-                dflash["causal"] = False
-        if SLIDING in (fields["layer_types"] or ()):
-            fields["sliding_window"] = dflash.get("swa_window_size", fields["sliding_window"])
-        causal = raw.get("is_causal")
-        if causal is None:
-            causal = dflash.get("causal")
-        if raw.get("block_size") is None:
-            raise ValueError("drafter config: block_size is missing from config.json")
-        return cls(
-            **fields,
-            draft_block_size=raw["block_size"],
-            target_layer_ids=tuple(dflash["target_layer_ids"]),
-            mask_token_id=dflash["mask_token_id"],
-            num_target_layers=raw.get("num_target_layers"),
-            target_hidden_size=raw.get("target_hidden_size"),
-            draft_vocab_size=_draft_vocab_size(raw, fields),
-            causal=None if causal is None else bool(causal),
-            sample_from_anchor=bool(dflash.get("sample_from_anchor", False)),
-            verifier=raw.get("verifier"),
-            serve_only={k: dflash[k] for k in SERVE_ONLY_KEYS if dflash.get(k) is not None},
-        )
-
-    @classmethod
-    def _from_speculators(cls, raw: dict[str, Any]) -> DrafterConfig:
-        kind = raw.get("speculators_model_type")
-        if kind != "dflash":
-            raise ValueError(
-                f"drafter config: speculators_model_type is {kind!r}; only 'dflash' drafters are "
-                "trained and checked here (vLLM serves its own kinds without this plugin)"
-            )
-        layer = raw.get("transformer_layer_config")
-        if not isinstance(layer, dict):
-            raise ValueError("drafter config: transformer_layer_config is missing or not an object")
-        for key in ("aux_hidden_state_layer_ids", "mask_token_id"):
-            if raw.get(key) is None:
-                raise ValueError(f"drafter config: {key} is missing")
-        verifier = ((raw.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
-        # vLLM (speculators/algos.py) sets causal for *all* layers from this one flag, and treats
-        # its absence as non-causal.
-        causal = not raw.get("sliding_window_non_causal", True)
-        fields = cls._layer_fields(layer)
-        return cls(
-            **fields,
-            draft_block_size=raw.get("block_size", 8),
-            target_layer_ids=tuple(target_layer_id(i) for i in raw["aux_hidden_state_layer_ids"]),
-            mask_token_id=raw["mask_token_id"],
-            num_target_layers=raw.get("num_target_layers"),
-            target_hidden_size=raw.get("target_hidden_size"),
-            draft_vocab_size=_draft_vocab_size(raw, fields),
-            causal=causal,
-            sample_from_anchor=bool(raw.get("sample_from_anchor", False)),
-            verifier=verifier,
-        )
-
-    # -- writing ---------------------------------------------------------------------------------
-
-    def _layer_dict(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            "model_type": "qwen3",
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
-            "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_parameters": {**self.rope_parameters, "rope_theta": self.rope_theta},
-            "max_position_embeddings": self.max_position_embeddings,
-            "hidden_act": self.hidden_act,
-            "attention_bias": self.attention_bias,
-            "tie_word_embeddings": False,
-            "dtype": self.dtype,
-        }
-        if not self.is_neox_style:
-            out["is_neox_style"] = False
-        if self.layer_types is not None:
-            out["layer_types"] = list(self.layer_types)
-            out["sliding_window"] = self.sliding_window
-            # Without this flag transformers' Qwen3Config drops the window.
-            out["use_sliding_window"] = SLIDING in self.layer_types
-        return out
+        return cls.from_dict(read_config(path))
 
     def to_dict(self, fmt: CheckpointFormat = "zlab") -> dict[str, Any]:
         """``config.json`` in the given format, loadable by stock vLLM."""
-        if fmt == "zlab":
-            return self._to_zlab()
-        if fmt == "speculators":
-            return self._to_speculators()
-        raise ValueError(f"unknown checkpoint format {fmt!r}; use 'zlab' or 'speculators'")
+        from vllm_dflash.config_formats import write
 
-    def _to_zlab(self) -> dict[str, Any]:
-        dflash: dict[str, Any] = {
-            "target_layer_ids": list(self.target_layer_ids),
-            "mask_token_id": self.mask_token_id,
-            **self.serve_only,
-        }
-        if self.causal is not None:
-            dflash["causal"] = self.causal
-        if self.sample_from_anchor:
-            dflash["sample_from_anchor"] = True
-        out = {
-            "architectures": ["DFlashDraftModel"],
-            **self._layer_dict(),
-            "block_size": self.draft_block_size,
-            "dflash_config": dflash,
-        }
-        optional = {
-            "num_target_layers": self.num_target_layers,
-            "target_hidden_size": self.target_hidden_size,
-            "draft_vocab_size": self.draft_vocab_size,
-            "verifier": self.verifier,
-        }
-        return out | {k: v for k, v in optional.items() if v is not None}
-
-    def _to_speculators(self) -> dict[str, Any]:
-        if self.serve_only:
-            raise ValueError(
-                f"the speculators format cannot express {sorted(self.serve_only)}; keep z-lab's"
-            )
-        causal = {self.layer_causal(i) for i in range(self.num_hidden_layers)}
-        if len(causal) > 1:
-            raise ValueError(
-                "the speculators format has one causality for all layers, this drafter mixes "
-                "causal sliding and bidirectional full layers; keep the z-lab format"
-            )
-        return {
-            "architectures": ["DFlashSpeculator"],
-            "speculators_model_type": "dflash",
-            "speculators_version": "0.9.0",
-            "speculators_config": {
-                "algorithm": "dflash",
-                "default_proposal_method": "greedy",
-                "proposal_methods": [
-                    {
-                        "proposal_type": "greedy",
-                        "speculative_tokens": self.num_speculative_tokens,
-                        "verifier_accept_k": 1,
-                        "accept_tolerance": 0.0,
-                    }
-                ],
-                "verifier": {"name_or_path": self.verifier, "architectures": []},
-            },
-            "transformer_layer_config": self._layer_dict(),
-            "block_size": self.draft_block_size,
-            "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
-            "mask_token_id": self.mask_token_id,
-            "draft_vocab_size": self.logits_vocab_size,
-            "num_target_layers": self.num_target_layers,
-            "target_hidden_size": self.target_hidden_size,
-            "sample_from_anchor": self.sample_from_anchor,
-            "sliding_window_non_causal": not causal.pop(),
-            "tie_word_embeddings": False,
-            "dtype": self.dtype,
-        }
+        return write(self, fmt)
 
     # -- making ----------------------------------------------------------------------------------
 
@@ -633,9 +435,3 @@ class DrafterConfig:
     def with_(self, **changes: Any) -> DrafterConfig:
         """A copy with some fields replaced, validated again."""
         return replace(self, **changes)
-
-
-def _draft_vocab_size(raw: dict[str, Any], fields: dict[str, Any]) -> int | None:
-    """None where the draft vocabulary is the whole one, which speculators writes out."""
-    size = raw.get("draft_vocab_size")
-    return None if size == fields["vocab_size"] else size

@@ -138,7 +138,10 @@ class BenchConfig:
                 "num_speculative_tokens is not given and there is no drafter to read it from; "
                 "mode ngram needs one of them"
             )
-        return DrafterConfig.from_pretrained(self.drafter).num_speculative_tokens
+        tokens = DrafterConfig.from_pretrained(self.drafter).num_speculative_tokens
+        if tokens is None:
+            raise ValueError(f"the drafter {self.drafter} does not state its block size: give -k")
+        return tokens
 
 
 def speculative_config(config: BenchConfig, mode: str) -> dict[str, Any] | None:

@@ -190,6 +190,12 @@ class Ahead(Policy):
 
     # -- what happened
 
+    def count(self, length: int, accepted: int, promised: float) -> None:
+        """Counts the draft tokens of one request that were verified; arguments as for :meth:`observe`."""
+        self.totals.proposed[DRAFTER] += length
+        self.totals.accepted[DRAFTER] += accepted
+        self.totals.expected[DRAFTER] += promised * self.promises[DRAFTER].share
+
     def observe(self, request: str, length: int, accepted: int, promised: float) -> None:
         """Learns from one request of a step, once it is done.
 
@@ -201,9 +207,6 @@ class Ahead(Policy):
         self.totals.lengths[length] += 1
         if not length:
             return
-        self.totals.proposed[DRAFTER] += length
-        self.totals.accepted[DRAFTER] += accepted
-        self.totals.expected[DRAFTER] += promised * self.promises[DRAFTER].share
         self.promises[DRAFTER].add(promised, accepted)
         self.by_position.observe(np.arange(min(accepted + 1, length)), accepted, request)
 

@@ -84,10 +84,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Draft:
-    """What one request gets: the first ``length`` tokens of its source's draft."""
+    """What one request gets: the first ``length`` tokens of its source's draft.
+
+    Attributes:
+        expected: of each of them the probability that it is accepted.
+    """
 
     source: str
     length: int
+    expected: tuple[float, ...] = ()
 
 
 @dataclass
@@ -376,10 +381,11 @@ class Policy:
         row_of = {i: row for row, i in enumerate(rows)}
         for i, request in enumerate(plan.requests):
             length = choice.lengths[i]
-            draft = Draft(DRAFTER if by_drafter[i] else LOOKUP, length)
+            chances = tuple(curves_BK[i, :length].tolist())
+            draft = Draft(DRAFTER if by_drafter[i] else LOOKUP, length, chances)
             out.append(draft)
             self.totals.lengths[length] += 1
-            expected = float(curves_BK[i, :length].sum())
+            expected = sum(chances)
             self.pace.add(request.id, 1 + expected, time)
             if i in row_of and drafts is not None:
                 learners = [(self.by_position, np.arange(K))]

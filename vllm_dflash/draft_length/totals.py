@@ -26,7 +26,9 @@ class Totals:
         plain_seconds: what the same tokens would have taken without speculation, by the measured costs; steps
             with prompt chunks as long as they took without their drafts.
         lengths: how often each draft length was chosen, ``[K + 1]``.
-        proposed, accepted, expected: draft tokens by source; without those of requests' last steps.
+        proposed, accepted, expected: draft tokens by source. Where the scheduler chooses these are vLLM's
+            counts; a :class:`~vllm_dflash.draft_length.policy.Policy` counts what it could compare with the
+            text that followed, so not those of requests' last steps.
     """
 
     def __init__(self, cost: StepCost, num_tokens: int) -> None:

@@ -24,6 +24,7 @@ from vllm_dflash.draft_length.policy import Plan, Policy, Request
 from vllm_dflash.draft_length.totals import DRAFTER
 from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving.draft_limits import request_limit
 from vllm_dflash.serving.draft_return import send_with_output
 from vllm_dflash.serving.draft_stats import DraftStats, stats_file
 from vllm_dflash.serving.lookup import PromptLookup
@@ -33,6 +34,7 @@ from vllm_dflash.serving.plain_steps import (
     skip_rejection_sampling,
 )
 from vllm_dflash.serving.step_clock import StepClock, StepDone
+from vllm_dflash.serving.verified import Sent, name_sources
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _NO_MATCH = np.empty(0, dtype=np.int64)
@@ -85,11 +87,13 @@ class DraftLengths:
         self.clock = StepClock(proposer.runner)
         propose_near_the_end(proposer.runner)
         skip_rejection_sampling(proposer.runner)
+        name_sources(proposer.runner, lambda: self._sent)
         send_with_output(proposer.runner)
         self._group = _tensor_parallel_group()
         if self._group is None:
             # Ranks decide together, in propose().
             skip_proposing(proposer.runner, self.plain_step)
+        self._sent: dict[str, Sent] = {}
         self._looked: _Look | None = None
         self._requests: set[str] = set()
         self._doze = Doze()
@@ -109,6 +113,7 @@ class DraftLengths:
         proposer, metadata = self.proposer, kwargs["common_attn_metadata"]
         num_requests = metadata.batch_size()
         look, self._looked = self._looked, None
+        self._sent = {}
         if look is None and (self._group is None or self._group.rank_in_group == 0):
             rejected = kwargs.get("num_rejected_tokens_gpu")
             look = self._look(
@@ -165,6 +170,7 @@ class DraftLengths:
         runner = proposer.runner
         if metadata.num_actual_tokens != num_requests or not proposer.drafting:
             return None
+        self._sent = {}
         look: _Look | None = None
         if self._doze.skips():
             now = time.perf_counter()
@@ -236,6 +242,7 @@ class DraftLengths:
         for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             if not draft.length:
                 continue
+            self._sent[plan.requests[i].id] = Sent(draft.source, draft.expected)
             if draft.source == DRAFTER and tokens is not None:
                 out[row] = tokens[row_of[i], : draft.length].tolist()
             else:
@@ -272,10 +279,12 @@ class DraftLengths:
             tokens = batch.token_ids_cpu[row, :end]
             state = runner.requests[request_id]
             most = proposer.max_model_len - end - 1
+            written = end - state.num_prompt_tokens
             if state.sampling_params is not None and state.sampling_params.max_tokens:
-                written = end - state.num_prompt_tokens
                 # The last token is the verifier's own.
                 most = min(most, state.sampling_params.max_tokens - written - 1)
+            allowed = request_limit(state.sampling_params, written)
+            most = most if allowed is None else min(most, allowed)
             most = max(0, min(most, self.num_tokens))
             match, match_len = _NO_MATCH, 0
             if self.lookup is not None and most > 0:

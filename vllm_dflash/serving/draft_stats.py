@@ -2,6 +2,8 @@
 
 The policy works in a worker process, metrics are served by another one. vLLM has no way for a plugin's
 figures from the one to the other, so they go through a small file that the worker replaces now and then.
+What the verifier made of the drafts is counted in the engine core (:mod:`vllm_dflash.serving.verified`),
+which has such a file, too, where that is another process.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,12 +31,66 @@ def stats_file(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"vllm_dflash_{os.getuid()}_{name}.json"
 
 
+def verified_file(path: Path) -> Path:
+    """Where the engine core's counts are, beside the figures at ``path``."""
+    return path.with_suffix(".verified.json")
+
+
 def read_stats(path: Path) -> dict[str, Any] | None:
-    """The latest figures; None where there are none yet."""
+    """The latest figures, with the engine core's counts; None where there are none yet."""
+    values = _read(path)
+    return None if values is None else values | (_read(verified_file(path)) or {})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+
+
+class StatsFile:
+    """A file with the latest of the figures that it is given, which are written by a thread.
+
+    Steps need not wait for that, and when the engine has nothing to do the last figures are there, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._latest: dict[str, Any] = {}
+        self._given = threading.Event()
+        self._lock = threading.Lock()
+        self._closed = False
+        atexit.register(self._remove)
+        threading.Thread(target=self._run, name=path.name, daemon=True).start()
+
+    def put(self, values: dict[str, Any]) -> None:
+        """Figures that nobody changes any more."""
+        self._latest = values
+        self._given.set()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._given.wait()
+            self._given.clear()
+            try:
+                self._write(self._latest)
+            except OSError as error:
+                # A full disk: the next ones may find room.
+                logger.warning("vllm-dflash cannot write its figures: %s", error)
+            time.sleep(_FILE_SECONDS)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        part = self.path.with_suffix(f".{os.getpid()}")
+        with self._lock:
+            if not self._closed:
+                part.write_text(json.dumps(values))
+                os.replace(part, self.path)
+
+    def _remove(self) -> None:
+        with self._lock:
+            self._closed = True
+            self.path.unlink(missing_ok=True)
 
 
 class DraftStats:
@@ -44,29 +101,22 @@ class DraftStats:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._written = self._logged = time.monotonic()
+        self._file = None if path is None else StatsFile(path)
+        self._logged = time.monotonic()
         self._before: dict[str, Any] | None = None
-        if path is not None:
-            atexit.register(path.unlink, missing_ok=True)
 
     def update(self, policy: Policy) -> None:
-        """Called once a step; cheap unless something is due."""
+        """Called once a step; cheap unless the log is due."""
+        after = figures(policy)
+        if self._file is not None:
+            self._file.put(after)
         now = time.monotonic()
-        if self.path is not None and now - self._written >= _FILE_SECONDS:
-            self._written = now
-            self._write(figures(policy))
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            after = figures(policy)
+            if self._file is not None:
+                after |= _read(verified_file(self._file.path)) or {}
             logger.info("vllm-dflash: %s", sentence(after, self._before))
             self._before = after
-
-    def _write(self, values: dict[str, Any]) -> None:
-        assert self.path is not None
-        part = self.path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(values))
-        os.replace(part, self.path)
 
 
 def figures(policy: Policy) -> dict[str, Any]:

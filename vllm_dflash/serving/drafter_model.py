@@ -66,6 +66,10 @@ class DrafterModel(DFlashQwen3ForCausalLM):
             torch.device(vllm_config.device_config.device_type)
         )
         self._context_kv = ContextKV(self.model) if use_ops else None
+        self._max_model_len = vllm_config.model_config.max_model_len
+        inner: Any = self.model
+        #: Rows of the rotary table.
+        self.num_positions: int = inner.layers[0].self_attn.rotary_emb.cos_sin_cache.shape[0]
 
     def precompute_and_store_context_kv(
         self,
@@ -73,7 +77,12 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         context_positions: Tensor,
         context_slot_mapping: Tensor | list[Tensor | None] | None = None,
     ) -> None:
-        """As vLLM's; with ``dflash_ops`` through :class:`ContextKV`."""
+        """As vLLM's; with ``dflash_ops`` through :class:`ContextKV`. Positions that the drafter does not have
+        are left out: nothing is drafted there."""
+        if self.num_positions < self._max_model_len:
+            beyond = context_positions >= self.num_positions
+            context_positions = context_positions.masked_fill(beyond, 0)
+            context_slot_mapping = _without(context_slot_mapping, beyond)
         if self._context_kv is not None and self._context_kv.usable():
             self._context_kv.store(context_states, context_positions, context_slot_mapping)
         else:
@@ -129,6 +138,15 @@ class DrafterModel(DFlashQwen3ForCausalLM):
         if self.draft_id_to_target_id is not None:
             tokens = tokens + self.draft_id_to_target_id[tokens]
         return tokens, probability
+
+
+def _without(slots: Any, left_out: Tensor) -> Any:
+    """Slots of context tokens, for all layers or a list with one for each, without those ``left_out [T]``."""
+    if slots is None:
+        return None
+    if isinstance(slots, (list, tuple)):
+        return [_without(one, left_out) for one in slots]
+    return slots.masked_fill(left_out, ops.PAD_SLOT)
 
 
 def _normalize_context_k(model: Any, all_k: Tensor) -> Tensor:

@@ -14,12 +14,15 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving import sampler_v1
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
 from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
 from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
+from vllm_dflash.serving.plain_steps import propose_near_the_end
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ class Proposer(DFlashProposer):
         draft_rows: int64 ``[G]``, the requests that ``propose`` of vLLM drafts for; None for all.
         dummy_drafts: whether vLLM's dummy steps include a draft pass, as they do.
         confidence: probabilities of the latest greedy draft tokens by the drafter, ``[G*K]``, or None.
+        max_model_len: where drafting ends: vLLM's attribute, less than the server's where the drafter has
+            fewer positions.
     """
 
     model: Any
@@ -77,6 +82,7 @@ class Proposer(DFlashProposer):
             _mend_cpu_sampling()
             if vllm_config.model_config.is_hybrid:
                 mend_recurrent_layers()
+        self.max_model_len = position_limit(vllm_config.speculative_config, self.max_model_len)
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
         self.drafting = True
@@ -101,10 +107,22 @@ class Proposer(DFlashProposer):
         super().load_model(target_model)
         if isinstance(self.model, DrafterModel):
             self.model.leave_out_lora()
+            self.max_model_len = min(self.max_model_len, self.model.num_positions)
+        self._fit_runner()
         if self.tap is None and self._use_ops and isinstance(self.model, DrafterModel):
             inner: Any = self.model.model
             width = inner.fc.input_size
             self.tap = install_tap(target_model, self.vllm_config, width, self.device)
+
+    def _fit_runner(self) -> None:
+        """Tells the runner how long requests may be for the proposer to be asked, which it does by batch."""
+        runner, server = self.runner, self.vllm_config.model_config.max_model_len
+        if runner is None or self.max_model_len >= server:
+            return
+        # Ours can be asked in any step, as scheduler.wrap_init has drafts end where they must. Else one long
+        # request would end those of the whole batch, whose context would lack what it reads meanwhile.
+        ours = isinstance(self.model, DrafterModel)
+        runner.effective_drafter_max_model_len = server if ours else self.max_model_len
 
     def initialize_attn_backend(
         self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
@@ -149,7 +167,8 @@ class Proposer(DFlashProposer):
         self._slot_mapping_buffer = self.query_slots[0]
         self._context_slot_mapping_buffer = self.context_slots[0]
         stock_knows = self.kv_groups.single and not self.sample_from_anchor
-        if self._use_ops or not stock_knows or self._options.draft_length == "auto":
+        short = self.max_model_len < self.vllm_config.model_config.max_model_len
+        if self._use_ops or not stock_knows or short or self._options.draft_length == "auto":
             self._block_inputs = BlockInputs(self, plain=not self._use_ops)
 
     def build_per_group_and_layer_attn_metadata(
@@ -254,6 +273,7 @@ class Proposer(DFlashProposer):
 
     def choose_lengths(self, runner: Any) -> None:
         """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
+        sampler_v1.mend(runner)
         if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
             return
         from vllm_dflash.serving import calibration, draft_length, draft_switch, scheduler
@@ -261,6 +281,7 @@ class Proposer(DFlashProposer):
         if scheduler.chooses(self.vllm_config):
             # Rows are written at once: gathering them would wait for the device, which runs ahead here.
             self.context = DeferredContext(self, at_once=True)
+            propose_near_the_end(self.runner)
             path = calibration.costs_file(self.vllm_config)
             draft_switch.hand_over(calibration.RunsV1(self), path)
             return

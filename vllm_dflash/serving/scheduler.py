@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
-from vllm_dflash.serving import handover
-from vllm_dflash.serving.draft_stats import DraftStats, stats_file
+from vllm_dflash.serving import draft_limits, handover
+from vllm_dflash.serving.draft_stats import DraftStats, StatsFile, stats_file, verified_file
 from vllm_dflash.serving.seams import DRAFTER_ARCH
+from vllm_dflash.serving.verified import count_by_source, counting
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -60,7 +63,7 @@ class _Step:
 
     Attributes:
         scheduled: when, by the clock.
-        lengths: draft tokens by request, with how many of them promise to be accepted.
+        lengths: draft tokens by request, with the probabilities that each is accepted, ``[length]``.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
         even: whether all requests had none or all of their draft tokens.
@@ -68,7 +71,7 @@ class _Step:
     """
 
     scheduled: float
-    lengths: dict[str, tuple[int, float]]
+    lengths: dict[str, tuple[int, np.ndarray]]
     context: float
     tokens: int
     even: bool
@@ -82,15 +85,17 @@ class EngineLengths:
         scheduler: vLLM's.
         policy: chooses.
         stats: where the figures go.
+        limit: tokens of a request behind which nothing is drafted.
     """
 
-    def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats) -> None:
-        self.scheduler, self.policy, self.stats = scheduler, policy, stats
+    def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats, limit: int) -> None:
+        self.scheduler, self.policy, self.stats, self.limit = scheduler, policy, stats, limit
         #: Draft tokens of each request that the latest step ends with.
         self.num_drafted = policy.num_tokens
         self._promised: dict[str, Any] = {}
         self._in_flight: dict[int, _Step] = {}
         self._updated = 0.0
+        self._step: _Step | None = None
         self._drafted: bool | None = None
 
     def trim(self) -> None:
@@ -119,8 +124,7 @@ class EngineLengths:
             request = scheduler.requests[name]
             length = len(drafts.get(name, ()))
             curve = self._promised.get(name)
-            promised = float(curve[:length].sum()) if curve is not None else 0.0
-            lengths[name] = (length, promised)
+            lengths[name] = (length, np.zeros(length) if curve is None else curve[:length])
             even.add(length)
             context += request.num_computed_tokens
             known = request.num_tokens + request.num_output_placeholders
@@ -150,15 +154,20 @@ class EngineLengths:
         coming = (tokens > 0) + (request.num_output_placeholders > 0)
         most = request.max_tokens - request.num_output_tokens - coming - 1
         context = request.num_computed_tokens + tokens
-        most = min(most, self.scheduler.max_model_len - context - 1)
+        most = min(most, self.limit - context - 1)
+        limit = draft_limits.request_limit(
+            request.sampling_params, request.num_output_tokens, request.num_output_placeholders
+        )
+        most = most if limit is None else min(most, limit)
         return Slot(request.request_id, context, drafted, max(most, 0))
 
     def done(self, output: Any, result: Any) -> None:
         """Before a step's result is taken in: learns from it."""
         now = time.perf_counter()
-        step = self._in_flight.pop(id(output), None)
+        step = self._step = self._in_flight.pop(id(output), None)
         if step is None:
             return
+        invalid = output.num_invalid_spec_tokens or {}
         emitted = drafts = accepted = 0
         sampled = result.sampled_token_ids
         for name, (length, promised) in step.lengths.items():
@@ -172,7 +181,9 @@ class EngineLengths:
             emitted += tokens
             accepted += tokens - 1
             drafts += length
-            self.policy.observe(name, length, tokens - 1, promised)
+            # What a grammar excluded is in the step, but no evidence.
+            checked = length - invalid.get(name, 0)
+            self.policy.observe(name, checked, tokens - 1, float(promised[:checked].sum()))
         requests = len(step.lengths)
         seconds = now - max(self._updated, step.scheduled)
         self.policy.totals.drafted_steps += step.drafting
@@ -194,6 +205,17 @@ class EngineLengths:
                 requests, step.context, max(seconds - passed, 0.0), drafts, accepted, passed
             )
         self._updated, self._drafted = now, step.drafting
+
+    def verified(self, name: str, length: int, accepted: int) -> None:
+        """While a step's result is taken in, of each request with draft tokens; see
+        :func:`~vllm_dflash.serving.verified.counting`."""
+        promised = 0.0
+        if self._step is not None:
+            promised = float(self._step.lengths[name][1][:length].sum())
+        self.policy.count(length, accepted, promised)
+
+    def publish(self) -> None:
+        """Once a step's result has been taken in."""
         self.stats.update(self.policy)
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -218,7 +240,9 @@ def choosing(cls: type) -> type:
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
             self.draft_lengths.done(scheduler_output, model_runner_output)
-            return super().update_from_output(scheduler_output, model_runner_output)
+            out = super().update_from_output(scheduler_output, model_runner_output)
+            self.draft_lengths.publish()
+            return out
 
         def update_draft_token_ids(self, draft_token_ids: Any) -> None:
             # vLLM 0.31 names as many as ever behind a step without a draft pass.
@@ -239,14 +263,14 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
-    if scheduler.dynamic_sd_lookup is None:
-        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted.
-        most = vllm_config.scheduler_config.max_num_seqs
-        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
     policy = Ahead(cost, scheduler.num_spec_tokens)
     stats = DraftStats(stats_file(spec.dflash_stats))
     scheduler.__class__ = choosing(type(scheduler))
-    scheduler.draft_lengths = EngineLengths(scheduler, policy, stats)
+    limit = draft_limits.position_limit(spec, scheduler.max_model_len)
+    lengths = scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)
+    scheduler.make_spec_decoding_stats = counting(
+        scheduler.make_spec_decoding_stats, lengths.verified
+    )
     logger.info("vllm-dflash chooses draft lengths in the scheduler")
 
 
@@ -256,7 +280,14 @@ def wrap_init(original: Any) -> Any:
     @functools.wraps(original)
     def init(self, vllm_config, *args, **kwargs):
         original(self, vllm_config, *args, **kwargs)
+        spec = vllm_config.speculative_config
+        if spec is None or spec.method != "dflash":
+            return
+        draft_limits.adopt(self, vllm_config)
         if not wanted(vllm_config):
+            name = getattr(spec, "dflash_stats", None)
+            if name is not None:
+                count_by_source(self, StatsFile(verified_file(stats_file(name))))
             return
         reason = unsupported(vllm_config)
         if reason:

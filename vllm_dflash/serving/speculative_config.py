@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 import uuid
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_dflash import __version__
-from vllm_dflash.checkpoint import check_weights, read_config
+from vllm_dflash.checkpoint import check_weights, quantization, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.config_formats import AmbiguousConfig, UnsupportedDrafter, is_speculators
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
-from vllm_dflash.serving.seams import DRAFTER_ARCH
+from vllm_dflash.serving.draft_limits import position_limit
 
+logger = logging.getLogger("vllm.vllm_dflash")
 _BLOCK_DROP = "disable_eagle_block_drop"
-#: Architectures in a drafter's config.json that end up in our drafter class.
-_OWN_ARCHS = {DRAFTER_ARCH, "DFlashSpeculator"}
 
 
 def _is_dflash(config: dict[str, Any]) -> bool:
@@ -28,18 +29,63 @@ def _is_dflash(config: dict[str, Any]) -> bool:
     )
 
 
-def _drafter_config(model: str, revision: str | None) -> DrafterConfig | None:
-    """The drafter's configuration, None where vLLM serves it with classes of its own (DFlash 2,
-    LiLiCorr, ...) or from quantised weights, whose names and shapes are the quantiser's."""
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A drafter's files, as far as they are looked at before vLLM loads them.
+
+    Attributes:
+        config: None where vLLM serves it with classes of its own (DFlash 2, LiLiCorr, ...).
+        raw: the parsed config.json.
+    """
+
+    model: str
+    raw: dict[str, Any]
+    config: DrafterConfig | None
+
+
+def _read(model: str, revision: str | None, tokens_given: bool) -> _Checkpoint:
     raw = read_config(model, revision)
-    if raw.get("quantization_config"):
-        return None
-    architectures = set(raw.get("architectures") or [])
-    if architectures and not architectures & _OWN_ARCHS:
-        return None
-    if raw.get("speculators_model_type") not in (None, "dflash"):
-        return None
-    return DrafterConfig.from_dict(raw)
+    try:
+        return _Checkpoint(model, raw, DrafterConfig.from_dict(raw))
+    except UnsupportedDrafter as error:
+        logger.info("vllm-dflash leaves the drafter %s to vLLM: %s", model, error)
+    except AmbiguousConfig as error:
+        # vLLM reads one of the two places and serves it, if it need not ask for the block size.
+        if not tokens_given:
+            raise ValueError(
+                f"{error}; or give num_speculative_tokens and vLLM serves it as it reads it"
+            ) from error
+        logger.warning("vllm-dflash serves the drafter %s unchecked: %s", model, error)
+    return _Checkpoint(model, raw, None)
+
+
+def _check(
+    checkpoint: _Checkpoint, drafter: DrafterConfig, engine_args: Any, verifier: Any
+) -> None:
+    """ValueError for a pair that stock vLLM would crash on or serve with ruined acceptance."""
+    info = VerifierInfo.from_hf_config(verifier.hf_config, str(verifier.model))
+    drafter.check_verifier(info)
+    for remark in (*drafter.remarks, *drafter.verifier_remarks(info)):
+        logger.warning("vllm-dflash: drafter %s: %s", checkpoint.model, remark)
+    # vLLM shards the drafter like the verifier, whatever draft_tensor_parallel_size says.
+    drafter.check_ranks(engine_args.tensor_parallel_size)
+    if quantization(checkpoint.model, checkpoint.raw) is None:
+        # Names and shapes of quantised weights are the quantiser's.
+        check_weights(checkpoint.model, drafter)
+
+
+def mend_causality(hf_config: Any, raw: dict[str, Any], config: DrafterConfig) -> None:
+    """Gives full-attention layers of a speculators file the causality that they were trained with.
+
+    vLLM 0.33 and older take the flag of the sliding layers for all of them (vLLM #56692).
+
+    Args:
+        hf_config: what vLLM has read; changed.
+        raw, config: the file, and as it is meant.
+    """
+    if is_speculators(raw) and config.causal is None and hf_config.dflash_config.get("causal"):
+        # By layer type then, as in z-lab's files.
+        hf_config.dflash_config = {**hf_config.dflash_config, "causal": None}
 
 
 def _check_prefix_caching(engine_args: Any, verifier: Any) -> None:
@@ -79,39 +125,42 @@ def wrap_create_speculative_config(original):
         if len(rest) == len(self.speculative_config or {}):
             # No key of ours: all defaults, unless an earlier call on these arguments took them out.
             options = Options.from_additional_config(self.additional_config)
-        model = given.get("model")
-        drafter = None
+        model, tokens = given.get("model"), rest.get("num_speculative_tokens", self.spec_tokens)
+        checkpoint = drafter = None
         if model:
             try:
-                drafter = _drafter_config(model, given.get("revision"))
+                checkpoint = _read(model, given.get("revision"), tokens is not None)
+                drafter = checkpoint.config
             except ValueError:
                 if options.check:
                     raise
-        if model and drafter is not None:
-            if rest.get("num_speculative_tokens") is None and self.spec_tokens is None:
-                rest["num_speculative_tokens"] = drafter.num_speculative_tokens
+        if checkpoint is not None and drafter is not None:
+            if tokens is None:
+                tokens = drafter.num_speculative_tokens
+                if tokens is None:
+                    raise ValueError(
+                        f"the drafter {model} does not state its block size: give num_speculative_tokens in "
+                        "--speculative-config"
+                    )
+                rest["num_speculative_tokens"] = tokens
             from vllm.config import SpeculativeConfig
 
             if _BLOCK_DROP in {f.name for f in fields(SpeculativeConfig)}:
                 # vLLM computes the last block of a cached prefix anew for the states that an EAGLE drafter
                 # starts from. Ours reads its own cache of the prefix, which is as complete as the verifier's.
                 rest.setdefault(_BLOCK_DROP, True)
-            tokens = rest.get("num_speculative_tokens", self.spec_tokens)
-            too_many = isinstance(tokens, int) and tokens > drafter.num_speculative_tokens
-            if options.check and too_many:
-                raise ValueError(
-                    f"num_speculative_tokens is {tokens}, but the drafter {model} was trained for "
-                    f"blocks of {drafter.draft_block_size}: at most "
-                    f"{drafter.num_speculative_tokens}"
+            trained = drafter.num_speculative_tokens
+            if trained is not None and isinstance(tokens, int) and tokens > trained:
+                logger.warning(
+                    "num_speculative_tokens is %d, but the drafter %s was trained for blocks of %d, that is "
+                    "%d tokens: those behind are rarely accepted",
+                    tokens,
+                    model,
+                    drafter.draft_block_size,
+                    trained,
                 )
             if options.check:
-                name = str(target_model_config.model)
-                drafter.check_verifier(
-                    VerifierInfo.from_hf_config(target_model_config.hf_config, name)
-                )
-                # vLLM shards the drafter like the verifier, whatever draft_tensor_parallel_size says.
-                drafter.check_ranks(self.tensor_parallel_size)
-                check_weights(model, drafter)
+                _check(checkpoint, drafter, self, target_model_config)
         self.speculative_config = rest
         carried = {"version": __version__, **options.as_dict()}
         if drafter is not None:
@@ -122,9 +171,21 @@ def wrap_create_speculative_config(original):
             ADDITIONAL_CONFIG_KEY: carried,
         }
         made = original(self, target_model_config, *args, **kwargs)
+        if made is not None and checkpoint is not None and drafter is not None:
+            mend_causality(made.draft_model_config.hf_config, checkpoint.raw, drafter)
         if made is not None and options.draft_length == "auto":
             # Travels to the workers with it; not a field, so it keys no compile cache.
             made.dflash_stats = uuid.uuid4().hex
+        if made is not None and made.draft_model_config is not None:
+            limit = position_limit(made, target_model_config.max_model_len)
+            if limit < target_model_config.max_model_len:
+                logger.warning(
+                    "vllm-dflash drafts nothing beyond %d tokens of a request, as many positions as the "
+                    "drafter %s has here; the server takes %d",
+                    limit,
+                    made.model,
+                    target_model_config.max_model_len,
+                )
         return made
 
     return create_speculative_config

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
@@ -39,6 +40,7 @@ def observed(cls: type) -> type:
         tap: FeatureTap | None = None
         num_wanted: int | None = None
         dummy_drafts = True
+        max_model_len: int
         _use_ops = False
         _skipping = False
 
@@ -46,6 +48,7 @@ def observed(cls: type) -> type:
             model: Any = super().load_draft_model(target_model, *args, **kwargs)
             if isinstance(model, DrafterModel):
                 model.leave_out_lora()
+                self.max_model_len = min(self.max_model_len, model.num_positions)
             self.tap = getattr(target_model, "_dflash_tap", None)
             if self.tap is None and self._use_ops and isinstance(model, DrafterModel):
                 inner: Any = model.model
@@ -136,6 +139,10 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
     if from_anchor:
         speculator.sample_from_anchor = True
         speculator.num_query_per_req = speculator.num_speculative_steps
+    # vLLM's has the server's, whatever positions the drafter has.
+    speculator.max_model_len = position_limit(
+        vllm_config.speculative_config, speculator.max_model_len
+    )
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
     return speculator

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import check_weights, read_config
+from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
@@ -63,15 +63,19 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     """
     hf_config = config.verifier.load_config()
     info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
-    drafter = DrafterConfig.from_dict(read_config(config.drafter))
+    raw = read_config(config.drafter)
+    drafter = DrafterConfig.from_dict(raw)
     drafter.check_verifier(info)
+    check_computable(config.drafter, raw)
     check_weights(config.drafter, drafter)
     tokens = config.num_speculative_tokens or drafter.num_speculative_tokens
-    if not 1 <= tokens <= drafter.num_speculative_tokens:
-        raise ValueError(
-            f"--num-speculative-tokens {tokens} is outside 1..{drafter.num_speculative_tokens}, what "
-            "this drafter was trained for"
-        )
+    if tokens is None:
+        raise ValueError(f"the drafter {config.drafter} does not state its block size: give -k")
+    if drafter.draft_block_size is None:
+        drafter = drafter.with_(draft_block_size=drafter.block_size_for(tokens))
+    most = drafter.num_speculative_tokens
+    if most is not None and not 1 <= tokens <= most:
+        raise ValueError(f"-k is {tokens}, outside 1..{most}, what this drafter was trained for")
     config = replace(config, engine=fit_max_len(config.engine, hf_config, tokens))
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit

@@ -78,6 +78,7 @@ class SharedHead:
         lm_head_VH: its output projection.
         draft_token_ids: verifier ids of the draft vocabulary, ascending; None for all.
         own_lm_head: a drafter's own projection (rows as ``draft_token_ids``), where it brought one.
+        mask_embedding: ``[H]``, what mask tokens are embedded as where it is not their row; not learned.
 
     A drafter of another width has both of its own and learns them; the draft vocabulary is still from here.
     """
@@ -88,8 +89,10 @@ class SharedHead:
         lm_head_VH: Tensor,
         draft_token_ids: Tensor | None,
         own_lm_head: Tensor | None = None,
+        mask_embedding: Tensor | None = None,
     ) -> None:
         self.embedding = embedding_VH.detach()
+        self.mask_embedding = mask_embedding
         self.draft_token_ids = draft_token_ids
         head = lm_head_VH.detach()
         self.draft_index: Tensor | None = None
@@ -98,7 +101,7 @@ class SharedHead:
             self.draft_token_ids = draft_token_ids
             head = head[draft_token_ids].clone()
             self.draft_index = torch.full(
-                (lm_head_VH.shape[0],), -1, dtype=torch.int64, device=head.device
+                (embedding_VH.shape[0],), -1, dtype=torch.int64, device=head.device
             )
             self.draft_index[draft_token_ids] = torch.arange(
                 len(draft_token_ids), device=head.device
@@ -110,7 +113,11 @@ class SharedHead:
     def embed(self, drafter: Drafter, token_ids: Tensor) -> Tensor:
         """The drafter's input ``[..., H]`` for verifier token ids."""
         own = drafter.embed_tokens
-        return F.embedding(token_ids, self.embedding if own is None else own.weight)
+        embeds = F.embedding(token_ids, self.embedding if own is None else own.weight)
+        if self.mask_embedding is not None:
+            is_mask = (token_ids == drafter.config.mask_token_id).unsqueeze(-1)
+            embeds = torch.where(is_mask, self.mask_embedding.to(embeds), embeds)
+        return embeds
 
     def logits(self, drafter: Drafter, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Draft-vocabulary logits ``[..., V]`` of the drafter's hidden states ``[..., H]``."""
@@ -122,7 +129,9 @@ class SharedHead:
 
     def labels(self, token_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids of verifier tokens, -1 where the draft vocabulary lacks them."""
-        return token_ids if self.draft_index is None else self.draft_index[token_ids]
+        if self.draft_index is not None:
+            return self.draft_index[token_ids]
+        return torch.where(token_ids < self.verifier_lm_head.shape[0], token_ids, -1)
 
     def tokens(self, draft_ids: Tensor) -> Tensor:
         """Verifier tokens of draft-vocabulary ids."""
@@ -155,12 +164,14 @@ class Learner:
         self.total_steps = total_steps
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
-        self.gamma = hparams.gamma or default_gamma(config.draft_block_size)
+        self.block_size = config.known_block_size("give it there to train this drafter")
+        self.num_draft_tokens = self.block_size - (not config.sample_from_anchor)
+        self.gamma = hparams.gamma or default_gamma(self.block_size)
         self.drafter = Drafter(config)
         generator = torch.Generator().manual_seed(hparams.seed)
         self.drafter.init_weights(generator=generator)
         self.drafter.to(self.device, torch.float32)
-        self.drafter.init_vocab_weights(head.embedding, head.lm_head)
+        self.drafter.init_vocab_weights(head.embedding[: config.vocab_size], head.lm_head)
         for name, parameter in self.drafter.named_parameters():
             # Not trained: stock vLLM's CPU kernel norms the context keys of every layer with the first
             # layer's weight, so only equal ones draft alike there. q_norm's weight takes its place.
@@ -263,7 +274,7 @@ class Learner:
         """This rank's part of the step's loss, and of its metrics (which add up)."""
         if not samples:
             self._total_weight(torch.zeros(()))
-            none = [0] * self.config.num_speculative_tokens
+            none = [0] * self.num_draft_tokens
             return None, {
                 "loss": 0.0,
                 "anchors": 0,
@@ -327,14 +338,14 @@ class Learner:
         features = torch.cat(
             [s.features_TF[:n].to(self.device) for s, n in zip(samples, lengths, strict=True)]
         )
-        layout = BlockLayout.build(anchors, lengths, config.draft_block_size, self.device)
+        layout = BlockLayout.build(anchors, lengths, self.block_size, self.device)
         first = 0 if config.sample_from_anchor else 1
-        tokens_AK, valid_AK = block_targets(samples, anchors, config.num_speculative_tokens)
+        tokens_AK, valid_AK = block_targets(samples, anchors, self.num_draft_tokens)
         tokens_AK, valid_AK = tokens_AK.to(self.device), valid_AK.to(self.device)
         labels_AK = self.head.labels(tokens_AK)
         # A token outside the draft vocabulary ends the block: nothing behind it can be accepted.
         valid_AK = valid_AK & (labels_AK >= 0).long().cumprod(-1).bool()
-        embeds = self._block_embeds(self.drafter, samples, anchors, config.draft_block_size)
+        embeds = self._block_embeds(self.drafter, samples, anchors, self.block_size)
         if self.hparams.autocast == "float32":
             features, embeds = features.float(), embeds.float()
         hidden_ABH = self.drafter(embeds, features, layout.context_positions_T, layout)
@@ -365,7 +376,7 @@ class Learner:
         """The verifier's draft-vocabulary logits at the drafted positions, for kl."""
         if self.hparams.loss != "kl":
             return None
-        num_draft = self.config.num_speculative_tokens
+        num_draft = self.num_draft_tokens
         rows = []
         for sample, group in zip(samples, anchors, strict=True):
             if sample.final_TH is None:

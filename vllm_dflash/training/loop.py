@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import check_weights, read_config, save_drafter
+from vllm_dflash.checkpoint import check_computable, check_weights, read_config, save_drafter
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import versions
 from vllm_dflash.training.config import (
@@ -146,8 +146,11 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     """The drafter to train: of ``init_from``, or made for the verifier."""
     info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
     if config.init_from is not None:
-        drafter = DrafterConfig.from_dict(read_config(config.init_from))
+        raw = read_config(config.init_from)
+        drafter = DrafterConfig.from_dict(raw)
         drafter.check_verifier(info)
+        drafter.known_block_size("give it there to train this drafter")
+        check_computable(config.init_from, raw)
         check_weights(config.init_from, drafter)
         return drafter
     tokenizer = config.verifier.load_tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,10 +23,20 @@ from rich.progress import (
 
 #: Steps over which the shown loss, accuracy and tau are averaged.
 _WINDOW = 200
+#: Between two lines of progress where the console is no terminal, which shows no bars.
+LINE_SECONDS = 20.0
+
+
+def _left(done: int, planned: int | None, seconds: float) -> str:
+    """Time left at the pace so far, as words; empty where it is not known."""
+    if not planned or not done or done >= planned:
+        return ""
+    left = seconds * (planned - done) / done
+    return f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
 
 
 class Reporter:
-    """Console progress of a training run; a quiet console still gets the plain lines."""
+    """Console progress of a training run: bars, or a line now and then where they cannot be seen."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -49,10 +60,36 @@ class Reporter:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
+    def _lines(self, text: Callable[[], str]) -> Iterator[None]:
+        """Says ``text()`` every :data:`LINE_SECONDS` meanwhile, unless the console is a terminal."""
+        if self.console.is_terminal:
+            yield
+            return
+        over = threading.Event()
+
+        def speak() -> None:
+            while not over.wait(LINE_SECONDS):
+                self.say(text())
+
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            speaker.join()
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A stage without a measure of progress."""
         started = time.monotonic()
-        with self.console.status(name):
+        if not self.console.is_terminal:
+            self.say(f"{name} ...")
+
+        def line() -> str:
+            return f"{name}: {time.monotonic() - started:.0f} s so far"
+
+        with self.console.status(name), self._lines(line):
             yield
         self.say(f"{name}: {time.monotonic() - started:.0f} s")
 
@@ -66,38 +103,56 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
+            disable=not self.console.is_terminal,
         )
 
     @contextmanager
     def progress(self, name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         """A stage that counts; gives a function of (done, planned)."""
         started = time.monotonic()
-        reached = [0]
-        with self._bar(TextColumn("{task.fields[rate]}")) as bar:
+        reached, of = 0, 0
+
+        def line() -> str:
+            seconds = time.monotonic() - started
+            left = _left(reached, of, seconds)
+            return f"{name}: {reached} of {of or '?'} {unit}, {reached / seconds:.1f}/s{left}"
+
+        with self._bar(TextColumn("{task.fields[rate]}")) as bar, self._lines(line):
             task = bar.add_task(name, total=None, rate="")
 
             def update(done: int, planned: int) -> None:
-                reached[0] = done
+                nonlocal reached, of
+                reached, of = done, planned
                 rate = done / max(time.monotonic() - started, 1e-3)
                 bar.update(task, completed=done, total=planned, rate=f"{rate:.1f} {unit}/s")
 
             yield update
         took = time.monotonic() - started
-        if reached[0]:
-            self.say(f"{name}: {reached[0]} {unit} in {took:.0f} s ({reached[0] / took:.1f}/s)")
+        if reached:
+            self.say(f"{name}: {reached} {unit} in {took:.0f} s ({reached / took:.1f}/s)")
 
     @contextmanager
     def training(
         self, first: int, total: int
     ) -> Iterator[Callable[[list[dict[str, Any]], float], None]]:
         """The training bar; gives a function of (metric rows, seconds they took)."""
-        with self._bar(TextColumn("{task.fields[figures]}")) as bar:
+        started = time.monotonic()
+        done, figures = first, ""
+
+        def line() -> str:
+            seconds = time.monotonic() - started
+            left = _left(done - first, total - first, seconds)
+            return f"training: step {done} of {total}{left} {figures}".rstrip()
+
+        with self._bar(TextColumn("{task.fields[figures]}")) as bar, self._lines(line):
             task = bar.add_task("training", total=total, completed=first, figures="")
 
             def report(rows: list[dict[str, Any]], seconds: float) -> None:
+                nonlocal done, figures
                 rows = [r for r in rows if "loss" in r]
                 self._recent.extend(rows)
-                bar.update(task, advance=len(rows), figures=self._figures(rows, seconds))
+                done, figures = done + len(rows), self._figures(rows, seconds)
+                bar.update(task, advance=len(rows), figures=figures)
                 if self._board is not None:
                     for row in rows:
                         for name in ("loss", "lr", "grad_norm"):

@@ -71,6 +71,7 @@ class TrainingSession:
         self.learner: Learner | None = None
         self.store = FeatureStore(_UNBOUNDED)
         self._own_embedding: dict[str, Tensor] = {}
+        self._mask_embedding: Tensor | None = None
         #: The verifier layers of the features, in their order.
         self.layers: list[int] = []
 
@@ -100,7 +101,10 @@ class TrainingSession:
         config = DrafterConfig.from_dict(drafter_config)
         self.layers = sorted(set(config.target_layer_ids))
         hp = Hyperparameters.from_dict(hparams)
-        embedding, lm_head = shared_weights(self.verifier, config.vocab_size)
+        # A drafter may know fewer tokens than the verifier has rows; it reads all and drafts its own.
+        rows = self.proposer.vllm_config.model_config.get_vocab_size()
+        embedding, lm_head = shared_weights(self.verifier, rows)
+        lm_head = lm_head[: config.vocab_size]
         ids = torch.tensor(draft_token_ids) if draft_token_ids is not None else None
         weights = checkpoint.load_weights(init_from, config) if init_from is not None else {}
         if "d2t" in weights:
@@ -110,7 +114,10 @@ class TrainingSession:
             embedding = weights["embed_tokens.weight"].to(embedding.device)
             self._own_embedding = {"embed_tokens.weight": embedding}
         own_lm_head = None if own_vocab else weights.get("lm_head.weight")
-        head = SharedHead(embedding, lm_head, ids, own_lm_head)
+        self._mask_embedding = weights.pop(checkpoint.MASK_EMBEDDING, None)
+        if self._mask_embedding is not None:
+            self._mask_embedding = self._mask_embedding.to(embedding)
+        head = SharedHead(embedding, lm_head, ids, own_lm_head, self._mask_embedding)
         self.learner = Learner(config, hp, head, total_steps, embedding.device, self.ranks)
         if weights:
             self.learner.load_drafter(weights)
@@ -270,4 +277,6 @@ class TrainingSession:
         weights: dict[str, Tensor] = (
             learner.head.checkpoint_tensors() | self._own_embedding | learner.weights()
         )
+        if self._mask_embedding is not None:
+            weights[checkpoint.MASK_EMBEDDING] = self._mask_embedding
         checkpoint.save_drafter(path, learner.config, weights, fmt, extra_files)

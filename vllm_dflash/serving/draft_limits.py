@@ -1,0 +1,119 @@
+"""Where drafting ends: a drafter has only so many positions, and drafts must not change what is said."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vllm.sampling_params import SamplingParams, SamplingType
+
+#: RoPE types whose table vLLM makes from ``original_max_position_embeddings``.
+_FROM_ORIGINAL = {"yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+
+
+def position_limit(speculative_config: Any, max_model_len: int) -> int:
+    """Tokens of a request behind which nothing is drafted; the same in the engine core and its workers.
+
+    The least of the server's limit, the drafter's own ``max_model_len`` (from its checkpoint, or
+    ``max_model_len`` of the speculative configuration), and the rows of its rotary table.
+
+    Args:
+        speculative_config: vLLM's, of method dflash.
+        max_model_len: the server's.
+    """
+    draft = speculative_config.draft_model_config
+    own = getattr(draft, "max_model_len", None)
+    rows = rotary_positions(getattr(draft, "hf_config", None))
+    return min(n for n in (max_model_len, own, rows) if n is not None)
+
+
+def rotary_positions(hf_config: Any) -> int | None:
+    """Rows of the rotary table that vLLM makes for a drafter; None where its config does not tell.
+
+    Not always the length that vLLM derives: that has the factor of dynamic and NTK scaling in it, whose
+    tables do not grow with it, and takes YaRN's ``max_position_embeddings`` as it stands.
+    """
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+    original = rope.get("original_max_position_embeddings")
+    if kind in _FROM_ORIGINAL and original is not None:
+        return math.ceil(original * factor)
+    if kind == "linear" and positions is not None:
+        return math.ceil(positions * factor)
+    return positions
+
+
+def request_limit(params: SamplingParams | None, written: int, coming: int = 0) -> int | None:
+    """Draft tokens that a request may have in its next step; None where any number will do.
+
+    * ``seed``, sampled: verifying drafts draws other random numbers than sampling does, and as many as there
+      are drafts. Without any vLLM draws what it draws without a drafter.
+    * ``min_tokens``: vLLM's V1 sampler forbids a stop token behind the drafts if it is forbidden before them.
+
+    Args:
+        params: of the request; None for pooling.
+        written: its output tokens.
+        coming: how many more there may be by then, where a step is under way.
+    """
+    if params is None:
+        return None
+    if params.sampling_type == SamplingType.RANDOM_SEED:
+        return 0
+    if written < params.min_tokens:
+        return max(0, params.min_tokens - 1 - written - coming)
+    return None
+
+
+def limiting(cls: type) -> type:
+    """A subclass of one of vLLM's schedulers that has no draft token verified beyond the limits."""
+
+    class Limiting(cls):  # type: ignore[valid-type,misc]
+        #: No draft token is verified at this position or behind it.
+        position_limit: int
+        #: Requests with ``logprob_token_ids`` on the V2 runner, whose rejection sampler does not return them:
+        #: while there are any, nobody has drafts. None on the V1 runner, whose sampler is mended.
+        scored: set[str] | None = None
+
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_request(request, *args, **kwargs)
+            params = request.sampling_params
+            if self.scored is not None and params is not None and params.logprob_token_ids:
+                self.scored.add(request.request_id)
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            if self.scored:
+                self.scored &= self.requests.keys()
+            for request in self.running:
+                drafts = request.spec_token_ids
+                if not drafts:
+                    continue
+                most = max(self.position_limit - request.num_computed_tokens - 1, 0)
+                limit = request_limit(
+                    request.sampling_params,
+                    request.num_output_tokens,
+                    request.num_output_placeholders,
+                )
+                most = 0 if self.scored else most if limit is None else min(most, limit)
+                if most < len(drafts):
+                    # Not in place: vLLM's asynchronous scheduler gives all requests one list.
+                    request.spec_token_ids = list(drafts[:most])
+            return super().schedule(*args, **kwargs)
+
+    Limiting.__name__ = Limiting.__qualname__ = cls.__name__
+    Limiting.__module__ = cls.__module__
+    return Limiting
+
+
+def adopt(scheduler: Any, vllm_config: Any) -> None:
+    """Turns one of vLLM's schedulers into one that keeps to the limits; the instance is changed."""
+    if scheduler.dynamic_sd_lookup is None:
+        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted, and
+        # verifies them.
+        most = vllm_config.scheduler_config.max_num_seqs
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
+    scheduler.__class__ = limiting(type(scheduler))
+    scheduler.position_limit = position_limit(
+        vllm_config.speculative_config, scheduler.max_model_len
+    )
+    scheduler.scored = set() if vllm_config.use_v2_model_runner else None
