@@ -82,6 +82,7 @@ ROLES: dict[str, dict[str, str]] = {
         "base": "vllm.v1.spec_decode.metrics.SpecDecodingProm",
         "speculative_config": "vllm.config.SpeculativeConfig",
         "spec_decoding_stats": "vllm.v1.spec_decode.metrics.SpecDecodingStats",
+        "stats": "vllm.v1.spec_decode.metrics.SpecDecodingStats",
     },
     "serving/probe.py": {"vllm_config": "vllm.config.VllmConfig"},
     "serving/proposer_v1.py": {
@@ -130,6 +131,12 @@ ROLES: dict[str, dict[str, str]] = {
         "inner[]": "vllm.model_executor.models.interfaces.EagleModelMixin",
     },
     "serving/tap.py:_tap_layer": {"self": "vllm.model_executor.models.interfaces.EagleModelMixin"},
+    "serving/draft_stats.py:make_stats": {
+        "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
+    },
+    "serving/verifier.py:_check": {
+        "processor": "vllm.model_executor.layers.logits_processor.LogitsProcessor",
+    },
     "serving/verifier.py:_unsharded": {
         "module": "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
         "group": "vllm.distributed.parallel_state.GroupCoordinator",
@@ -145,6 +152,11 @@ ROLES: dict[str, dict[str, str]] = {
         "engine": "vllm.v1.engine.async_llm.AsyncLLM", "output": "vllm.RequestOutput",
         "completion": "vllm.CompletionOutput",
     },
+    "bench/engine_process.py:_watch_steps": {
+        "output_processor": "vllm.v1.engine.output_processor.OutputProcessor",
+        "output": "vllm.v1.engine.EngineCoreOutput",
+    },
+    "bench/engine_process.py:process_outputs": {"output": "vllm.v1.engine.EngineCoreOutput"},
 }  # fmt: skip
 #: What no expression of ours shows: paths that must be there, and why.
 BY_HAND = {
@@ -158,6 +170,10 @@ BY_HAND = {
 MENTIONED = {
     "vllm.compilation.decorators": ("do_not_compile",),
     "vllm.model_executor.models.qwen3_next": ("use_sequence_parallel",),
+    # Replaced on the instance while the verifier's logits are computed for the kl loss.
+    "vllm.model_executor.layers.logits_processor": ("_get_logits",),
+    # Looked at on the instance by the benchmark.
+    "vllm.v1.engine.async_llm": ("process_outputs",),
 }
 
 

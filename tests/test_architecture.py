@@ -92,6 +92,14 @@ def test_serving_does_not_load_training_by_itself(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_unpickles(file):
+    """But for the mask token's own embedding, which vLLM reads from a .pt: as tensors, without code."""
     tree = ast.parse((ROOT / file).read_text())
-    called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    if file == "checkpoint.py":
+        loads = [c for c in calls if ast.unparse(c.func) == "torch.load"]
+        assert [ast.unparse(k) for c in loads for k in c.keywords if k.arg == "weights_only"] == [
+            "weights_only=True"
+        ]
+        calls = [c for c in calls if ast.unparse(c.func) not in ("torch.load", "torch.save")]
+    called = {ast.unparse(c.func) for c in calls}
     assert not called & {"torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec"}

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -142,6 +143,36 @@ def test_counters_subtract_and_add_with_unequal_widths():
     assert before + after == after
 
 
+def test_accepted_tokens_are_those_delivered():
+    """vLLM counts what it accepts behind the end of a response, too."""
+    vllms = SpecCounters(4, 12, 9, (3, 3, 3))
+    # Two requests; two steps without a draft, one cut off at its end.
+    got = vllms.delivered([4, 1, 1, 2, 1, 3])
+    assert got == SpecCounters(4, 12, 6, (3, 2, 1))
+    assert got.acceptance_length == pytest.approx(1 + 6 / 4)
+    assert SpecCounters(0, 0, 0, (0, 0)).delivered([]) == SpecCounters(0, 0, 0, (0, 0))
+
+
+def test_steps_are_seen_where_results_arrive():
+    class Processor:
+        def process_outputs(self, outputs, timestamp=None, **kwargs):
+            return len(outputs), timestamp, kwargs
+
+    def output(name, *tokens):
+        return SimpleNamespace(request_id=name, new_token_ids=list(tokens))
+
+    processor = Processor()
+    steps = engine_process._watch_steps(processor)
+    assert processor.process_outputs([output("a", 1), output("b", 2)], 7, stats=3) == (
+        2,
+        7,
+        {"stats": 3},
+    )
+    processor.process_outputs([output("a", 3, 4, 5), output("b")])
+    processor.process_outputs([output("a", 6)])
+    assert steps == {"a": [1, 3, 1], "b": [1]}
+
+
 def test_speed_median_and_spread():
     # Six tokens a run.
     figures = runner.summarize([run_result(w) for w in (3.0, 1.0, 2.0)], None, 0.0)
@@ -250,6 +281,7 @@ def test_bad_config_is_refused_by_name(tmp_path, changes, message):
 def test_chosen_lengths_are_pooled_and_told() -> None:
     one = ChosenLengths(
         lengths={"0": 6, "1": 0, "2": 4},
+        drafts={"drafter": 4, "lookup": 0},
         proposed={"drafter": 8, "lookup": 0},
         accepted={"drafter": 6, "lookup": 0},
         expected={"drafter": 5.5, "lookup": 0},
@@ -262,6 +294,8 @@ def test_chosen_lengths_are_pooled_and_told() -> None:
     pooled = runner.chosen_lengths(runs)
     assert pooled["lengths"] == {"0": 12, "1": 0, "2": 8}
     assert pooled["estimated_speedup"] == pytest.approx(1.5)
+    assert runner.tau_by_source(runs) == {"drafter": 2.5, "lookup": None}
+    assert runner.tau_by_source(runs[2:]) is None
     assert runner.chosen_lengths(runs[2:]) is None
     again = RunResult.from_message(json.loads(json.dumps(asdict(runs[0]))))
     assert again.chosen == one
@@ -396,13 +430,20 @@ def test_png_of_nothing(tmp_path):
 
 
 def test_printed_report(bench_report):
+    ours = bench_report["modes"]["ours"]["concurrency"]["1"]
+    assert ours["tau_by_source"] is None
+    ours["tau_by_source"] = {"drafter": None, "lookup": 3.25}
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     report.print_report(bench_report, console)
     text = console.export_text()
     for part in ("verifier with drafter, K = 2", "ours", "2.20", "mode stock failed", "[red] boom"):
         assert part in text
     assert "…" not in text
-    assert "differ" in text
+    assert "differ: prompts whose output is not that of mode none" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    # What the plugin drafted, by source: of the two, only lookup did.
+    assert rows["drafter"] == ["-"]
+    assert rows["lookup"] == ["3.25"]
     assert "12.0-12.0" in text
 
 

@@ -23,6 +23,7 @@ from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.pace import Pace
 from vllm_dflash.draft_length.policy import Policy, Request
 from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP, Totals
+from vllm_dflash.modeling.acceptance import rates
 
 K = 7
 
@@ -535,6 +536,24 @@ def test_drafting_stops_and_comes_back() -> None:
     for _ in range(200):
         world.step()
     assert np.mean([lengths[-20:] for lengths in world.lengths]) > 2
+
+
+@pytest.mark.parametrize("quality", [0.9, 0.5, 0.05])
+def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -> None:
+    """Drafts are counted by position as far as the text behind them goes, verified or not."""
+    cost = made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002))
+    policy = Policy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
+    World(policy, cost, [quality] * 4).run(3000)
+    totals = policy.totals
+    assert totals.compared[0] >= totals.drafts[DRAFTER] > 0
+    # Drafts of all lengths are compared in full: as many reach a position as were right before it, but for
+    # the ends of requests.
+    for before, compared in zip(totals.right, totals.compared[1:], strict=False):
+        assert compared == pytest.approx(before, rel=0.05, abs=4)
+    by_position = rates(totals.compared, totals.right)
+    for rate, compared in zip(by_position, totals.compared, strict=True):
+        error = (quality * (1 - quality) / max(compared, 1)) ** 0.5
+        assert rate == pytest.approx(quality, abs=4 * error)
 
 
 def test_lookup_is_preferred_where_it_is_better() -> None:

@@ -50,7 +50,10 @@ def make_sample(seed: int, prompt: int = 4, length: int = 14, final: bool = Fals
 
 
 def make_learner(config=CONFIG, head=None, total_steps: int = 100, **hparams) -> Learner:
-    return Learner(config, replace(HPARAMS, **hparams), head or make_head(), total_steps)
+    head = head or make_head()
+    made = Learner(config, replace(HPARAMS, **hparams), head, total_steps)
+    made.verifier_logits = lambda states: states @ head.verifier_lm_head.T
+    return made
 
 
 def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
@@ -203,11 +206,13 @@ def test_acceptance_of_several_responses_and_narrower_blocks():
         learner.step(i, [sample])
     served = learner.serving_drafter(torch.float32)
     got = learner.accept(served, sample, BLOCK - 1, torch.float32)
-    assert (got.num_drafts, got.num_accepted) == (2, 6)  # 3 tokens to draft, and 4 = 3 + bonus
+    # 3 tokens to draft, the last of them in place of the bonus token, and 4 = 3 + bonus.
+    assert (got.num_drafts, got.num_accepted) == (2, 5)
+    assert got.right_per_position == [2, 2, 2]
     # Blocks of another width than trained are other inputs: only the counting is checked.
     narrow = learner.accept(served, sample, 1, torch.float32)
     assert len(narrow.accepted_per_position) == 1
-    assert narrow.num_drafts + narrow.num_accepted in (7, 8)
+    assert narrow.num_drafts + narrow.num_accepted == 7
 
 
 def test_accepted_counts_the_prefix_only():
@@ -288,6 +293,17 @@ def test_kl_needs_final_states():
         make_learner(loss="kl").step(0, [make_sample(1)])
 
 
+def test_kl_needs_what_the_verifier_makes_of_its_head():
+    """lm_head alone says nothing of caps, scales and biases."""
+    learner = make_learner(loss="kl")
+    learner.verifier_logits = lambda states: 2 * torch.tanh(states @ make_head().lm_head.T / 2)
+    got = learner._verifier_logits([make_sample(1, final=True)], [[4, 5]])
+    assert got.abs().max() <= 2
+    learner.verifier_logits = None
+    with pytest.raises(ValueError, match="needs the verifier's logits"):
+        learner.step(0, [make_sample(1, final=True)])
+
+
 # ---- draft vocabulary ----
 
 
@@ -315,7 +331,8 @@ def test_draft_vocabulary_in_training_and_checkpoint(tmp_path):
     for i in range(150):
         learner.step(i, [sample])
     served = learner.serving_drafter(torch.float32)
-    assert learner.accept(served, sample, 3, torch.float32).tau > 3
+    # 9 tokens behind the first: 4, 4, and the last one.
+    assert learner.accept(served, sample, 3, torch.float32).tau == 3
     tensors = learner.head.checkpoint_tensors()
     assert (tensors["d2t"] + torch.arange(len(ids))).tolist() == ids
     assert torch.equal(tensors["lm_head.weight"], make_head().lm_head[ids])

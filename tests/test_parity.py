@@ -363,12 +363,14 @@ def test_stock_vllm_norms_all_layers_like_the_first(verifier, prompts, folder) -
         check_drafts(out, Reference(verifier, drafter), 7)
 
 
-def test_offline_tau_is_the_engines(trained, folder, capsys) -> None:
-    """``eval --engine``: teacher-forced tau against vLLM's own counters on the same prompts."""
-    result = folder / "eval.json"
+@pytest.mark.parametrize("max_tokens", [64, pytest.param(4, marks=pytest.mark.long)])
+def test_offline_tau_is_the_engines(trained, folder, capsys, max_tokens) -> None:
+    """``eval --engine``: teacher-forced tau against what the engine delivered on the same prompts."""
+    result, data = folder / f"eval-{max_tokens}.json", folder / f"eval-{max_tokens}.jsonl"
+    data.write_text(trained.prompts.read_text() + '{"messages": []}\n')
     done = tiny.cli(
-        "eval", trained.verifier, trained.drafter, "--data", trained.prompts, "--engine",
-        "-o", result, "--dtype", "float32", "--max-len", "192", "--max-tokens", "64",
+        "eval", trained.verifier, trained.drafter, "--data", data, "--engine",
+        "-o", result, "--dtype", "float32", "--max-len", "192", "--max-tokens", max_tokens,
         "--concurrency", "4",
     )  # fmt: skip
     got = json.loads(result.read_text())
@@ -378,12 +380,22 @@ def test_offline_tau_is_the_engines(trained, folder, capsys) -> None:
             f"\ntau offline {offline['tau']:.4f} ({offline['num_drafts']} drafts), "
             f"engine {engine['tau']:.4f} ({engine['num_drafts']} drafts)"
         )
-    assert offline["num_accepted"] > 100
-    # The engine also counts what it accepts beyond max_tokens or eos in a response's last step.
-    assert engine["tau"] == pytest.approx(offline["tau"], rel=0.02)
-    assert engine["num_drafts"] == offline["num_drafts"]
+    # Both count delivered tokens: what the engine accepts beyond max_tokens or eos is in neither.
+    for name in ("num_drafts", "num_accepted", "position_rates"):
+        assert engine[name] == pytest.approx(offline[name]), name
+    assert engine["tau"] == pytest.approx(offline["tau"])
+    # The engine always drafts here: every token after the first comes from a step with a draft.
+    after_first = engine["output_tokens"] - 24
+    assert after_first == engine["num_drafts"] + engine["num_accepted"]
+    assert engine["tau"] == pytest.approx(after_first / engine["num_drafts"])
+    assert got["disagreement"] is None
+    assert "disagree" not in done.stderr
+    assert offline["num_accepted"] > (100 if max_tokens == 64 else 20)
     assert "offline" in done.stdout
     assert "engine" in done.stdout
+    assert "1 of 25 rows is rejected" in done.stderr
+    assert "(row 25)" in done.stderr
+    assert got["rejected"] == [{"line": 25, "reason": got["rejected"][0]["reason"]}]
 
 
 @pytest.mark.slow

@@ -182,9 +182,20 @@ def metric(text: str, name: str) -> dict[str, float]:
 
 
 def test_metrics_of_a_running_server(trained, folder) -> None:
-    """The OpenAI server (engine core in another process) exports tau and the drafter's name."""
+    """The OpenAI server (engine core in another process) exports tau and the drafter's name, and what its
+    training promised, which here is far too much."""
     port = free_port()
-    spec = json.dumps({"method": "dflash", "model": str(trained.drafter), "dflash_check": True})
+    drafter = folder / "promising"
+    shutil.copytree(trained.drafter, drafter)
+    training = trained.summary
+    held = training["tau_heldout"]
+    assert held["num_speculative_tokens"] == 7
+    assert held["sources"]
+    for figures in (held, *held["sources"].values()):
+        assert len(figures["conditional_rates"]) == 7
+        figures |= {"conditional_rates": [0.97] * 7, "num_drafts": 1000}
+    (drafter / "dflash_training.json").write_text(json.dumps(training))
+    spec = json.dumps({"method": "dflash", "model": str(drafter), "dflash_check": True})
     log = folder / "server.log"
     with log.open("wb") as out:
         server = subprocess.Popen(
@@ -221,7 +232,9 @@ def test_metrics_of_a_running_server(trained, folder) -> None:
                 break
             except OSError:
                 time.sleep(0.5)
-        for row in trained.prompts.read_text().splitlines()[:8]:
+        rows = trained.prompts.read_text().splitlines()
+        # 500 drafts have to be compared before a word is said.
+        for row in rows * 3:
             body = {"model": "tiny", "max_tokens": 40, "temperature": 0, **json.loads(row)}
             get(f"{url}/v1/chat/completions", body)
         text = get(f"{url}/metrics")
@@ -236,12 +249,23 @@ def test_metrics_of_a_running_server(trained, folder) -> None:
     ((labels, tau),) = metric(text, "vllm_dflash:acceptance_length").items()
     assert accepted > 0
     assert tau == pytest.approx(1 + accepted / drafts)
-    assert f'drafter="{trained.drafter}"' in labels
+    assert f'drafter="{drafter}"' in labels
+    (served,) = metric(text, "vllm_dflash:drafter_acceptance_length").values()
+    assert 1.3 < served < 4
+    expected = metric(text, "vllm_dflash:expected_acceptance_length")
+    assert list(expected.values()) == pytest.approx(
+        [1 + sum(0.97**k for k in range(1, 8))] * len(expected)
+    )
+    assert len(expected) == 1 + len(held["sources"])
+    assert sum('source="all"' in labels for labels in expected) == 1
+    said = [line for line in log.read_text().splitlines() if "accepts far less here" in line]
+    assert len(said) == 1
+    assert str(drafter) in said[0]
     lengths = metric(text, "vllm_dflash:draft_length_total")
     assert len(lengths) == 8
     assert sum(metric(text, "vllm_dflash:steps_total").values()) > 0
-    for name in ("proposed", "accepted", "expected"):
-        assert len(metric(text, f"vllm_dflash:{name}_tokens_total")) == 2
+    for name in ("drafts", "proposed_tokens", "accepted_tokens", "expected_tokens"):
+        assert len(metric(text, f"vllm_dflash:{name}_total")) == 2
     (speedup,) = metric(text, "vllm_dflash:estimated_speedup").values()
     assert speedup > 0
     ((labels, one),) = metric(text, "vllm_dflash:drafter_info").items()

@@ -27,8 +27,8 @@ def test_they_are_said_and_kept(tmp_path):
     report_rejected(REJECTED, 8, path, 0.5, said.append)
     assert said == [
         f"4 of 8 rows are rejected, kept in {path}:",
-        "  3 x message 0 has the unknown role 'r0'",
-        "  1 x not JSON: line 1 column 50",
+        "  3 x message 0 has the unknown role 'r0' (first row 0)",
+        "  1 x not JSON: line 1 column 50 (row 9)",
     ]
     assert [json.loads(line)["line"] for line in path.read_text().splitlines()] == [0, 1, 2, 9]
     report_rejected([], 8, path, 0.5, said.append)

@@ -339,6 +339,7 @@ CONFIG = DrafterConfig(
 VERIFIER = SimpleNamespace(
     is_hybrid=False,
     model="some/verifier",
+    max_model_len=64,
     hf_config=SimpleNamespace(
         hidden_size=16, num_hidden_layers=5, vocab_size=40, pad_token_id=None
     ),
@@ -466,7 +467,7 @@ def test_detected_by_our_own_keys_or_the_name(drafter):
 def test_misfits_are_found_before_anything_is_allocated(drafter):
     config = {"method": "dflash", "model": str(drafter)}
     other = SimpleNamespace(**{**vars(VERIFIER.hf_config), "hidden_size": 32})
-    verifier = SimpleNamespace(model="some/verifier", hf_config=other, is_hybrid=False)
+    verifier = SimpleNamespace(**{**vars(VERIFIER), "hf_config": other})
     args = Args(config)
     with pytest.raises(ValueError, match=r"some/verifier.*width 16.*32"):
         args.create_speculative_config(verifier)
@@ -632,7 +633,14 @@ def spec(method="dflash"):
 
 
 def stats(drafts, accepted):
-    return SimpleNamespace(num_drafts=drafts, num_accepted_tokens=accepted)
+    """Of one step: drafts of 7 tokens, of which the first ``accepted / drafts`` are accepted."""
+    each = [min(drafts, max(accepted - k * drafts, 0)) for k in range(7)]
+    return SimpleNamespace(
+        num_drafts=drafts,
+        num_draft_tokens=7 * drafts,
+        num_accepted_tokens=accepted,
+        num_accepted_tokens_per_pos=each,
+    )
 
 
 def test_metrics(metrics):
@@ -646,6 +654,14 @@ def test_metrics(metrics):
     labels = {"drafter": "org/drafter"}
     tau = [
         metrics.get_sample_value("vllm_dflash:acceptance_length", {"model_name": m, **labels})
+        for m in ("m", "m1")
+    ]
+    assert tau == pytest.approx([1 + 6 / 5, 2.0])
+    # Drafts of one length: by position it is the same.
+    tau = [
+        metrics.get_sample_value(
+            "vllm_dflash:drafter_acceptance_length", {"model_name": m, **labels}
+        )
         for m in ("m", "m1")
     ]
     assert tau == pytest.approx([1 + 6 / 5, 2.0])

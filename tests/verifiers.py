@@ -179,10 +179,13 @@ def auto_class(model_type: str) -> Any:
     return AutoModelForImageTextToText if model_type in PROCESSORS else AutoModelForCausalLM
 
 
-def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
+def make(
+    path: Path, model_type: str, tokenizer: Path, seed: int = 3, head_std: float | None = None
+) -> Path:
     """A random model of an architecture with the tokenizer of another folder.
 
-    Weights as in ``tiny.make_verifier``: large enough that greedy output wanders.
+    Weights as in ``tiny.make_verifier``: large enough that greedy output wanders. ``head_std`` is that of
+    the embedding and lm_head.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -203,7 +206,7 @@ def make(path: Path, model_type: str, tokenizer: Path, seed: int = 3) -> Path:
                 continue
             if weight.shape[0] == 384:
                 # Tied embeddings predict the token they embed unless the layers outweigh them.
-                weight.normal_(std=0.02 if config.tie_word_embeddings else 0.5)
+                weight.normal_(std=head_std or (0.02 if config.tie_word_embeddings else 0.5))
             else:
                 weight.normal_(std=0.8 * weight.shape[-1] ** -0.5)
     model.save_pretrained(path)

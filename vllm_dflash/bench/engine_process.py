@@ -33,8 +33,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,11 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class SpecCounters:
-    """vLLM's speculative counters, or the difference between two readings of them."""
+    """Speculative counters, or the difference between two readings of them.
+
+    Drafts are counted by vLLM. It also counts draft tokens as accepted that lie behind the end of a response;
+    a run's accepted tokens are those delivered, see :mod:`vllm_dflash.modeling.acceptance`.
+    """
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -121,9 +126,21 @@ class SpecCounters:
             tuple(a + sign * b for a, b in zip(mine, theirs, strict=True)),
         )
 
+    def delivered(self, tokens_per_step: Iterable[int]) -> SpecCounters:
+        """The same drafts with the accepted tokens that were delivered.
+
+        Args:
+            tokens_per_step: delivered by each step of each request after its first token. Steps without a
+                draft deliver one.
+        """
+        more = Counter(n - 1 for n in tokens_per_step)
+        width = max([len(self.num_accepted_tokens_per_pos), *more])
+        per_pos = tuple(sum(c for n, c in more.items() if n > k) for k in range(width))
+        return replace(self, num_accepted_tokens=sum(per_pos), num_accepted_tokens_per_pos=per_pos)
+
     @property
     def acceptance_length(self) -> float | None:
-        """Pooled tau, the bonus token included; None when nothing was drafted."""
+        """Pooled tau: tokens delivered a step with a draft; None when nothing was drafted."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
     @property
@@ -198,12 +215,14 @@ class ChosenLengths:
 
     Attributes:
         lengths: how often each draft length was chosen for a request, 0 included.
-        proposed, accepted, expected: draft tokens by source (drafter, lookup).
+        drafts: drafts that went to the verifier, by source (drafter, lookup).
+        proposed, accepted, expected: their tokens, by source.
         steps, drafted_steps: verifier steps without prompts, and those with a draft pass.
         step_seconds, plain_seconds: spent on steps, and what plain ones would have taken for their tokens.
     """
 
     lengths: dict[str, float] = field(default_factory=dict)
+    drafts: dict[str, float] = field(default_factory=dict)
     proposed: dict[str, float] = field(default_factory=dict)
     accepted: dict[str, float] = field(default_factory=dict)
     expected: dict[str, float] = field(default_factory=dict)
@@ -228,6 +247,11 @@ class ChosenLengths:
             else:
                 values[f.name] = mine + sign * theirs
         return ChosenLengths(**values)
+
+    def tau(self, source: str) -> float | None:
+        """Acceptance length of one source's drafts; None where it sent none."""
+        drafts = self.drafts.get(source)
+        return 1 + self.accepted[source] / drafts if drafts else None
 
     @property
     def estimated_speedup(self) -> float | None:
@@ -504,6 +528,25 @@ def _chosen_lengths() -> ChosenLengths | None:
     return ChosenLengths(**values) if values else None
 
 
+def _watch_steps(output_processor: Any) -> dict[str, list[int]]:
+    """Tokens that each step of each request delivers from now on, by vLLM's id of the request.
+
+    They are read where a step's results reach the front end, cut off at the end of the response. A client
+    can get those of two steps at once.
+    """
+    steps: dict[str, list[int]] = {}
+    process = output_processor.process_outputs
+
+    def process_outputs(engine_core_outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.new_token_ids:
+                steps.setdefault(output.request_id, []).append(len(output.new_token_ids))
+        return process(engine_core_outputs, *args, **kwargs)
+
+    output_processor.process_outputs = process_outputs
+    return steps
+
+
 async def _generate(
     engine: Any,
     request_id: str,
@@ -542,8 +585,14 @@ async def _generate(
     )
 
 
-async def _run(engine: Any, run_id: int, command: Mapping[str, Any]) -> RunResult:
-    """The closed loop: each of ``concurrency`` clients takes the next prompt when it is free."""
+async def _run(
+    engine: Any, steps: dict[str, list[int]], run_id: int, command: Mapping[str, Any]
+) -> RunResult:
+    """The closed loop: each of ``concurrency`` clients takes the next prompt when it is free.
+
+    Args:
+        steps: of :func:`_watch_steps`.
+    """
     prompts: list[list[int]] = command["prompts"]
     results: list[RequestResult | None] = [None] * len(prompts)
     todo: Iterator[tuple[int, list[int]]] = iter(enumerate(prompts))
@@ -553,6 +602,7 @@ async def _run(engine: Any, run_id: int, command: Mapping[str, Any]) -> RunResul
             limit = command["max_tokens"][i]
             results[i] = await _generate(engine, f"run{run_id}-{i}", prompt, limit, command)
 
+    steps.clear()
     before, chosen_before = _speculative_counters(), _chosen_lengths()
     start = time.perf_counter()
     tasks = [asyncio.create_task(client()) for _ in range(command["concurrency"])]
@@ -565,6 +615,8 @@ async def _run(engine: Any, run_id: int, command: Mapping[str, Any]) -> RunResul
     wall_s = time.perf_counter() - start
     # AsyncLLM records a step's statistics before it wakes the clients, so all of them are in.
     counters = _speculative_counters() - before
+    # A request's first token comes with its prompt.
+    counters = counters.delivered(n for request in steps.values() for n in request[1:])
     # The worker publishes a few times a second: the last steps count in the next run.
     chosen = _chosen_lengths()
     if chosen is not None:
@@ -598,6 +650,7 @@ async def _serve(
         "startup_s": time.perf_counter() - start,
         "plugin_active": "vllm_dflash.plugin" in sys.modules,
     }
+    steps = _watch_steps(engine.output_processor)
     try:
         run_id = 0
         while True:
@@ -607,7 +660,7 @@ async def _serve(
                 return
             run_id += 1
             try:
-                reply = {"event": "result", **asdict(await _run(engine, run_id, command))}
+                reply = {"event": "result", **asdict(await _run(engine, steps, run_id, command))}
             except Exception as error:
                 # The engine may be fine (a prompt was too long): the parent decides.
                 traceback.print_exc()

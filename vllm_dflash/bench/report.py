@@ -20,6 +20,9 @@ from rich.table import Table
 #: One colour per mode in every picture; distinguishable with red-green blindness.
 MODE_COLORS = {"none": "#8c8c8c", "ngram": "#e69f00", "stock": "#56b4e9", "ours": "#0072b2"}
 NO_VALUE = "-"
+LEGEND = """\
+tau: tokens delivered a step with a draft; below "ours" those of the drafter's drafts and of prompt lookup's
+(- where it sent none). differ: prompts whose output is not that of mode none (in bf16 near ties do that)"""
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -142,6 +145,9 @@ def _bar_label(figures: Mapping[str, Any]) -> str:
         lines.insert(0, f"{figures['over_none']['ratio']:.2f}x")
     if figures["tau"] is not None:
         lines.append(f"τ {figures['tau']:.2f}")
+        # Beside prompt lookup's drafts the whole says little of the drafter.
+        sources = figures.get("tau_by_source") or {}
+        lines += [f"{name} {tau:.2f}" for name, tau in sources.items() if tau is not None]
     return "\n".join(lines)
 
 
@@ -205,6 +211,8 @@ def make_table(report: Mapping[str, Any]) -> Table:
                 _number(figures["tpot_ms_p50"], 1),
                 _number(figures["num_differing_from_none"] if mode != "none" else None, 0),
             )
+            for source, tau in (figures.get("tau_by_source") or {}).items():
+                table.add_row("", f"  {source}", "", "", _number(tau, 2))
         table.add_section()
     return table
 
@@ -238,6 +246,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console = console or Console()
     if any(entry.get("concurrency") for entry in report["modes"].values()):
         console.print(make_table(report))
+        console.print(LEGEND, highlight=False, soft_wrap=True)
         for line in chosen_lines(report):
             console.print(line, highlight=False)
     for mode, message in report["errors"].items():

@@ -408,8 +408,9 @@ def summarize(
     Returns:
         ``output_tokens_per_s`` (``raw``, ``median``, ``min``, ``max``), ``num_output_tokens`` per
         repeat, ``ttft_ms_p50`` and ``tpot_ms_p50`` over the requests of all repeats, ``tau``
-        (pooled over all drafts, the bonus token included), ``num_drafts``, ``draft_length`` (tokens
-        a draft), ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
+        (tokens delivered a step with a draft, pooled over all of them), ``tau_by_source`` (see
+        :func:`tau_by_source`), ``num_drafts``, ``draft_length`` (tokens a draft),
+        ``acceptance_per_position``, ``over_none`` (``ratio`` of the medians, ``min`` and ``max`` of
         the repeats' own ratios), ``num_differing_from_none`` and ``num_unstable``: prompts whose
         output differs from mode ``none``'s in the first repeat, and between repeats of this mode.
         In bf16 both happen without a fault, where two tokens are nearly tied. ``chosen``: see
@@ -436,7 +437,20 @@ def summarize(
         "num_differing_from_none": differing,
         "num_unstable": num_differing(results) if temperature == 0 else None,
         "chosen": chosen_lengths(results),
+        "tau_by_source": tau_by_source(results),
     }
+
+
+def tau_by_source(results: Sequence[RunResult]) -> dict[str, float | None] | None:
+    """tau of the drafter's drafts and of prompt lookup's by the plugin's counts, pooled over the runs.
+
+    None for modes in which it does not choose between them.
+    """
+    given = [r.chosen for r in results if r.chosen is not None]
+    if not given:
+        return None
+    pooled = reduce(add, given)
+    return {source: pooled.tau(source) for source in pooled.drafts}
 
 
 def chosen_lengths(results: Sequence[RunResult]) -> dict[str, Any] | None:

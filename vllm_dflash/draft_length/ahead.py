@@ -192,6 +192,7 @@ class Ahead(Policy):
 
     def count(self, length: int, accepted: int, promised: float) -> None:
         """Counts the draft tokens of one request that were verified; arguments as for :meth:`observe`."""
+        self.totals.drafts[DRAFTER] += 1
         self.totals.proposed[DRAFTER] += length
         self.totals.accepted[DRAFTER] += accepted
         self.totals.expected[DRAFTER] += promised * self.promises[DRAFTER].share
@@ -207,6 +208,7 @@ class Ahead(Policy):
         self.totals.lengths[length] += 1
         if not length:
             return
+        self.totals.compare(0, accepted, wrong=accepted < length)
         self.promises[DRAFTER].add(promised, accepted)
         self.by_position.observe(np.arange(min(accepted + 1, length)), accepted, request)
 

@@ -106,6 +106,8 @@ class _Block:
     length: int
     promised: float
     expected: float
+    #: Tokens whose fate is in the totals already.
+    counted: int = 0
 
 
 class Policy:
@@ -435,7 +437,11 @@ class Policy:
             came = known[block.start : block.start + len(block.tokens)]
             same = came == block.tokens[: len(came)]
             right = len(came) if same.all() else int(np.argmin(same))
+            if block.source == DRAFTER:
+                self.totals.compare(block.counted, right, wrong=right < len(came))
+                block.counted = right
             if block.length:
+                self.totals.drafts[block.source] += 1
                 # As many as were verified are in the text by now, or the one in the place of a wrong one is.
                 self.totals.proposed[block.source] += block.length
                 self.totals.expected[block.source] += block.expected

@@ -26,9 +26,11 @@ class Totals:
         plain_seconds: what the same tokens would have taken without speculation, by the measured costs; steps
             with prompt chunks as long as they took without their drafts.
         lengths: how often each draft length was chosen, ``[K + 1]``.
-        proposed, accepted, expected: draft tokens by source. Where the scheduler chooses these are vLLM's
-            counts; a :class:`~vllm_dflash.draft_length.policy.Policy` counts what it could compare with the
-            text that followed, so not those of requests' last steps.
+        drafts, proposed, accepted, expected: drafts and their tokens by source. Where the scheduler chooses
+            these are vLLM's counts; a :class:`~vllm_dflash.draft_length.policy.Policy` counts what it could
+            compare with the text that followed, so not those of requests' last steps.
+        compared, right: the drafter's drafts by position, ``[K]``: those with a token of the text in its
+            place and every position before it right, and those of them that were right there, too.
     """
 
     def __init__(self, cost: StepCost, num_tokens: int) -> None:
@@ -36,9 +38,11 @@ class Totals:
         self.steps = self.drafted_steps = self.tokens = 0
         self.seconds = self.plain_seconds = 0.0
         self.lengths = [0] * (num_tokens + 1)
+        self.drafts = {DRAFTER: 0, LOOKUP: 0}
         self.proposed = {DRAFTER: 0, LOOKUP: 0}
         self.accepted = {DRAFTER: 0, LOOKUP: 0}
         self.expected = {DRAFTER: 0.0, LOOKUP: 0.0}
+        self.compared, self.right = [0] * num_tokens, [0] * num_tokens
         # Mean of how much longer steps take than their costs say.
         self._lateness = 1.0
 
@@ -46,6 +50,20 @@ class Totals:
     def speedup(self) -> float | None:
         """Estimated speed over that without speculation; None before the first step."""
         return self.plain_seconds / self.seconds if self.seconds else None
+
+    def compare(self, first: int, right: int, wrong: bool) -> None:
+        """Counts what the text says of one draft of the drafter's.
+
+        Args:
+            first: positions that were counted before.
+            right: positions known to be right by now, those included.
+            wrong: whether the next one is known to be wrong.
+        """
+        for k in range(first, right):
+            self.compared[k] += 1
+            self.right[k] += 1
+        if wrong:
+            self.compared[right] += 1
 
     def add(
         self,

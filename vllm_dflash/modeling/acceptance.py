@@ -1,4 +1,16 @@
-"""Teacher-forced acceptance: the engine's draft-and-verify walk, replayed on recorded tokens."""
+"""Acceptance of drafts: what tau counts, and the engine's draft-and-verify walk, replayed on recorded tokens.
+
+Every tau of ours counts delivered tokens, those that the client gets. A verify step delivers one token
+without a draft; with one it delivers the accepted draft tokens and the verifier's own behind them, as far as
+the response goes: what lies behind max_tokens, an end-of-text token or a stop is not delivered. The tokens
+that a step delivers beyond the one are its accepted ones. So for whole responses
+
+    delivered tokens after each response's first  =  drafts + accepted + steps without a draft
+    tau  =  1 + accepted / drafts  =  tokens delivered a step with a draft
+
+without a correction at the end: where a response ends with a draft token, that step has no token of the
+verifier's, and the last draft token is the one that it would have delivered anyway.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +24,18 @@ class Acceptance:
 
     Attributes:
         num_drafts: verify steps that carried a draft.
-        num_accepted: draft tokens accepted, bonus tokens not counted.
-        accepted_per_position: how often position k (0-based) was accepted.
+        num_accepted: tokens that those steps delivered beyond one each.
+        accepted_per_position: how many of them delivered more than ``k + 1`` tokens, for k = 0, 1, ...
+        compared_per_position: drafts whose position k (0-based) has a token of the response in its place, and
+            all positions before it were right.
+        right_per_position: those of them in which position k was right, too.
     """
 
     num_drafts: int = 0
     num_accepted: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
+    compared_per_position: list[int] = field(default_factory=list)
+    right_per_position: list[int] = field(default_factory=list)
 
     @property
     def tau(self) -> float:
@@ -27,26 +44,42 @@ class Acceptance:
 
     @property
     def position_rates(self) -> list[float]:
-        """Acceptance rate of each draft position over all drafts."""
+        """Share of the drafts that brought more than 0, 1, ... tokens beyond the one; sum to tau - 1."""
         return [n / max(self.num_drafts, 1) for n in self.accepted_per_position]
 
+    @property
+    def conditional_rates(self) -> list[float]:
+        """Share of right tokens at each position among those compared. Unlike ``position_rates`` they do not
+        depend on where responses end, nor on how many tokens a draft has."""
+        return rates(self.compared_per_position, self.right_per_position)
+
     def add_draft(self, num_accepted: int, num_draft_tokens: int) -> None:
-        """Counts one verify step."""
+        """Counts one verify step that delivered ``1 + num_accepted`` tokens."""
         self.num_drafts += 1
         self.num_accepted += num_accepted
-        short = num_draft_tokens - len(self.accepted_per_position)
-        self.accepted_per_position.extend([0] * max(short, 0))
+        _widen(self.accepted_per_position, num_draft_tokens)
         for k in range(num_accepted):
             self.accepted_per_position[k] += 1
+
+    def add_compared(self, right: Sequence[bool], num_draft_tokens: int) -> None:
+        """Counts a draft's positions that lie inside the response, up to the first wrong one."""
+        _widen(self.compared_per_position, num_draft_tokens)
+        _widen(self.right_per_position, num_draft_tokens)
+        for k, hit in enumerate(right):
+            self.compared_per_position[k] += 1
+            if not hit:
+                break
+            self.right_per_position[k] += 1
 
     def merge(self, other: Acceptance) -> None:
         """Pools another run into this one."""
         self.num_drafts += other.num_drafts
         self.num_accepted += other.num_accepted
-        short = len(other.accepted_per_position) - len(self.accepted_per_position)
-        self.accepted_per_position.extend([0] * max(short, 0))
-        for k, n in enumerate(other.accepted_per_position):
-            self.accepted_per_position[k] += n
+        for name in ("accepted_per_position", "compared_per_position", "right_per_position"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            _widen(mine, len(theirs))
+            for k, n in enumerate(theirs):
+                mine[k] += n
 
     def as_dict(self) -> dict:
         return {
@@ -54,7 +87,12 @@ class Acceptance:
             "num_drafts": self.num_drafts,
             "num_accepted": self.num_accepted,
             "position_rates": self.position_rates,
+            "conditional_rates": self.conditional_rates,
         }
+
+
+def _widen(counts: list[int], width: int) -> None:
+    counts.extend([0] * max(width - len(counts), 0))
 
 
 def walk(matches: Sequence[Sequence[bool]], num_draft_tokens: int) -> Acceptance:
@@ -72,11 +110,55 @@ def walk(matches: Sequence[Sequence[bool]], num_draft_tokens: int) -> Acceptance
     """
     out, at = Acceptance(), 0
     while at < len(matches):
-        accepted = 0
-        for right in matches[at][:num_draft_tokens]:
-            if not right:
-                break
-            accepted += 1
-        out.add_draft(accepted, num_draft_tokens)
-        at += accepted + 1
+        left = len(matches) - at  # tokens of the response behind the anchor
+        inside = matches[at][: min(num_draft_tokens, left)]
+        right = next((k for k, hit in enumerate(inside) if not hit), len(inside))
+        delivered = min(right + 1, left)
+        out.add_draft(delivered - 1, num_draft_tokens)
+        out.add_compared(inside, num_draft_tokens)
+        at += delivered
     return out
+
+
+# -- acceptance by position ---------------------------------------------------------------------
+
+
+def rates(compared: Sequence[int], right: Sequence[int]) -> list[float]:
+    """Share of right tokens at each position where those before were right; 0 where none was compared."""
+    return [r / n if n else 0.0 for n, r in zip(compared, right, strict=True)]
+
+
+def full_length_tau(conditional_rates: Sequence[float]) -> float:
+    """tau of drafts that all have as many tokens as there are rates, in text without an end.
+
+    ``1 + sum_k prod_{j<=k} rate_j``, the product-limit estimate: drafts of any lengths, also chosen ones, and
+    those cut off by the end of a response tell what whole drafts would give.
+    """
+    tau, product = 1.0, 1.0
+    for rate in conditional_rates:
+        product *= rate
+        tau += product
+    return tau
+
+
+#: How much more uncertain tau is than if drafts were independent: those of one response are alike.
+_CLUSTERING = 10.0
+
+
+def full_length_tau_bound(
+    compared: Sequence[int], right: Sequence[int], num_errors: float = 4.0
+) -> float:
+    """Upper confidence bound of :func:`full_length_tau`, by so many standard errors.
+
+    The errors of the rates are propagated (the delta method), and multiplied by what drafts of one response
+    have in common; a rate is that with one more success and one more failure.
+    """
+    smooth = [(r + 1) / (n + 2) for n, r in zip(compared, right, strict=True)]
+    variance = 0.0
+    for j, (rate, n) in enumerate(zip(smooth, compared, strict=True)):
+        product, slope = 1.0, 0.0
+        for k, other in enumerate(smooth):
+            product *= other
+            slope += product / rate if k >= j else 0.0
+        variance += slope**2 * rate * (1 - rate) / (n + 2)
+    return full_length_tau(smooth) + num_errors * (_CLUSTERING * variance) ** 0.5

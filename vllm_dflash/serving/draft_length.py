@@ -26,7 +26,7 @@ from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_limits import request_limit
 from vllm_dflash.serving.draft_return import send_with_output
-from vllm_dflash.serving.draft_stats import DraftStats, stats_file
+from vllm_dflash.serving.draft_stats import DraftStats, make_stats
 from vllm_dflash.serving.lookup import PromptLookup
 from vllm_dflash.serving.plain_steps import (
     propose_near_the_end,
@@ -378,5 +378,4 @@ def make(proposer: Any) -> DraftLengths | None:
     lookup = None
     if proposer._options.lookup == "auto":
         lookup = PromptLookup(proposer.max_model_len)
-    name = getattr(proposer.vllm_config.speculative_config, "dflash_stats", None)
-    return DraftLengths(proposer, cost, lookup, DraftStats(stats_file(name) if name else None))
+    return DraftLengths(proposer, cost, lookup, make_stats(proposer.vllm_config))

@@ -20,6 +20,7 @@ from typing import Any
 
 from vllm_dflash.draft_length.policy import Policy
 from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
+from vllm_dflash.serving.expectation import AcceptanceWatch, read_expectation
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _LOG_SECONDS = 60.0
@@ -93,14 +94,26 @@ class StatsFile:
             self.path.unlink(missing_ok=True)
 
 
+def make_stats(vllm_config: Any) -> DraftStats:
+    """Of an engine that chooses draft lengths."""
+    spec = vllm_config.speculative_config
+    name = getattr(spec, "dflash_stats", None)
+    expectation = read_expectation(
+        str(spec.model), getattr(spec, "revision", None), spec.num_speculative_tokens
+    )
+    return DraftStats(stats_file(name) if name else None, AcceptanceWatch(expectation))
+
+
 class DraftStats:
     """Publishes a policy's totals.
 
     Args:
         path: of :func:`stats_file`, or None for the log only.
+        watch: compares the drafter's acceptance with that of its training, or None.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, watch: AcceptanceWatch | None = None) -> None:
+        self.watch = watch
         self._file = None if path is None else StatsFile(path)
         self._logged = time.monotonic()
         self._before: dict[str, Any] | None = None
@@ -117,6 +130,8 @@ class DraftStats:
                 after |= _read(verified_file(self._file.path)) or {}
             logger.info("vllm-dflash: %s", sentence(after, self._before))
             self._before = after
+        if self.watch is not None:
+            self.watch.look(policy.totals.compared, policy.totals.right)
 
 
 def figures(policy: Policy) -> dict[str, Any]:
@@ -129,9 +144,12 @@ def figures(policy: Policy) -> dict[str, Any]:
         "seconds": totals.seconds,
         "plain_seconds": totals.plain_seconds,
         "lengths": list(totals.lengths),
+        "drafts": dict(totals.drafts),
         "proposed": dict(totals.proposed),
         "accepted": dict(totals.accepted),
         "expected": dict(totals.expected),
+        "compared": list(totals.compared),
+        "right": list(totals.right),
         "believes_confidence": policy.believes_confidence,
     }
 

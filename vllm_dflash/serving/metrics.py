@@ -1,13 +1,19 @@
 """Prometheus metrics of the drafter, beside vLLM's own speculative counters.
 
 * ``vllm_dflash:drafter_info{drafter, num_speculative_tokens}``: 1.
-* ``vllm_dflash:acceptance_length{drafter}``: pooled tau since start, ``1 + accepted / drafts``.
+* ``vllm_dflash:acceptance_length{drafter}``: pooled tau since start, ``1 + accepted / drafts``, of drafts of
+  all sources and lengths, as vLLM counts them.
+* ``vllm_dflash:drafter_acceptance_length{drafter}``: what tau the drafter's drafts would have if all had
+  ``num_speculative_tokens`` tokens, by the acceptance of their positions since start, and
+  ``vllm_dflash:expected_acceptance_length{drafter, source}``: the same on held-out data of its training,
+  where that is known (:mod:`vllm_dflash.serving.expectation`).
 
 Where draft lengths are chosen, read from the worker's figures (:mod:`vllm_dflash.serving.draft_stats`) at
 every scrape:
 
 * ``vllm_dflash:steps_total``, ``vllm_dflash:drafted_steps_total``: steps, those with a draft pass.
 * ``vllm_dflash:draft_length_total{length}``: how often each length was chosen for a request.
+* ``vllm_dflash:drafts_total{source}``: drafts that went to the verifier.
 * ``vllm_dflash:proposed_tokens_total{source}``, ``vllm_dflash:accepted_tokens_total{source}``,
   ``vllm_dflash:expected_tokens_total{source}``: draft tokens by source (drafter, lookup).
 * ``vllm_dflash:step_seconds_total``, ``vllm_dflash:plain_seconds_total``: spent on steps, and what their
@@ -17,14 +23,16 @@ every scrape:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from vllm_dflash.modeling.acceptance import full_length_tau, rates
 from vllm_dflash.serving.draft_stats import read_stats, stats_file
+from vllm_dflash.serving.expectation import AcceptanceWatch, Expectation, read_expectation
 
 _PREFIX = "vllm_dflash:"
 
@@ -68,6 +76,7 @@ class DraftLengthCollector:
         )
         lengths = {str(k): n for k, n in enumerate(raw["lengths"])}
         yield counter("draft_length", "How often each draft length was chosen.", lengths, "length")
+        yield counter("drafts", "Drafts sent to the verifier.", raw["drafts"], "source")
         for key, text in (
             ("proposed", "Draft tokens sent to the verifier."),
             ("accepted", "Draft tokens accepted."),
@@ -88,6 +97,76 @@ class DraftLengthCollector:
             )
             speedup.add_metric(values, raw["plain_seconds"] / raw["seconds"])
             yield speedup
+
+
+class AcceptanceCollector:
+    """Served and expected acceptance of the drafter, comparable, as Prometheus metrics.
+
+    Args:
+        names: labels that vLLM gives every metric, ``engines`` their values by engine.
+        drafter: folder or hub name.
+        num_tokens: K, the most tokens of a draft.
+        path: the worker's file, where draft lengths may be chosen; then its counts are the drafter's own.
+        expectation: of the drafter's training.
+    """
+
+    _name = f"{_PREFIX}drafter_acceptance"
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        engines: Mapping[int, Sequence[object]],
+        drafter: str,
+        num_tokens: int,
+        path: Path | None,
+        expectation: Expectation | None,
+    ) -> None:
+        self.names, self.engines = list(names), engines
+        self.drafter, self.path, self.expectation = drafter, path, expectation
+        self.watch = AcceptanceWatch(expectation)
+        self._counts = {i: ([0] * num_tokens, [0] * num_tokens) for i in engines}
+
+    def observe(self, stats: Any, engine: int) -> None:
+        """Counts the drafts of one step; all of one length, unless that is chosen for each request."""
+        if not stats.num_drafts:
+            return
+        compared, right = self._counts[engine]
+        length = -(-stats.num_draft_tokens // stats.num_drafts)
+        accepted = stats.num_accepted_tokens_per_pos
+        for k in range(min(length, len(compared))):
+            compared[k] += accepted[k - 1] if k else stats.num_drafts
+            right[k] += accepted[k]
+        if self.path is None or not self.path.exists():  # else the worker watches its own counts
+            columns = zip(*self._counts.values(), strict=True)
+            self.watch.look(*([sum(c) for c in zip(*rows, strict=True)] for rows in columns))
+
+    def describe(self) -> list[Any]:
+        """No names ahead of the figures, which may come late."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Called by Prometheus for each scrape."""
+        served = GaugeMetricFamily(
+            f"{_PREFIX}drafter_acceptance_length",
+            "Acceptance length of full-length drafts by the served acceptance of their positions.",
+            labels=[*self.names, "drafter"],
+        )
+        expected = GaugeMetricFamily(
+            f"{_PREFIX}expected_acceptance_length",
+            "The same on held-out data of the drafter's training.",
+            labels=[*self.names, "drafter", "source"],
+        )
+        raw = None if self.path is None else read_stats(self.path)
+        for engine, values in self.engines.items():
+            labels = [*map(str, values), self.drafter]
+            compared, right = (raw["compared"], raw["right"]) if raw else self._counts[engine]
+            if compared[0]:
+                served.add_metric(labels, full_length_tau(rates(compared, right)))
+            for source, tau in (self.expectation.taus if self.expectation else {}).items():
+                expected.add_metric([*labels, source], tau)
+        yield served
+        if self.expectation:
+            yield expected
 
 
 def drafter_metrics_class(base: type) -> type:
@@ -129,10 +208,23 @@ def drafter_metrics_class(base: type) -> type:
             self._tau = {i: tau.labels(*v, drafter) for i, v in per_engine_labelvalues.items()}
             self._totals = dict.fromkeys(per_engine_labelvalues, (0, 0))
             name = getattr(speculative_config, "dflash_stats", None)
+            path = None
             if name is not None and len(per_engine_labelvalues) == 1:
                 (values,) = per_engine_labelvalues.values()
                 labels = dict(zip(labelnames, values, strict=True))
-                registry.register(DraftLengthCollector(stats_file(name), labels))
+                path = stats_file(name)
+                registry.register(DraftLengthCollector(path, labels))
+            num_tokens = speculative_config.num_speculative_tokens
+            revision = getattr(speculative_config, "revision", None)
+            self._acceptance = AcceptanceCollector(
+                labelnames,
+                per_engine_labelvalues,
+                drafter,
+                num_tokens,
+                path,
+                read_expectation(drafter, revision, num_tokens),
+            )
+            registry.register(self._acceptance)
 
         def observe(self, spec_decoding_stats, engine_idx: int = 0):
             super().observe(spec_decoding_stats, engine_idx)
@@ -144,5 +236,6 @@ def drafter_metrics_class(base: type) -> type:
             self._totals[engine_idx] = (drafts, accepted)
             if drafts:
                 self._tau[engine_idx].set(1 + accepted / drafts)
+            self._acceptance.observe(spec_decoding_stats, engine_idx)
 
     return DrafterProm

@@ -19,7 +19,13 @@ import numpy as np
 from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.options import Options
 from vllm_dflash.serving import draft_limits, handover
-from vllm_dflash.serving.draft_stats import DraftStats, StatsFile, stats_file, verified_file
+from vllm_dflash.serving.draft_stats import (
+    DraftStats,
+    StatsFile,
+    make_stats,
+    stats_file,
+    verified_file,
+)
 from vllm_dflash.serving.seams import DRAFTER_ARCH
 from vllm_dflash.serving.verified import count_by_source, counting
 
@@ -264,7 +270,7 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
     policy = Ahead(cost, scheduler.num_spec_tokens)
-    stats = DraftStats(stats_file(spec.dflash_stats))
+    stats = make_stats(vllm_config)
     scheduler.__class__ = choosing(type(scheduler))
     limit = draft_limits.position_limit(spec, scheduler.max_model_len)
     lengths = scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)

@@ -51,7 +51,7 @@ def name_sources(runner: Any, sent: Callable[[], Mapping[str, Sent]]) -> None:
 def count_by_source(scheduler: Any, file: StatsFile) -> None:
     """In the engine core: counts what vLLM counts, by the sources that the workers name."""
     counts: dict[str, dict[str, float]] = {
-        key: {DRAFTER: 0, LOOKUP: 0} for key in ("proposed", "accepted", "expected")
+        key: {DRAFTER: 0, LOOKUP: 0} for key in ("drafts", "proposed", "accepted", "expected")
     }
     update = scheduler.update_draft_token_ids
 
@@ -66,6 +66,7 @@ def count_by_source(scheduler: Any, file: StatsFile) -> None:
         sent: Sent | None = getattr(scheduler.requests[name], _SENT, None)
         if sent is None:
             return
+        counts["drafts"][sent.source] += 1
         counts["proposed"][sent.source] += proposed
         counts["accepted"][sent.source] += accepted
         counts["expected"][sent.source] += sum(sent.expected[:proposed])

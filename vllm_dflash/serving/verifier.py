@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 #: Where vLLM's models keep the token embedding, below the language model.
@@ -125,6 +129,119 @@ class FinalStates:
     def remove(self) -> None:
         self._handle.remove()
         self.last = None
+
+
+#: Logit of a token that the verifier cannot emit; finite, so that 0 * log 0 is 0 in a divergence.
+_ABSENT = -1e30
+#: Lengths of the random states that the probe compares: small ones, and such that reach any soft cap.
+_PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)
+
+
+class VerifierLogits:
+    """The verifier's logits of its final states, as it samples from them: ``[N, H]`` to ``[N, V]``.
+
+    The verifier's own ``compute_logits`` runs, so soft caps, scales, multipliers and biases are applied as in
+    serving. Only the projection inside it is replaced while it runs, by one onto the rows wanted: tokens that
+    nobody drafts cost nothing, and tensor parallel ranks, each with states of its own, need not wait for
+    one another.
+
+    Args:
+        model: the verifier.
+        lm_head_VH: rows of its output projection, whole on every rank.
+        token_ids: int64 ``[V]``, the tokens of the rows; None where they are 0, 1, ...
+
+    Raises:
+        ValueError: that does not give the verifier's logits (compared on random states, together with all
+            ranks).
+    """
+
+    def __init__(self, model: nn.Module, lm_head_VH: Tensor, token_ids: Tensor | None) -> None:
+        self.model: Any = model
+        self._rows = lm_head_VH
+        ids = torch.arange(len(lm_head_VH)) if token_ids is None else token_ids
+        self._ids = ids.to(lm_head_VH.device)
+        self._processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+        self._bias: Tensor | None = None
+        self._absent: Tensor | None = None
+        self._check()
+
+    @torch.no_grad()
+    def __call__(self, states: Tensor) -> Tensor:
+        with self._projection(self._project):
+            logits = self.model.compute_logits(states.to(self._rows.device, self._rows.dtype))
+        return logits if self._absent is None else logits.masked_fill(self._absent, _ABSENT)
+
+    def _project(
+        self, processor: Any, states: Tensor, lm_head: Any, bias: Tensor | None, *args: Any
+    ) -> Tensor:
+        dtype = getattr(processor, "head_dtype", None) or states.dtype
+        own = None if self._bias is None else self._bias.to(dtype)
+        return F.linear(states.to(dtype), self._rows.to(dtype), own)
+
+    @contextmanager
+    def _projection(self, project: Callable[..., Tensor]) -> Iterator[None]:
+        """Within it the verifier's ``LogitsProcessor`` gets its logits from ``project``."""
+
+        def of(processor: Any) -> Callable[..., Tensor]:
+            def get_logits(hidden_states, lm_head, embedding_bias=None, *args, **kwargs):
+                return project(
+                    processor, hidden_states, lm_head, embedding_bias, *args, *kwargs.values()
+                )
+
+            return get_logits
+
+        for processor in self._processors:
+            processor._get_logits = of(processor)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for processor in self._processors:
+                del processor._get_logits
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Learns what is added to the projection, and compares with the verifier's own logits."""
+        width, device = self._rows.shape[1], self._rows.device
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(2 * len(_PROBE_SCALES), width, generator=generator)
+        states *= torch.tensor(_PROBE_SCALES).repeat_interleave(2).unsqueeze(1)
+        states = states.to(device, self._rows.dtype)
+        used: list[tuple[Any, Any, Tensor | None]] = []
+
+        def note(processor, hidden_states, lm_head, bias, *args):
+            used.append((processor, lm_head, bias))
+            return type(processor)._get_logits(processor, hidden_states, lm_head, bias, *args)
+
+        with self._projection(note):
+            served = self.model.compute_logits(states)
+        problem = f"it calls vLLM's LogitsProcessor {len(used)} times"
+        if len(used) == 1:
+            processor, lm_head, bias = used[0]
+            if bias is not None:
+                self._bias = _unsharded(lm_head, bias)[self._ids]
+            if int(self._ids.max()) >= processor.org_vocab_size:
+                self._absent = self._ids >= processor.org_vocab_size
+            got = self(states)
+            if served is None:  # vLLM gives them to the first rank alone, which compares
+                return
+            want = served[:, self._ids.clamp_max(served.shape[1] - 1)].float()
+            if self._absent is not None:
+                want.masked_fill_(self._absent, _ABSENT)
+            if _same(got.float(), want, self._rows.dtype):
+                return
+            problem = "its logits are more than a function of each token's own logit"
+        raise ValueError(
+            f"--loss kl cannot be used with {type(self.model).__name__}: {problem}, so what it samples from "
+            "is not known; use --loss dpace or ce"
+        )
+
+
+def _same(logits_NV: Tensor, other_NV: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they differ by no more than GEMMs of two shapes do."""
+    relative = 1e-4 if dtype == torch.float32 else 3e-2
+    size_NV = other_NV.masked_fill(other_NV <= _ABSENT, 0).abs()
+    close = (logits_NV - other_NV).abs() <= relative * (size_NV + size_NV.mean(-1, keepdim=True))
+    return bool((close | (logits_NV == other_NV)).all())
 
 
 def verifier_dtype(model: nn.Module) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
-from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import VerifierEngine, fit_max_len
@@ -19,6 +19,9 @@ from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.rows import Data
 from vllm_dflash.training.tokenization import Example
 from vllm_dflash.verifier import Verifier
+
+#: Share of tau by which the engine may differ from the offline walk: ties between two tokens fall either way.
+MAX_DISAGREEMENT = 0.02
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         ``offline`` (teacher-forced) and, where asked for, ``engine`` (served): each with pooled tau,
-        drafts, accepted tokens, per-position rates; ``offline`` also per source.
+        drafts, accepted tokens, per-position rates; ``offline`` also per source. Both count delivered tokens
+        (:mod:`vllm_dflash.modeling.acceptance`); ``disagreement`` says where they differ, else it is None.
 
     Raises:
         ValueError: drafter, verifier or data cannot be used.
@@ -116,8 +120,29 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         "offline": offline,
     }
     if config.through_engine:
-        out["engine"] = _served(config, examples, tokens, reporter)
+        served = [e for e in examples if e.id not in offline["skipped"]]
+        out["engine"] = _served(config, served, tokens, reporter)
+        out["disagreement"] = disagreement(offline, out["engine"])
+        if out["disagreement"]:
+            reporter.say(out["disagreement"]["message"])
     return out
+
+
+def disagreement(offline: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any] | None:
+    """How far the engine's tau is from the offline one, and what that means; None up to 2 %."""
+    relative = engine["tau"] / offline["tau"] - 1
+    if abs(relative) <= MAX_DISAGREEMENT:
+        return None
+    return {
+        "relative": relative,
+        "message": (
+            f"offline and engine disagree by {abs(relative):.1%} (tau {offline['tau']:.3f} over "
+            f"{offline['num_drafts']} drafts, {engine['tau']:.3f} over {engine['num_drafts']}): either they "
+            "read the checkpoint differently (mask embedding, causality or windows of its layers, ids of the "
+            "verifier's layers, rotary settings), or met different text (--on-policy responses that this "
+            "verifier would not write, near ties in bf16 or of a quantised verifier, few drafts)"
+        ),
+    }
 
 
 def _offline(
@@ -166,47 +191,51 @@ def first_prompts(examples: list[Example]) -> list[tuple[list[int], int]]:
 def _served(
     config: EvalConfig, examples: list[Example], tokens: int, reporter: Reporter
 ) -> dict[str, Any]:
-    """Serves the same prompts with the drafter and reads vLLM's speculative counters."""
+    """Serves the same prompts with the drafter; drafts by vLLM's counters, and what they delivered."""
     from vllm_dflash.bench.engine_process import EngineProcess
     from vllm_dflash.bench.runner import BenchConfig, make_spec, speculative_config
 
-    with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
-        bench = BenchConfig(
-            verifier=str(config.verifier),
-            drafter=config.drafter,
-            num_speculative_tokens=tokens,
-            modes=("ours",),
-            concurrencies=(config.concurrency,),
-            dtype=config.engine.dtype,
-            max_model_len=config.engine.max_len + tokens + 2,
-            enforce_eager=config.engine.enforce_eager,
-            out_dir=Path(scratch),
-            engine_args={
-                "tensor_parallel_size": config.engine.ranks,
-                **config.verifier.engine_args(),
-            },
-        )
-        # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
-        speculative = {**(speculative_config(bench, "ours") or {}), "dflash_draft_length": "fixed"}
-        spec = make_spec(bench, "ours", speculative, plugin=True, num_engines=1)
-        prompts = [ids for ids, _ in first_prompts(examples)]
-        with (
-            reporter.stage("serving the same prompts"),
-            EngineProcess(spec) as process,
-        ):
-            process.start()
-            process.wait_ready()
-            result = process.run(
-                prompts, max_tokens=config.max_tokens, concurrency=config.concurrency
-            )
-    counters = result.counters
-    acceptance = Acceptance(
-        counters.num_drafts,
-        counters.num_accepted_tokens,
-        list(counters.num_accepted_tokens_per_pos),
+    # Left behind if the engine fails: the error names its log.
+    scratch = Path(tempfile.mkdtemp(prefix="vllm-dflash-eval-"))
+    bench = BenchConfig(
+        verifier=str(config.verifier),
+        drafter=config.drafter,
+        num_speculative_tokens=tokens,
+        modes=("ours",),
+        concurrencies=(config.concurrency,),
+        dtype=config.engine.dtype,
+        max_model_len=config.engine.max_len + tokens + 2,
+        enforce_eager=config.engine.enforce_eager,
+        out_dir=scratch,
+        engine_args={
+            "tensor_parallel_size": config.engine.ranks,
+            **config.verifier.engine_args(),
+            **config.engine.extra,
+        },
     )
+    # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
+    speculative = {**(speculative_config(bench, "ours") or {}), "dflash_draft_length": "fixed"}
+    spec = make_spec(bench, "ours", speculative, plugin=True, num_engines=1)
+    requests = first_prompts(examples)
+    with (
+        reporter.stage("serving the same prompts"),
+        EngineProcess(spec) as process,
+    ):
+        process.start()
+        process.wait_ready()
+        result = process.run(
+            [ids for ids, _ in requests],
+            # As long as the responses that the offline walk went over.
+            max_tokens=[length for _, length in requests],
+            concurrency=config.concurrency,
+        )
+    shutil.rmtree(scratch)
+    counters = result.counters
     return {
-        **acceptance.as_dict(),
+        "tau": counters.acceptance_length or 1.0,
+        "num_drafts": counters.num_drafts,
+        "num_accepted": counters.num_accepted_tokens,
+        "position_rates": counters.acceptance_per_position or [],
         "output_tokens": result.num_output_tokens,
         "output_tokens_per_s": result.output_tokens_per_s,
     }

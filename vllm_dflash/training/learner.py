@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,18 @@ class SharedHead:
 
 
 class Learner:
-    """A drafter, its optimizer and the step."""
+    """A drafter, its optimizer and the step.
+
+    Args:
+        config: of the drafter.
+        hparams: of the training.
+        head: embedding and output projection that drafter and verifier share.
+        total_steps: of the whole run, for the learning rate.
+        device: where the drafter is.
+        ranks: the workers that train it together.
+        verifier_logits: draft-vocabulary logits ``[N, V]`` that the verifier samples from, by its final
+            states ``[N, H]``; for the kl loss. lm_head alone does not tell: verifiers cap and scale them.
+    """
 
     def __init__(
         self,
@@ -159,8 +170,10 @@ class Learner:
         total_steps: int,
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
+        verifier_logits: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config, self.hparams, self.head = config, hparams, head
+        self.verifier_logits = verifier_logits
         self.total_steps = total_steps
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
@@ -373,7 +386,11 @@ class Learner:
     def _verifier_logits(
         self, samples: Sequence[Sample], anchors: list[list[int]]
     ) -> Tensor | None:
-        """The verifier's draft-vocabulary logits at the drafted positions, for kl."""
+        """The verifier's draft-vocabulary logits ``[A, K, V]`` at the drafted positions, for kl.
+
+        They are as it samples from them. The drafter's have neither cap nor scale: vLLM samples drafts from
+        what its lm_head gives, also where that is the verifier's.
+        """
         if self.hparams.loss != "kl":
             return None
         num_draft = self.num_draft_tokens
@@ -384,9 +401,13 @@ class Learner:
             # Token p + 1 + k is predicted by the final state of position p + k.
             at = torch.tensor(group).unsqueeze(1) + torch.arange(num_draft)
             rows.append(sample.final_TH[at.clamp_max(sample.final_TH.shape[0] - 1)])
-        lm_head = self.head.verifier_lm_head
-        with torch.no_grad():
-            return F.linear(torch.cat(rows).to(lm_head.device, lm_head.dtype), lm_head)
+        if self.verifier_logits is None:
+            raise ValueError("the kl loss needs the verifier's logits")
+        final_AKH = torch.cat(rows)
+        # In the verifier's own precision, whatever the drafter's is.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            logits = self.verifier_logits(final_AKH.flatten(0, 1))
+        return logits.view(*final_AKH.shape[:2], -1)
 
     def _update_ema(self) -> None:
         if self.ema is None:

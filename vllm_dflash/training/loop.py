@@ -14,7 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import check_computable, check_weights, read_config, save_drafter
+from vllm_dflash.checkpoint import (
+    TRAINING_FILE,
+    check_computable,
+    check_weights,
+    read_config,
+    save_drafter,
+)
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import versions
 from vllm_dflash.training.config import (
@@ -29,7 +35,7 @@ from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, 
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
-from vllm_dflash.training.rows import Data, data_files
+from vllm_dflash.training.rows import Data, as_list, data_files
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example, keep_date
 from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
@@ -268,6 +274,8 @@ class _Run:
 
     def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
         started = time.monotonic()
+        if self.config.hparams.loss == "kl":
+            self.engine.call("check_kl", self.drafter.vocab_size)
         examples = self._prepare("responses", conversations, rejected, self.folder.responses)
         if held_out:
             held = self._prepare(
@@ -520,8 +528,23 @@ class _Run:
         self.reporter.evaluated(step, got["tau"])
         return got
 
+    def _workload(self) -> dict[str, Any]:
+        """What the held-out acceptance is acceptance of."""
+        config = self.config
+        return {
+            "num_speculative_tokens": self.drafter.num_speculative_tokens,
+            "drafts": "greedy",
+            "data": ", ".join(as_list(config.eval_data or config.data))
+            + ("" if config.eval_data else ", held back"),
+            "responses": "of the data" if config.on_policy else asdict(config.sampling),
+            "dtype": config.engine.dtype,
+            "chat_template_kwargs": config.chat_template_kwargs or {},
+        }
+
     def _finish(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
         held = self._evaluate(total, held_keys) if held_keys else None
+        if held is not None:
+            held |= self._workload()
         summary = {
             "verifier": str(self.config.verifier),
             "steps": total,
@@ -532,7 +555,7 @@ class _Run:
             "versions": versions(),
             "config": json.loads(json.dumps(self.config.identity())),
         }
-        extra = {"dflash_training.json": json.dumps(summary, indent=2) + "\n"}
+        extra = {TRAINING_FILE: json.dumps(summary, indent=2) + "\n"}
         self.engine.call("export", str(self.config.output), self.config.fmt, extra)
         curves = self.folder.draw_curves()
         self.reporter.finished(self.config.output, summary, curves)

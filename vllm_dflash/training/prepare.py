@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.training.config import SamplingOptions
-from vllm_dflash.training.conversations import Conversation, Rejected, reject_conversation
+from vllm_dflash.training.conversations import (
+    Conversation,
+    Rejected,
+    reject_conversation,
+    write_rejected,
+)
 from vllm_dflash.training.engine import VerifierEngine
 from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.replies import ParsedReplies
@@ -84,16 +89,19 @@ def prepare_examples(
             to_message=engine.to_message,
             say=say,
         )
-    if later:
-        total = len(conversations) + len(rejected)
-        report_rejected([*rejected, *later], total, rejected_path, max_rejected, say)
+    unused = [*rejected, *later]
     if not examples:
+        if rejected_path is not None:
+            write_rejected(rejected_path, unused)
         reasons = sorted({r.reason for r in later})[:3]
         kept = "" if rejected_path is None else f" (all of them in {rejected_path})"
         raise ValueError(
             f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)}{kept}"
         )
-    return examples, [*rejected, *later]
+    if later:
+        total = len(conversations) + len(rejected)
+        report_rejected(unused, total, rejected_path, max_rejected, say)
+    return examples, unused
 
 
 def check_prompts(

@@ -71,13 +71,23 @@ def report_rejected(
 
 def _head(rejected: Sequence[Rejected], total: int, path: Path | None) -> str:
     kept = "" if path is None else f", kept in {path}"
-    rows = "row is" if len(rejected) == 1 else "rows are"
-    return f"{len(rejected)} of {total} {rows} rejected{kept}"
+    are = "is" if len(rejected) == 1 else "are"
+    return f"{len(rejected)} of {total} rows {are} rejected{kept}"
 
 
 def _lines(rejected: Sequence[Rejected]) -> list[str]:
-    counted = count_reasons(reject.reason for reject in rejected)
-    lines = [f"{count} x {reason}" for count, reason in counted[:MAX_KINDS]]
+    counted = count_reasons(_one_line(reject.reason) for reject in rejected)
+    first = {_one_line(reject.reason): reject for reject in reversed(rejected)}
+    lines = []
+    for count, reason in counted[:MAX_KINDS]:
+        at = f"{first[reason].file} row {first[reason].line}".strip()
+        lines.append(
+            f"{count} x {reason} ({at})" if count == 1 else f"{count} x {reason} (first {at})"
+        )
     if len(counted) > MAX_KINDS:
         lines.append(f"{sum(count for count, _ in counted[MAX_KINDS:])} x other reasons")
     return lines
+
+
+def _one_line(reason: str) -> str:
+    return " ".join(reason.split())

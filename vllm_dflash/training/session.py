@@ -20,7 +20,12 @@ from vllm_dflash.config import CheckpointFormat, DrafterConfig
 from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder
 from vllm_dflash.serving.proposer_v1 import Proposer
-from vllm_dflash.serving.verifier import FinalStates, shared_weights, verifier_dtype
+from vllm_dflash.serving.verifier import (
+    FinalStates,
+    VerifierLogits,
+    shared_weights,
+    verifier_dtype,
+)
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
@@ -40,6 +45,7 @@ class TrainingSession:
 
     COMMANDS = (
         "begin",
+        "check_kl",
         "drafting",
         "register",
         "watch",
@@ -78,6 +84,11 @@ class TrainingSession:
     def drafting(self, enabled: bool) -> None:
         """Whether the engine's own (untrained) drafter drafts; off while features are recorded."""
         self.proposer.drafting = enabled
+
+    def check_kl(self, vocab_size: int) -> None:
+        """ValueError where the kl loss has no targets with this verifier."""
+        _, lm_head = shared_weights(self.verifier, vocab_size)
+        VerifierLogits(self.verifier, lm_head, None)
 
     def begin(
         self,
@@ -118,11 +129,18 @@ class TrainingSession:
         if self._mask_embedding is not None:
             self._mask_embedding = self._mask_embedding.to(embedding)
         head = SharedHead(embedding, lm_head, ids, own_lm_head, self._mask_embedding)
-        self.learner = Learner(config, hp, head, total_steps, embedding.device, self.ranks)
+        final = verifier_logits = None
+        if hp.loss == "kl":
+            final = FinalStates(self.verifier)
+            verifier_logits = VerifierLogits(
+                self.verifier, head.verifier_lm_head, head.draft_token_ids
+            )
+        self.recorder.final_states = final
+        self.learner = Learner(
+            config, hp, head, total_steps, embedding.device, self.ranks, verifier_logits
+        )
         if weights:
             self.learner.load_drafter(weights)
-        final = FinalStates(self.verifier) if hp.loss == "kl" else None
-        self.recorder.final_states = final
         folder = Path(cache_dir) if cache_dir else None
         if folder is not None and self.ranks.size > 1:
             folder /= f"rank-{self.ranks.rank}"
