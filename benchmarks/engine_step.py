@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    from vllm_dflash.cli import load_prompts
+    from vllm_dflash.bench.prompts import load_prompts
 
     prompts = load_prompts(args.verifier, args.data, {}, max(args.batch) * args.rounds)
     engine = {

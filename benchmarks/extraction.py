@@ -21,12 +21,13 @@ from statistics import median
 import torch
 from rich.console import Console
 
+from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.cli import load_prompts
 from vllm_dflash.environment import describe_machine, versions
 from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters
 from vllm_dflash.training.engine import VerifierEngine
 from vllm_dflash.training.loop import TrainConfig, drafter_config, verifier_config, write_seat
+from vllm_dflash.verifier import Verifier
 
 
 def sequences(prompts: list[list[int]], num: int, low: int, high: int) -> dict[str, list[int]]:
@@ -88,7 +89,9 @@ def main() -> None:
     prompts = load_prompts(args.verifier, args.data, {}, 10**6)
     examples = sequences(prompts, args.num, args.min_len, args.max_len)
     tokens = sum(map(len, examples.values()))
-    config = TrainConfig(args.verifier, args.data, Path("unused"), shape=DrafterShape(layers=1))
+    config = TrainConfig(
+        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(layers=1)
+    )
     drafter = drafter_config(config, verifier_config(args.verifier))
     with tempfile.TemporaryDirectory() as scratch:
         engine = VerifierEngine(

@@ -16,8 +16,8 @@ from statistics import median
 
 from rich.console import Console
 
+from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.cli import load_prompts
 from vllm_dflash.environment import describe_machine, versions
 from vllm_dflash.training.config import (
     DrafterShape,
@@ -28,6 +28,7 @@ from vllm_dflash.training.config import (
 from vllm_dflash.training.engine import VerifierEngine
 from vllm_dflash.training.loop import TrainConfig, drafter_config, verifier_config, write_seat
 from vllm_dflash.training.responses import GenerationRequest
+from vllm_dflash.verifier import Verifier
 
 
 def main() -> None:
@@ -42,7 +43,9 @@ def main() -> None:
     args = parser.parse_args()
 
     prompts = load_prompts(args.verifier, args.data, {}, args.num)
-    config = TrainConfig(args.verifier, args.data, Path("unused"), shape=DrafterShape(layers=1))
+    config = TrainConfig(
+        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(layers=1)
+    )
     drafter = drafter_config(config, verifier_config(args.verifier))
     longest = max(map(len, prompts)) + args.max_tokens
     with tempfile.TemporaryDirectory() as scratch:

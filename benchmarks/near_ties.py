@@ -18,9 +18,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from vllm_dflash.bench.engine_process import EngineProcess
+from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.bench.runner import BenchConfig, engine_spec
-from vllm_dflash.cli import load_prompts
 from vllm_dflash.environment import describe_machine, versions
 
 

@@ -546,7 +546,7 @@ def main() -> int:
 
     from transformers import AutoTokenizer
 
-    from vllm_dflash.cli import load_requests
+    from vllm_dflash.bench.prompts import load_requests
     from vllm_dflash.training.conversations import load_conversations
 
     logs = args.logs or Path(tempfile.mkdtemp(prefix="sweep-"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from vllm_dflash import cli
+from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.training.config import SamplingOptions
 from vllm_dflash.training.conversations import Conversation, Rejected
 from vllm_dflash.training.evaluate import disagreement
-from vllm_dflash.training.prepare import prepare_examples, rejection_summary
+from vllm_dflash.training.prepare import prepare_examples
+from vllm_dflash.training.replies import MarkedReplies
+from vllm_dflash.verifier import Verifier
 
 
 def figures(tau: float, drafts: int = 465) -> dict:
@@ -32,24 +34,13 @@ def test_more_is_said_in_one_line(engine) -> None:
     assert "mask embedding" in text
 
 
-def test_rows_not_used_are_counted_with_reasons() -> None:
-    one = [Rejected(4, "not JSON:\n  Expecting value", "x")]
-    assert rejection_summary(one) == "1 row not used (row 4: not JSON: Expecting value)"
-    many = [Rejected(i, "unknown role " + "x" * 10_000, "x") for i in range(1, 9)]
-    text = rejection_summary(many)
-    assert text.startswith("8 rows not used (row 1: unknown role xxx")
-    assert text.endswith("...; and 5 more)")
-    assert len(text) < 500
-
-
-def test_bench_says_so_too(tmp_path, capsys, monkeypatch) -> None:
-    from vllm_dflash.training import loop
-
-    monkeypatch.setattr(loop, "verifier_config", lambda verifier: None)
-    data = tmp_path / "rows.jsonl"
+def test_bench_says_which_rows_it_does_not_use(tmp_path, verifier) -> None:
+    data, said = tmp_path / "rows.jsonl", []
     data.write_text('{"messages": [{"role": "user", "content": "hello"}]}\nnot json\n')
-    assert len(cli.load_requests("v", str(data), {}, 10)) == 1
-    assert capsys.readouterr().err.startswith("1 row not used (row 2: ")
+    assert len(load_prompts(str(verifier), str(data), {}, 10, say=said.append)) == 1
+    assert said[0] == "1 of 2 rows is rejected:"
+    assert said[1].endswith("(row 2)")
+    assert "not JSON" in said[1]
 
 
 class NoTemplate:
@@ -58,6 +49,7 @@ class NoTemplate:
     def __init__(self) -> None:
         self.tokenizer = tiny.make_tokenizer()
         self.tokenizer.chat_template = None
+        self.to_message = MarkedReplies(self.tokenizer)
 
     def generator(self, sampling):
         return lambda requests: iter(())
@@ -71,7 +63,7 @@ def test_no_file_is_named_that_does_not_stay(tmp_path, keep) -> None:
     rejected = tmp_path / "rejected.jsonl" if keep else None
     with pytest.raises(ValueError, match="none of the 1 conversations can be used") as error:
         prepare_examples(
-            NoTemplate(), "v", [conversation], [Rejected(2, "not JSON", "x")],
+            NoTemplate(), Verifier("v"), [conversation], [Rejected(2, "not JSON", "x")],
             on_policy=False, sampling=SamplingOptions(), max_len=100,
             responses_path=tmp_path / "responses.jsonl", rejected_path=rejected,
         )  # fmt: skip

@@ -393,7 +393,8 @@ def test_offline_tau_is_the_engines(trained, folder, capsys, max_tokens) -> None
     assert offline["num_accepted"] > (100 if max_tokens == 64 else 20)
     assert "offline" in done.stdout
     assert "engine" in done.stdout
-    assert "1 row not used (row 25: " in done.stderr
+    assert "1 of 25 rows is rejected" in done.stderr
+    assert "(row 25)" in done.stderr
     assert got["rejected"] == [{"line": 25, "reason": got["rejected"][0]["reason"]}]
 
 

@@ -176,7 +176,7 @@ def write_prompts(path: Path, count: int, seed: int = 0) -> Path:
 
 def prompt_ids(verifier: Path, prompts: Path, count: int | None = None) -> list[list[int]]:
     """The prompts of a file as a server tokenises them."""
-    from vllm_dflash.cli import load_prompts
+    from vllm_dflash.bench.prompts import load_prompts
 
     return load_prompts(str(verifier), str(prompts), {}, count or 10**6)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,10 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_dflash.bench.prompts import load_prompts
+
 if TYPE_CHECKING:
     from vllm_dflash.bench.runner import BenchConfig
     from vllm_dflash.config import DrafterConfig
-    from vllm_dflash.training.conversations import Conversation
+    from vllm_dflash.verifier import Verifier as LoadedVerifier
 
 app = typer.Typer(
     name="vllm-dflash",
@@ -32,7 +33,33 @@ Verifier = Annotated[
 ]
 DrafterPath = Annotated[str, typer.Argument(help="Drafter checkpoint folder.")]
 Data = Annotated[
-    str, typer.Option("--data", help="JSONL of messages, ShareGPT, prompts or logged requests.")
+    list[str],
+    typer.Option(
+        "--data",
+        help="JSONL, JSON or Parquet of messages, ShareGPT, prompts or logged requests: a file, a folder, a "
+        "pattern, or a Hugging Face data set (org/name:split, org/name/subset:split). May be repeated.",
+    ),
+]
+MaxRejected = Annotated[
+    float, typer.Option(help="Share of the rows that may be rejected; 1 allows all.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let Python code that comes with the verifier run."),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a verifier named on the Hub.")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="Another tokenizer than the verifier's.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="The server's chat template: a file, or the text itself.")
+]
+ReasoningParser = Annotated[
+    str | None,
+    typer.Option(
+        help="The server's, as vLLM's: splits thinking from the answer in replies that become history. "
+        "Default: at the markers that tokenizer and template show."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="The verifier's dtype, as vLLM's --dtype.")]
 MaxLen = Annotated[int, typer.Option(help="Longest conversation in tokens.")]
@@ -89,6 +116,20 @@ def _layer_types(text: str | None) -> tuple[str, ...] | None:
         ) from error
 
 
+def _one_or_all(names: list[str]) -> str | tuple[str, ...]:
+    """A single name as it is, so that a run of one file keeps its identity."""
+    return names[0] if len(names) == 1 else tuple(names)
+
+
+def _verifier(
+    model: str, engine_args: str | None, **options: Any
+) -> tuple[LoadedVerifier, dict[str, Any]]:
+    """The verifier with its options, and the engine arguments that are left."""
+    from vllm_dflash.verifier import Verifier
+
+    return Verifier.from_options(model, _json_option("--engine-args", engine_args), **options)
+
+
 def _facts() -> Table:
     """A table of names and values, whole also where the terminal is narrow."""
     table = Table(show_header=False)
@@ -103,7 +144,7 @@ def train(
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the drafter.")],
     eval_data: Annotated[
-        str | None, typer.Option(help="Held-out conversations; default: a part of the data.")
+        list[str] | None, typer.Option(help="Held-out conversations; default: a part of the data.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Draft layers. Default: 5.")] = None,
     block_size: Annotated[
@@ -174,9 +215,15 @@ def train(
     max_num_seqs: Annotated[int, typer.Option(help="Responses generated at once.")] = 64,
     dtype: Dtype = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
+    chat_template: ChatTemplate = None,
     chat_template_kwargs: TemplateKwargs = None,
+    reasoning_parser: ReasoningParser = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     engine_args: EngineArgs = None,
     limit: Limit = None,
+    max_rejected: MaxRejected = 0.5,
     feature_gib: Annotated[float, typer.Option(help="Memory for features in the worker.")] = 4.0,
     cache_features: Annotated[
         Path | None, typer.Option(help="Keep features on disk for later epochs and runs.")
@@ -207,11 +254,21 @@ def train(
         raise ValueError(
             f"--checkpoint-format is {checkpoint_format!r}; allowed are zlab and speculators"
         )
+    source, extra = _verifier(
+        verifier,
+        engine_args,
+        chat_template=chat_template,
+        reasoning_parser=reasoning_parser,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        tokenizer=tokenizer,
+    )
     config = TrainConfig(
-        verifier=verifier,
-        data=data,
+        verifier=source,
+        data=_one_or_all(data),
         output=output,
-        eval_data=eval_data,
+        eval_data=_one_or_all(eval_data) if eval_data else None,
+        max_rejected=max_rejected,
         holdout=holdout,
         epochs=epochs,
         max_steps=max_steps,
@@ -267,7 +324,7 @@ def train(
             max_len=max_len,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
-            extra=_json_option("--engine-args", engine_args),
+            extra=extra,
         ),
         sampling=SamplingOptions(
             temperature=temperature,
@@ -299,9 +356,15 @@ def eval_(
     max_len: MaxLen = 3072,
     dtype: Dtype = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
+    chat_template: ChatTemplate = None,
     chat_template_kwargs: TemplateKwargs = None,
+    reasoning_parser: ReasoningParser = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     engine_args: EngineArgs = None,
     limit: Limit = None,
+    max_rejected: MaxRejected = 0.5,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON result.")] = None,
 ) -> None:
     """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
@@ -310,10 +373,21 @@ def eval_(
     from vllm_dflash.training.evaluate import EvalConfig, evaluate
     from vllm_dflash.training.reporting import Reporter
 
+    source, extra = _verifier(
+        verifier,
+        engine_args,
+        chat_template=chat_template,
+        reasoning_parser=reasoning_parser,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        tokenizer=tokenizer,
+    )
     config = EvalConfig(
-        verifier=verifier,
+        verifier=source,
         drafter=drafter,
-        data=data,
+        data=_one_or_all(data),
+        rejected=None if output is None else output.with_suffix(".rejected.jsonl"),
+        max_rejected=max_rejected,
         num_speculative_tokens=num_speculative_tokens,
         on_policy=on_policy,
         through_engine=engine,
@@ -325,7 +399,7 @@ def eval_(
             dtype=dtype,
             max_len=max_len,
             tensor_parallel_size=tensor_parallel_size,
-            extra=_json_option("--engine-args", engine_args),
+            extra=extra,
         ),
         max_tokens=response_limit(max_tokens, max_len),
     )
@@ -378,8 +452,13 @@ def bench(
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching", help="Let repeats reuse cached prompts.")
     ] = False,
+    chat_template: ChatTemplate = None,
     chat_template_kwargs: TemplateKwargs = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     engine_args: EngineArgs = None,
+    max_rejected: MaxRejected = 0.5,
 ) -> None:
     """Output speed with and without DRAFTER, alternating in one run: table, JSON, PNG."""
     from vllm_dflash.bench.report import print_report, write_json, write_png
@@ -387,6 +466,14 @@ def bench(
     from vllm_dflash.files import claim_folder, mark_folder, writing
     from vllm_dflash.training.engine import check_engine_args
 
+    source, extra = _verifier(
+        verifier,
+        engine_args,
+        chat_template=chat_template,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        tokenizer=tokenizer,
+    )
     config = BenchConfig(
         verifier=verifier,
         drafter=drafter,
@@ -403,19 +490,28 @@ def bench(
         enforce_eager=enforce_eager,
         prefix_caching=prefix_caching,
         out_dir=output,
-        engine_args=_json_option("--engine-args", engine_args),
+        engine_args=source.engine_args() | extra,
     )
     kwargs = _json_option("--chat-template-kwargs", chat_template_kwargs)
     inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
     claim_folder(output, "bench", "-o", inputs=inputs, names=_BENCH_FILES)
-    prompts = check_prompts(config, load_prompts(verifier, data, kwargs, num_prompts))
-    _check_bench_drafter(config)
-    check_engine_args(config.engine_args, asynchronous=True)
+    console = Console(stderr=True)
+    prompts = load_prompts(
+        source,
+        _one_or_all(data),
+        kwargs,
+        num_prompts,
+        max_rejected=max_rejected,
+        rejected_path=output.with_name(f"{output.name}-rejected.jsonl"),
+        say=lambda text: console.print(text, highlight=False, soft_wrap=True),
+    )
+    used = check_prompts(config, prompts)
+    _check_bench_drafter(config, source)
+    check_engine_args(extra, asynchronous=True)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         mark_folder(output, "bench")
-    console = Console(stderr=True)
-    report = run_bench(config, prompts, lambda text: console.print(text, highlight=False))
+    report = run_bench(config, used, lambda text: console.print(text, highlight=False))
     write_json(report, output / "report.json")
     print_report(report)
     failed = failed_modes(report)
@@ -429,57 +525,27 @@ def bench(
 _BENCH_FILES = r"report\.(json|png)|logs/[\w-]+\.log"
 
 
-def _check_bench_drafter(config: BenchConfig) -> None:
+def _check_bench_drafter(config: BenchConfig, source: LoadedVerifier) -> None:
     """ValueError when a mode drafts and the drafter cannot, with this verifier or at this length."""
     from vllm_dflash.bench.runner import DRAFTER_MODES
-    from vllm_dflash.checkpoint import check_weights, read_config
+    from vllm_dflash.checkpoint import check_weights, quantization, read_config
     from vllm_dflash.config import DrafterConfig, VerifierInfo
+    from vllm_dflash.config_formats import UnsupportedDrafter
     from vllm_dflash.training.evaluate import draft_tokens
-    from vllm_dflash.training.loop import verifier_config
 
     if not DRAFTER_MODES & set(config.modes) or config.drafter is None:
         return
-    drafter = DrafterConfig.from_dict(read_config(config.drafter))
-    verifier = VerifierInfo.from_hf_config(verifier_config(config.verifier), config.verifier)
-    drafter.check_verifier(verifier)
-    check_weights(config.drafter, drafter)
+    raw = read_config(config.drafter)
+    try:
+        drafter = DrafterConfig.from_dict(raw)
+    except UnsupportedDrafter:
+        if config.num_speculative_tokens is None:
+            raise
+        return  # vLLM serves it by itself
+    drafter.check_verifier(VerifierInfo.from_hf_config(source.load_config(), config.verifier))
+    if quantization(config.drafter, raw) is None:
+        check_weights(config.drafter, drafter)
     draft_tokens(config.num_speculative_tokens, drafter)
-
-
-def load_requests(
-    verifier: str, data: str, chat_template_kwargs: dict[str, Any], limit: int
-) -> list[Conversation]:
-    """Conversations of a data file, each up to its last user turn."""
-    from vllm_dflash.training.conversations import load_conversations
-    from vllm_dflash.training.loop import verifier_config
-    from vllm_dflash.training.prepare import rejection_summary
-
-    verifier_config(verifier)
-    conversations, rejected = load_conversations(
-        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
-    )
-    if rejected:
-        print(rejection_summary(rejected), file=sys.stderr)
-    requests = []
-    for conversation in conversations:
-        count = len(conversation.messages)
-        while count and conversation.messages[count - 1]["role"] == "assistant":
-            count -= 1
-        requests.append(replace(conversation, messages=conversation.messages[:count]))
-    return requests
-
-
-def load_prompts(
-    verifier: str, data: str, chat_template_kwargs: dict[str, Any], limit: int
-) -> list[list[int]]:
-    """Prompts of a data file as the server would tokenise them, up to each last user turn."""
-    from transformers import AutoTokenizer
-
-    from vllm_dflash.training.tokenization import prompt_token_ids
-
-    requests = load_requests(verifier, data, chat_template_kwargs, limit)
-    tokenizer = AutoTokenizer.from_pretrained(verifier)
-    return [prompt_token_ids(tokenizer, request) for request in requests]
 
 
 @app.command()
@@ -488,6 +554,8 @@ def inspect(
     verifier: Annotated[
         str | None, typer.Argument(help="Also check that it fits this verifier.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
     """What a checkpoint is, and whether it fits a verifier."""
     from vllm_dflash.checkpoint import MASK_EMBEDDING, load_weights, quantization, read_config
@@ -529,9 +597,10 @@ def inspect(
         if MASK_EMBEDDING in weights:
             rows["mask token's embedding"] = "its own (mask_embedding.pt)"
     if verifier is not None:
-        from vllm_dflash.training.loop import verifier_config
-
-        info = VerifierInfo.from_hf_config(verifier_config(verifier), verifier)
+        loaded, _ = _verifier(
+            verifier, None, trust_remote_code=trust_remote_code, revision=revision
+        )
+        info = VerifierInfo.from_hf_config(loaded.load_config(), verifier)
         config.check_verifier(info)
         remarks += config.verifier_remarks(info)
         rows["fits"] = verifier

@@ -9,13 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import atomic_path
+from vllm_dflash.training.rows import Data, Row, as_list, data_files, decode_json, open_rows
+from vllm_dflash.training.tools import (
+    checked_tools,
+    drop_nulls,
+    function_calls,
+    has_arrows_nulls,
+    json_text,
+    quoted,
+    with_call_ids,
+    without_nulls,
+)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -30,9 +41,16 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
+#: ShareGPT's speaker of a turn that is a call (or a list of calls) as JSON text.
+CALL_SPEAKER = "function_call"
 #: Message fields that chat templates read, besides role and content.
 MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning")
+#: Fields that hold what a drafter is not trained on, in rows and in messages.
+MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA_PLACEHOLDER = re.compile(r"<(?:image|video|audio)>|<\|(?:image|video|audio)\|>")
+SYSTEM_FIELDS = ("system", "system_prompt")
 TEXT_PART_TYPES = ("text", "input_text", "output_text")
 #: A response with another finish reason (abort, content_filter...) is not the verifier's own text.
 FINISH_REASONS = (None, "stop", "length", "tool_calls", "function_call")
@@ -54,8 +72,8 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
         "truncation",
     }
 )
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".gz", ".csv", ".parquet")
+#: Longest reason of a rejected row, in characters.
+MAX_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class Conversation:
         unfinished: The last (assistant) message was cut by a length limit, so the verifier never
             generated the end of turn that the chat template prints after it.
         line: Row of the input, from 1.
+        file: The file it comes from, where the data has several.
     """
 
     id: str
@@ -80,6 +99,7 @@ class Conversation:
     chat_template_kwargs: dict = field(default_factory=dict)
     unfinished: bool = False
     line: int = 0
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,33 +110,61 @@ class Rejected:
         line: Row of the input, from 1.
         reason: Why, in words for the person who owns the data.
         row: The row's original text (of a conversation rejected later, its content as JSON).
+        file: The file it comes from, where the data has several.
     """
 
     line: int
     reason: str
     row: str
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > MAX_REASON:
+            # A template may quote the whole conversation.
+            cut = f"{self.reason[: MAX_REASON - 40]}... ({len(self.reason)} characters)"
+            object.__setattr__(self, "reason", cut)
 
 
 def reject_conversation(conversation: Conversation, reason: object) -> Rejected:
     """The :class:`Rejected` of a conversation that a later step (its chat template) refuses."""
     content = _content_of(conversation)
     row = json.dumps({"id": conversation.id, **content}, ensure_ascii=False, default=str)
-    return Rejected(conversation.line, str(reason), row)
+    return Rejected(conversation.line, str(reason), row, conversation.file)
 
 
 def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
     """Replaces ``path`` by exactly these rejects, one JSON object a line, in one atomic step.
 
     Callers that reject more rows later pass the whole list again.
+
+    Raises:
+        ValueError: ``path`` holds something else.
     """
+    if path.exists() and not _holds_rejects(path):
+        raise ValueError(
+            f"{path}, where rejected rows are kept, exists and holds something else; move it away"
+        )
     with atomic_path(path) as partial, partial.open("w", encoding="ascii") as file:
         for reject in rejected:
             line = {"line": reject.line, "reason": reject.reason, "row": reject.row}
+            line |= {"file": reject.file} if reject.file else {}
             file.write(json.dumps(line) + "\n")
 
 
+def _holds_rejects(path: Path) -> bool:
+    """Whether a file is empty or begins with a line of :func:`write_rejected`."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return not line or {"line", "reason", "row"} <= json.loads(line).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
 def load_conversations(
-    data: str | Path,
+    data: Data,
     *,
     rejected_path: Path | None = None,
     chat_template_kwargs: dict | None = None,
@@ -127,15 +175,15 @@ def load_conversations(
 
     Accepted rows: ``{"messages": [...]}``, ShareGPT's ``{"conversations": [...]}``,
     ``{"prompt": ..., "response": ...}`` and logged traffic ``{"request": ..., "response": ...}``;
-    each with optional ``id``, ``source``, ``tools`` and ``chat_template_kwargs``.
+    each with optional ``id``, ``source``, ``system``, ``tools`` and ``chat_template_kwargs``.
 
     Args:
-        data: A JSONL file, a ``.json`` file holding one array, or the name of a Hugging Face
-            data set (``org/name``) if no such file exists.
+        data: As for :func:`~vllm_dflash.training.rows.open_rows`: files, folders, patterns, names of
+            Hugging Face data sets.
         rejected_path: Where to write the rejected rows; replaced if it exists.
         chat_template_kwargs: For every conversation; a row's own kwargs override them one by one.
         limit: Stop reading after this many usable conversations.
-        split: Split of a Hugging Face data set.
+        split: Split of Hugging Face data sets whose name says none.
 
     Raises:
         ValueError: No such data, or no usable row in it.
@@ -143,21 +191,22 @@ def load_conversations(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give at least 1, or None to read everything")
     default_kwargs = _checked_template_kwargs(chat_template_kwargs)
-    source, rows = _open_rows(data, limit=limit, split=split)
+    rows = open_rows(data, streaming=limit is not None, split=split)
+    several = len(as_list(data)) > 1 or len(data_files(data)) > 1
 
     conversations: list[Conversation] = []
     rejected: list[Rejected] = []
     seen_ids: set[str] = set()
     # A data set that is streamed holds a connection: let go of it when the limit stops us early.
     with closing(rows):
-        for line, text, row in rows:
+        for row in rows:
+            file = row.file if several else ""
             try:
-                decoded = _decode_json(row) if isinstance(row, bytes) else row
-                conversation = _parse_row(decoded, line, source, default_kwargs)
+                conversation = _parse_row(_row_value(row), row.line, row.source, default_kwargs)
             except (ValueError, RecursionError) as error:
-                rejected.append(Rejected(line, str(error), text))
+                rejected.append(Rejected(row.line, str(error), row.text, file))
                 continue
-            conversation = replace(conversation, id=_unique_id(conversation, seen_ids))
+            conversation = replace(conversation, id=_unique_id(conversation, seen_ids), file=file)
             seen_ids.add(conversation.id)
             conversations.append(conversation)
             if len(conversations) == limit:
@@ -170,100 +219,31 @@ def load_conversations(
     return conversations, rejected
 
 
-def _nothing_usable(data: str | Path, rejected: list[Rejected]) -> str:
+def _nothing_usable(data: Data, rejected: list[Rejected]) -> str:
+    data = ", ".join(as_list(data))
     if not rejected:
         return f"{data} is empty: it holds no row to train on"
     reasons = "; ".join(f"row {reject.line}: {reject.reason}" for reject in rejected[:3])
     return f"{data} has no usable conversation, all {len(rejected)} rows were rejected. {reasons}"
 
 
-# ---- rows: (line number, original text, the row itself or its JSON as bytes) ----
-
-Row = tuple[int, str, Any]
-Rows = Generator[Row, None, None]
-
-
-def _open_rows(data: str | Path, *, limit: int | None, split: str) -> tuple[str, Rows]:
-    """Returns the default source name and an iterator over the rows."""
-    path = Path(data).expanduser()
-    if path.is_dir():
-        raise ValueError(
-            f"{data} is a folder; give one JSONL file (`cat {data}/*.jsonl > all.jsonl`)"
-        )
-    if path.exists():
-        return path.name, _json_rows(path) if path.suffix == ".json" else _jsonl_rows(path)
-    name = str(data)
-    if HUB_NAME.fullmatch(name) and path.suffix.lower() not in FILE_SUFFIXES:
-        return name, _hub_rows(name, split=split, streaming=limit is not None)
-    raise ValueError(
-        f"no file {data}; give a JSONL file of conversations or the name of a Hugging Face data "
-        "set (org/name)"
-    )
-
-
-def _jsonl_rows(path: Path) -> Rows:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if raw.strip():  # a blank line is no row: editors leave one at the end
-                text = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-                yield number, text, raw
-
-
-def _decode_json(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-
-
-def _json_rows(path: Path) -> Rows:
-    try:
-        rows = _decode_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf") or b"[]")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; for one row a line, name it .jsonl") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}; a .json file must hold one array")
-    yield from _rows_of(rows)
-
-
-def _hub_rows(name: str, *, split: str, streaming: bool) -> Rows:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"no file {name}, and to read it as a Hugging Face data set the `datasets` package is "
-            "needed: pip install 'vllm-dflash[train]'"
-        ) from error
-    try:
-        yield from _rows_of(datasets.load_dataset(name, split=split, streaming=streaming))
-    except Exception as error:  # the hub's clients raise a dozen unrelated classes
-        raise ValueError(
-            f"no file {name}, and reading split {split!r} of that Hugging Face data set failed: "
-            f"{type(error).__name__}: {error}. Check the name and the network, or give a JSONL file"
-        ) from error
-
-
-def _rows_of(rows: Iterable[Any]) -> Rows:
-    for number, row in enumerate(rows, start=1):
-        text = json.dumps(row, ensure_ascii=False, default=str)
-        yield number, text, row
-
-
 # ---- one row -> one conversation ----
+
+
+def _row_value(row: Row) -> Any:
+    value = decode_json(row.value) if isinstance(row.value, bytes) else row.value
+    return drop_nulls(value) if row.from_arrow else value
 
 
 def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conversation:
     """Raises ValueError with the reason for a row that cannot be used."""
     if not isinstance(row, dict):
         raise ValueError(f"the row is a {type(row).__name__}, not a JSON object")
+    _check_media(row, "the row")
     tools, unfinished = row.get("tools"), False
     template_kwargs = dict(template_kwargs)
-    if isinstance(row.get("request"), dict):
+    is_logged = isinstance(row.get("request"), dict)
+    if is_logged:
         messages, unfinished = _logged_messages(row["request"], row.get("response"))
         tools = row["request"].get("tools") if tools is None else tools
         template_kwargs.update(_request_template_kwargs(row["request"]))
@@ -278,6 +258,13 @@ def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conve
             "no 'messages', 'conversations', 'prompt' or 'request' field; the row has "
             f"{sorted(map(str, row))}"
         )
+    messages = _with_system(messages, row, is_logged)
+    _check_placeholders(messages, row)
+    tools = checked_tools(tools)
+    if has_arrows_nulls(tools) and not is_logged:
+        # Written from Arrow to JSON: its nulls stand for members that are absent. What a client sent to
+        # a server was rendered with its nulls.
+        tools, messages = _drop_nulls_of_tools(tools, messages)
     template_kwargs.update(_checked_template_kwargs(row.get("chat_template_kwargs")))
     if not any(message["role"] == "user" for message in messages):
         raise ValueError(f"no user turn; roles are {[message['role'] for message in messages]}")
@@ -288,7 +275,7 @@ def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conve
         id=str(row_id) if isinstance(row_id, (str, int)) else "",
         messages=tuple(messages),
         source=row_source if isinstance(row_source, str) and row_source else source,
-        tools=_checked_tools(tools),
+        tools=tools,
         chat_template_kwargs=template_kwargs,
         unfinished=unfinished,
         line=line,
@@ -313,7 +300,7 @@ def _logged_messages(request: dict, response: Any) -> tuple[list[dict], bool]:
         )
     finish_reason = choices[0].get("finish_reason")
     if finish_reason not in FINISH_REASONS:
-        raise ValueError(f"the response's finish_reason is {finish_reason!r}")
+        raise ValueError(f"the response's finish_reason is {quoted(finish_reason)}")
     reply = choices[0].get("message")
     if not isinstance(reply, dict):
         raise ValueError("the response's first choice has no message")
@@ -345,16 +332,56 @@ def _checked_template_kwargs(kwargs: Any) -> dict:
     return dict(kwargs)
 
 
-def _checked_tools(tools: Any) -> tuple[dict, ...] | None:
-    if not tools:
-        return None
-    if not isinstance(tools, (list, tuple)):
-        raise ValueError(f"tools is a {type(tools).__name__}, not a list of tool definitions")
-    for tool in tools:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError('a tool must be {"type": "function", "function": {"name": ...}}')
-    return tuple(tools)
+def _check_media(item: dict, name: str) -> None:
+    for key in MEDIA_FIELDS:
+        if item.get(key):
+            raise ValueError(f"{name} has {key} ({quoted(item[key])}); only text is trained on")
+
+
+def _check_placeholders(messages: list[dict], row: dict) -> None:
+    """Refuses text that speaks of a picture which the row had a place for, but not the picture."""
+    if not any(key in row for key in MEDIA_FIELDS):
+        return
+    for number, message in enumerate(messages):
+        if found := MEDIA_PLACEHOLDER.search(_text_of(message["content"])):
+            raise ValueError(
+                f"message {number} has the placeholder {found[0]}; only text is trained on"
+            )
+
+
+def _text_of(content: str | list[dict]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _with_system(messages: list[dict], row: dict, is_logged: bool) -> list[dict]:
+    """The messages, a system text that stands beside them in front.
+
+    Raises:
+        ValueError: There are two that differ: which of them was used, nobody can tell.
+    """
+    for key in SYSTEM_FIELDS:
+        content = _content(row.get(key), key)
+        if not _has_text(content):
+            continue
+        own = [_text_of(m["content"]) for m in messages if m["role"] in ("system", "developer")]
+        if _text_of(content) in own:
+            continue
+        if own or is_logged:
+            where = "the logged request's messages" if is_logged else "its messages"
+            raise ValueError(
+                f"the row's {key} is not the system message of {where}; keep the one that was used"
+            )
+        messages = [{"role": "system", "content": content}, *messages]
+    return messages
+
+
+def _drop_nulls_of_tools(
+    tools: tuple[dict, ...] | None, messages: list[dict]
+) -> tuple[tuple[dict, ...] | None, list[dict]]:
+    return (
+        tuple(drop_nulls(tool) for tool in tools or ()) or None,
+        [without_nulls(message) for message in messages],
+    )
 
 
 def _prompt_messages(row: dict) -> list[dict]:
@@ -374,27 +401,41 @@ def _text_or_messages(value: Any, *, role: str, name: str) -> list[dict]:
 
 
 def _messages(value: Any, name: str) -> list[dict]:
+    value = json_text(value, name)
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name} is a {type(value).__name__}, not a list of messages")
-    return [_message(item, f"message {number}") for number, item in enumerate(value)]
+    messages = [_message(item, f"message {number}") for number, item in enumerate(value)]
+    if any(isinstance(item, dict) and _speaker(item) == CALL_SPEAKER for item in value):
+        messages = with_call_ids(messages)
+    return messages
+
+
+def _speaker(item: dict) -> Any:
+    """Who says a message, in small letters where it is text: OpenAI's ``role`` or ShareGPT's ``from``."""
+    speaker = item["role"] if "role" in item else item.get("from")
+    return speaker.lower() if isinstance(speaker, str) else speaker
 
 
 def _message(item: Any, name: str) -> dict:
     """One checked message, with only the fields that a chat template reads."""
     if not isinstance(item, dict):
         raise ValueError(f"{name} is a {type(item).__name__}, not an object")
-    if "role" not in item and "from" in item:
-        speaker = item["from"]
-        role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-        value = item.get("value")
-    else:
-        speaker = role = item.get("role")
-        value = item.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{name} has the unknown role {speaker!r}; known are {list(ROLES)}")
+    _check_media(item, name)
+    is_sharegpt = "role" not in item and "from" in item
+    value = item.get("value") if is_sharegpt else item.get("content")
+    speaker = _speaker(item)
+    if speaker == CALL_SPEAKER:
+        return {"role": "assistant", "content": "", "tool_calls": function_calls(value, name)}
+    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        known = [*SHAREGPT_ROLES, CALL_SPEAKER] if is_sharegpt else list(ROLES)
+        given = item["from"] if is_sharegpt else item.get("role")
+        raise ValueError(f"{name} has the unknown role {quoted(given)}; known are {known}")
 
     message = {"role": role, "content": _content(value, name)}
     message |= {key: item[key] for key in MESSAGE_FIELDS if item.get(key) is not None}
+    if item.get("function_call") and not message.get("tool_calls"):  # OpenAI's older name
+        message["tool_calls"] = function_calls(item["function_call"], name)
     # The deprecated name of the field; vLLM's server renames it in the same way.
     if item.get("reasoning_content") is not None:
         message.setdefault("reasoning", item["reasoning_content"])
@@ -412,14 +453,14 @@ def _message(item: Any, name: str) -> dict:
 def _check_message_fields(message: dict, name: str) -> None:
     for key in ("tool_call_id", "name", "reasoning"):
         if not isinstance(message.get(key, ""), str):
-            raise ValueError(f"{name} has a {key} that is not text: {message[key]!r}")
+            raise ValueError(f"{name} has a {key} that is not text: {quoted(message[key])}")
     calls = message.get("tool_calls", [])
     if not isinstance(calls, (list, tuple)):
-        raise ValueError(f"{name} has tool_calls that are not a list: {calls!r}")
+        raise ValueError(f"{name} has tool_calls that are not a list: {quoted(calls)}")
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{name} has a tool call that names no function: {call!r}")
+            raise ValueError(f"{name} has a tool call that names no function: {quoted(call)}")
     if not calls:
         message.pop("tool_calls", None)
 
@@ -435,11 +476,11 @@ def _content(value: Any, name: str) -> str | list[dict]:
     for part in value:
         if isinstance(part, dict) and part.get("type") not in TEXT_PART_TYPES:
             raise ValueError(
-                f"{name} has a part of type {part.get('type')!r}; only text is trained on"
+                f"{name} has a part of type {quoted(part.get('type'))}; only text is trained on"
             )
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            raise ValueError(f"{name} has a content part without text: {part!r}")
+            raise ValueError(f"{name} has a content part without text: {quoted(part)}")
         parts.append({"type": "text", "text": text})
     return parts
 

@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from vllm_dflash.processes import start_guard
 from vllm_dflash.serving.draft_limits import rotary_positions
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
 from vllm_dflash.training.ranks import Failure
+from vllm_dflash.training.replies import MarkedReplies, ParsedReplies, ToMessage
 from vllm_dflash.training.responses import GenerationRequest, GenerationResult
+from vllm_dflash.verifier import Verifier
 
 #: The engine's drafter only holds a place in the seam, so the smallest draft length will do.
 _SEAT_TOKENS = 1
@@ -131,11 +134,12 @@ class VerifierEngine:
 
     def __init__(
         self,
-        verifier: str,
+        verifier: Verifier | str,
         drafter: str | Path,
         options: EngineOptions,
         num_speculative_tokens: int = _SEAT_TOKENS,
     ) -> None:
+        self.verifier = Verifier.of(verifier)
         if options.extra.get("enable_lora"):
             raise ValueError(
                 "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into "
@@ -159,7 +163,7 @@ class VerifierEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         args = {
-            "model": verifier,
+            **self.verifier.engine_args(),
             "dtype": options.dtype,
             # The proposer is not called for batches that end closer than this to the limit.
             "max_model_len": options.max_len + num_speculative_tokens + 2,
@@ -186,9 +190,19 @@ class VerifierEngine:
         self.engine = LLMEngine.from_engine_args(EngineArgs(**args))
         self.call("drafting", False)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        return self.engine.get_tokenizer()
+        """The engine's tokenizer, with the server's chat template."""
+        return self.verifier.with_template(self.engine.get_tokenizer())
+
+    @cached_property
+    def to_message(self) -> ToMessage:
+        """How the server splits replies: by the parser that is named or that vLLM takes by itself."""
+        config = self.engine.vllm_config
+        parser = self.verifier.reasoning_parser or config.structured_outputs_config.reasoning_parser
+        if not parser:
+            return MarkedReplies(self.tokenizer)
+        return ParsedReplies(parser, self.tokenizer, config.model_config)
 
     def call(self, command: str, *args: Any) -> Any:
         """A command of the workers' ``TrainingSession``; the first rank's answer."""

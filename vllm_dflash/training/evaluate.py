@@ -21,11 +21,13 @@ from vllm_dflash.training.engine import (
     cut_sentence,
     fit_max_len,
 )
-from vllm_dflash.training.loop import verifier_config
-from vllm_dflash.training.prepare import prepare_examples, rejection_summary
+from vllm_dflash.training.prepare import check_prompts, prepare_examples
+from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.responses import is_log
+from vllm_dflash.training.rows import Data
 from vllm_dflash.training.tokenization import Example
+from vllm_dflash.verifier import Verifier
 
 #: Share of tau by which the engine may differ from the offline walk: ties between two tokens fall either way.
 MAX_DISAGREEMENT = 0.02
@@ -41,11 +43,13 @@ class EvalConfig:
         through_engine: also serve the prompts and read vLLM's own counters.
         concurrency: requests in flight for that.
         responses: file in which generated responses are kept, so that a second evaluation reuses them.
+        rejected: file that gets the rows that are not used; None keeps none.
+        max_rejected: share of the rows that may be.
     """
 
-    verifier: str
+    verifier: Verifier
     drafter: str
-    data: str
+    data: Data
     num_speculative_tokens: int | None = None
     on_policy: bool = False
     through_engine: bool = False
@@ -53,6 +57,8 @@ class EvalConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     limit: int | None = None
     responses: Path | None = None
+    rejected: Path | None = None
+    max_rejected: float = 0.5
     engine: EngineOptions = field(default_factory=EngineOptions)
     max_tokens: int = 1024
 
@@ -84,8 +90,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     """
     if config.responses is not None:
         claim_responses(config)
-    hf_config = verifier_config(config.verifier)
-    info = VerifierInfo.from_hf_config(hf_config, config.verifier)
+    hf_config = config.verifier.load_config()
+    info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
     raw = read_config(config.drafter)
     drafter = DrafterConfig.from_dict(raw)
     drafter.check_verifier(info)
@@ -103,6 +109,10 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
+    rejected_path = config.rejected if rejected else None  # no empty file beside the result
+    total = len(conversations) + len(rejected)
+    report_rejected(rejected, total, rejected_path, config.max_rejected, reporter.say)
+    check_prompts(config.verifier, conversations, config.engine.extra)
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         responses = config.responses or Path(scratch) / "responses.jsonl"
         with reporter.stage("starting the verifier"):
@@ -117,17 +127,17 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
                     on_policy=config.on_policy,
                     sampling=SamplingOptions(max_tokens=config.max_tokens),
                     responses_path=responses,
-                    rejected_path=None,
+                    rejected_path=config.rejected,
                     max_len=config.engine.max_len,
                     progress=update,
+                    max_rejected=config.max_rejected,
+                    say=reporter.say,
                 )
-            if rejected:
-                reporter.say(rejection_summary(rejected))
             offline = _offline(engine, drafter, config.drafter, examples, tokens, reporter)
         finally:
             engine.close()
     out: dict[str, Any] = {
-        "verifier": config.verifier,
+        "verifier": str(config.verifier),
         "drafter": config.drafter,
         "num_speculative_tokens": tokens,
         "conversations": len(conversations),
@@ -182,8 +192,8 @@ def draft_tokens(given: int | None, drafter: DrafterConfig) -> int:
 def claim_responses(config: EvalConfig) -> None:
     """ValueError when ``--responses`` names a file that is something else, or that cannot be written."""
     assert config.responses is not None
-    inputs = {
-        "the verifier": config.verifier,
+    inputs: dict[str, Any] = {
+        "the verifier": str(config.verifier),
         "the drafter": config.drafter,
         "the data": config.data,
     }
@@ -243,7 +253,7 @@ def _served(
     # Left behind if the engine fails: the error names its log.
     scratch = Path(tempfile.mkdtemp(prefix="vllm-dflash-eval-"))
     bench = BenchConfig(
-        verifier=config.verifier,
+        verifier=str(config.verifier),
         drafter=config.drafter,
         num_speculative_tokens=tokens,
         modes=("ours",),
@@ -252,7 +262,11 @@ def _served(
         max_model_len=config.engine.max_len + tokens + 2,
         enforce_eager=config.engine.enforce_eager,
         out_dir=scratch,
-        engine_args={"tensor_parallel_size": config.engine.ranks, **config.engine.extra},
+        engine_args={
+            "tensor_parallel_size": config.engine.ranks,
+            **config.verifier.engine_args(),
+            **config.engine.extra,
+        },
     )
     # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
     speculative = {**(speculative_config(bench, "ours") or {}), "dflash_draft_length": "fixed"}

@@ -42,11 +42,14 @@ from vllm_dflash.training.engine import (
 )
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
-from vllm_dflash.training.prepare import prepare_examples, rejection_summary, verifier_eos
+from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
+from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.rows import Data, as_list, data_files
 from vllm_dflash.training.run_folder import RunFolder
-from vllm_dflash.training.tokenization import Example
+from vllm_dflash.training.tokenization import Example, keep_date
 from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
+from vllm_dflash.verifier import Verifier
 
 #: Seconds of training between two answers of the worker, so that progress and signals stay alive.
 _CALL_SECONDS = 2.0
@@ -58,19 +61,20 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        verifier: path or hub name, as ``vllm serve`` takes it.
-        data: prompts or conversations (training/conversations.py lists the formats).
+        verifier: the model, and how it is loaded and served.
+        data: prompts or conversations (training/conversations.py lists the formats), one name or several.
         output: folder of the finished drafter; the run's own folder is ``<output>-run``.
         eval_data: held-out conversations; without it ``holdout`` of the data is kept back.
         epochs: passes over the data; ``max_steps`` cuts or extends them.
         init_from: a drafter to go on from.
         feature_gib: memory for features in each worker; beyond it they are extracted again.
+        max_rejected: share of the rows of the data (and of the held-out data) that may be rejected.
     """
 
-    verifier: str
-    data: str
+    verifier: Verifier
+    data: Data
     output: Path
-    eval_data: str | None = None
+    eval_data: Data | None = None
     holdout: float = 0.05
     max_holdout: int = 64
     epochs: float = 6.0
@@ -86,6 +90,7 @@ class TrainConfig:
     save_minutes: float = 5.0
     tensorboard: bool = False
     restart: bool = False
+    max_rejected: float = 0.5
     shape: DrafterShape = field(default_factory=DrafterShape)
     hparams: Hyperparameters = field(default_factory=Hyperparameters)
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -110,16 +115,16 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights, flat: a run is resumed only with the same."""
-        out: dict[str, Any] = {}
+        out: dict[str, Any] = self.verifier.identity()
         for name in (
-            "verifier data eval_data holdout max_holdout epochs max_steps on_policy init_from "
+            "data eval_data holdout max_holdout epochs max_steps on_policy init_from "
             "chat_template_kwargs limit feature_gib"
         ).split():
             out[name] = getattr(self, name)
         for name in ("data", "eval_data"):
-            path = Path(getattr(self, name) or "")
-            if path.is_file():
-                out[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            files = data_files(getattr(self, name) or [])
+            if files:
+                out[f"{name}_sha256"] = _digest(files)
         parts: dict[str, Any] = {
             "shape": self.shape.with_defaults(),
             "hparams": self.hparams,
@@ -129,6 +134,20 @@ class TrainConfig:
         for name, part in parts.items():
             out |= {f"{name}.{k}": v for k, v in asdict(part).items()}
         return out
+
+
+def _digest(files: list[Path]) -> str:
+    """SHA-256 of a file; of several, that of their digests."""
+    digests = []
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        digests.append(digest.hexdigest())
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @contextmanager
@@ -151,28 +170,14 @@ def _stop_flag() -> Iterator[list[int]]:
             signal.signal(s, old)
 
 
-def verifier_config(verifier: str) -> Any:
+def verifier_config(verifier: Verifier | str) -> Any:
     """The verifier's transformers config; ValueError when there is none at that path or name."""
-    from transformers import AutoConfig
-
-    path = Path(verifier)
-    looks_local = path.is_absolute() or verifier.startswith(".") or verifier.count("/") != 1
-    if path.exists():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"verifier {verifier} has no config.json; it is not a model folder")
-    elif looks_local:
-        raise ValueError(f"verifier {verifier} does not exist: no such folder")
-    try:
-        return AutoConfig.from_pretrained(verifier)
-    except Exception as error:
-        # Whatever a file that is no model's configuration leads transformers into.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"verifier {verifier} cannot be read: {first}") from error
+    return Verifier.of(verifier).load_config()
 
 
 def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     """The drafter to train: of ``init_from``, or made for the verifier."""
-    info = VerifierInfo.from_hf_config(hf_config, config.verifier)
+    info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
     if config.init_from is not None:
         raw = read_config(config.init_from)
         drafter = DrafterConfig.from_dict(raw)
@@ -182,8 +187,6 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         check_weights(config.init_from, drafter)
         _check_same_shape(config.shape, drafter, config.init_from)
         return drafter
-    from transformers import AutoTokenizer
-
     ids, features = config.shape.target_layer_ids, config.shape.features
     if ids is not None and features not in (None, len(ids)):
         raise ValueError(
@@ -193,7 +196,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         raise ValueError(
             f"--features is {features}, but the verifier has {info.num_hidden_layers} layers to read"
         )
-    tokenizer = AutoTokenizer.from_pretrained(config.verifier)
+    tokenizer = config.verifier.load_tokenizer()
     avoid = [info.pad_token_id] if info.pad_token_id is not None else []
     mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
     shape: Any = config.shape.with_defaults()
@@ -201,7 +204,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         return DrafterConfig.for_verifier(
             hf_config,
             mask_token_id=mask,
-            name=config.verifier,
+            name=str(config.verifier),
             num_hidden_layers=shape.layers,
             draft_block_size=shape.block_size,
             target_layer_ids=shape.target_layer_ids,
@@ -256,7 +259,7 @@ def claim_outputs(config: TrainConfig) -> None:
         ValueError: names the path and what is wrong with it.
     """
     inputs = {
-        "the verifier": config.verifier,
+        "the verifier": str(config.verifier),
         "the drafter of --from": config.init_from,
         "the data": config.data,
         "the held-out data": config.eval_data,
@@ -318,12 +321,22 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         if config.eval_data
         else ([], [])
     )
+    # A run that cannot begin leaves no folder behind, whose settings would then be in the way.
+    beside = config.output.with_name(f"{config.output.name}-rejected.jsonl")
+    num_rows, num_held_rows = len(conversations) + len(rejected), len(held_out) + len(held_rejected)
+    check_rejected(rejected, num_rows, beside, config.max_rejected)
+    check_rejected(held_rejected, num_held_rows, beside, config.max_rejected)
+    check_prompts(config.verifier, conversations, config.engine.extra)
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
     if config.cache_features is not None:
         with writing(config.cache_features):
             config.cache_features.mkdir(parents=True, exist_ok=True)
             mark_folder(config.cache_features, "features")
     reporter.open(folder, config)
+    say, allowed = reporter.say, config.max_rejected
+    report_rejected(rejected, num_rows, folder.rejected, allowed, say)
+    if config.eval_data:
+        report_rejected(held_rejected, num_held_rows, folder.rejected_heldout, allowed, say)
     reporter.say(
         f"{len(conversations)} conversations ({len(rejected)} rejected), drafter of "
         f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "
@@ -336,11 +349,20 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
             config.verifier, write_seat(drafter, folder.path / "seat"), config.engine
         )
     try:
+        keep_date(engine.tokenizer, folder.started)
         return _Run(config, drafter, folder, engine, reporter).run(
             conversations, rejected, held_out, held_rejected
         )
     finally:
         engine.close()
+
+
+def examples_digest(examples: list[Example]) -> str:
+    """What tells whether a resumed run trains on the same token sequences."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, example.token_ids, example.loss_mask]).encode())
+    return digest.hexdigest()[:16]
 
 
 class _Run:
@@ -355,6 +377,7 @@ class _Run:
         self.config, self.drafter, self.folder = config, drafter, folder
         self.engine, self.reporter = engine, reporter
         self.bad: dict[str, str] = {}
+        self.examples_digest = ""
         self.step = 0
         self.stop: list[int] = []
         self.seconds = {"responses": 0.0, "extract": 0.0, "train": 0.0}
@@ -370,13 +393,14 @@ class _Run:
                 held_out,
                 held_rejected,
                 self.folder.path / "responses-heldout.jsonl",
-                self.folder.path / "rejected-heldout.jsonl",
+                self.folder.rejected_heldout,
             )
         else:
             examples, held = self._keep_back(examples)
         self.seconds["responses"] = time.monotonic() - started
         by_key = {f"train/{e.id}": e for e in examples}
         held_by_key = {f"heldout/{e.id}": e for e in held}
+        self.examples_digest = examples_digest([*examples, *held])
         draft_ids = self._draft_vocab(examples)
         steps_per_epoch = len(epoch_steps(list(by_key), self.config.hparams.sequences, 0, 0))
         total = self.config.max_steps or max(1, round(self.config.epochs * steps_per_epoch))
@@ -428,7 +452,7 @@ class _Run:
 
     def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
         with self.reporter.progress(what, unit="responses") as update:
-            examples, unused = prepare_examples(
+            examples, _ = prepare_examples(
                 self.engine,
                 self.config.verifier,
                 conversations,
@@ -439,10 +463,9 @@ class _Run:
                 rejected_path=rejected_path or self.folder.rejected,
                 max_len=self.config.engine.max_len,
                 progress=update,
+                max_rejected=self.config.max_rejected,
+                say=self.reporter.say,
             )
-        if unused:
-            where = rejected_path or self.folder.rejected
-            self.reporter.say(f"{rejection_summary(unused)}; all of them in {where}")
         return examples
 
     def _keep_back(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -481,12 +504,14 @@ class _Run:
             return None
         engine = self.config.engine
         what = [
-            self.config.verifier,
+            str(self.config.verifier),
             list(self.drafter.target_layer_ids),
             engine.dtype,
             engine.extra,
             self.config.hparams.loss == "kl",
         ]
+        if self.config.verifier.revision is not None:
+            what.append(self.config.verifier.revision)
         if engine.ranks > 1:
             what.append(engine.ranks)  # each keeps its own sequences, in bits of its own
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
@@ -505,6 +530,12 @@ class _Run:
         if state is None:
             self.folder.cut_metrics(0)
             return 0
+        if state.get("examples", self.examples_digest) != self.examples_digest:
+            raise ValueError(
+                f"{self.folder.path} holds a run on other token sequences than today's: the verifier's "
+                "tokenizer, its chat template or its own code has changed since. Put it back to resume, or "
+                "give another -o (or --restart to discard the run)"
+            )
         self.engine.call("load_state", str(self.folder.path / state["file"]))
         self.bad = dict(state.get("bad", {}))
         self.seconds |= state.get("seconds", {})
@@ -514,7 +545,10 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self.engine.call("save_state", str(self.folder.new_state_file(step)))
-        self.folder.commit_state(step, {"bad": self.bad, "seconds": self.seconds})
+        self.folder.commit_state(
+            step,
+            {"bad": self.bad, "seconds": self.seconds, "examples": self.examples_digest},
+        )
 
     def _extract(self, examples: dict[str, Example], keep: list[str]) -> None:
         """Features of the given examples, all of them together or (all at hand) none.
@@ -611,7 +645,8 @@ class _Run:
         return {
             "num_speculative_tokens": self.drafter.num_speculative_tokens,
             "drafts": "greedy",
-            "data": config.eval_data or f"{config.data}, held back",
+            "data": ", ".join(as_list(config.eval_data or config.data))
+            + ("" if config.eval_data else ", held back"),
             "responses": "of the data" if config.on_policy else asdict(config.sampling),
             "dtype": config.engine.dtype,
             "chat_template_kwargs": config.chat_template_kwargs or {},
@@ -622,7 +657,7 @@ class _Run:
         if held is not None:
             held |= self._workload()
         summary = {
-            "verifier": self.config.verifier,
+            "verifier": str(self.config.verifier),
             "steps": total,
             "train_sequences": num_train,
             "skipped": self.bad,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,40 +15,30 @@ from vllm_dflash.training.conversations import (
     write_rejected,
 )
 from vllm_dflash.training.engine import VerifierEngine
+from vllm_dflash.training.rejections import report_rejected
+from vllm_dflash.training.replies import ParsedReplies
 from vllm_dflash.training.responses import regenerate
-from vllm_dflash.training.tokenization import Example, eos_token_ids, on_policy_examples
+from vllm_dflash.training.tokenization import (
+    Example,
+    check_template,
+    eos_token_ids,
+    on_policy_examples,
+)
+from vllm_dflash.verifier import Verifier
 
+#: Model types for which vLLM brings a tokenizer mode of its own; their tokenizers have no template.
+_OWN_RENDERERS = ("deepseek_v32", "deepseek_v4", "kimi_k3", "kimi_audio", "inkling")
 Progress = Callable[[int, int], None]
 
 
-def verifier_eos(engine: VerifierEngine, verifier: str) -> frozenset[int]:
-    """Tokens that end the verifier's turn, from its generation config and tokenizer."""
-    from transformers import GenerationConfig
-
-    try:
-        generation = GenerationConfig.from_pretrained(verifier).to_dict()
-    except OSError:
-        # A verifier without generation_config.json; the tokenizer's eos is what vLLM uses then too.
-        generation = None
-    return eos_token_ids(engine.tokenizer, generation)
-
-
-def rejection_summary(rejected: Sequence[Rejected], most: int = 3, width: int = 100) -> str:
-    """One line on the rows that are not used: ``2 rows not used (row 3: not JSON ...; row 9: ...)``."""
-    reasons = []
-    for reject in rejected[:most]:
-        reason = " ".join(reject.reason.split())
-        reason = reason if len(reason) <= width else f"{reason[:width]}..."
-        reasons.append(f"row {reject.line}: {reason}")
-    if len(rejected) > most:
-        reasons.append(f"and {len(rejected) - most} more")
-    rows = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
-    return f"{rows} not used ({'; '.join(reasons)})"
+def verifier_eos(engine: VerifierEngine, verifier: Verifier) -> frozenset[int]:
+    """Tokens that end the verifier's turn, from its generation config and tokenizer, as vLLM has them."""
+    return eos_token_ids(engine.tokenizer, verifier.load_generation_config())
 
 
 def prepare_examples(
     engine: VerifierEngine,
-    verifier: str,
+    verifier: Verifier,
     conversations: list[Conversation],
     rejected: list[Rejected],
     *,
@@ -58,18 +48,23 @@ def prepare_examples(
     rejected_path: Path | None,
     max_len: int,
     progress: Progress | None = None,
+    max_rejected: float = 1.0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Example], list[Rejected]]:
     """Responses (regenerated, or with ``on_policy`` those of the data) as token sequences.
 
+    Conversations rejected here are added to ``rejected_path``.
+
     Args:
-        rejected: rows that the reader of the data refused.
-        rejected_path: file that gets all rows that are not used; None for none.
+        rejected: rows that were rejected before.
+        max_rejected: share of all rows that may be.
+        say: prints a line for the user.
 
     Returns:
         The examples, and all rows that are not used.
 
     Raises:
-        ValueError: nothing is left to train on.
+        ValueError: nothing is left to train on, or too much was rejected.
     """
     tokenizer = engine.tokenizer
     if on_policy:
@@ -81,7 +76,8 @@ def prepare_examples(
             except ValueError as error:
                 later.append(reject_conversation(conversation, error))
     else:
-        fingerprint: dict[str, Any] = {"verifier": verifier, **asdict(sampling)}
+        weights = {n: v for n, v in verifier.identity().items() if n in ("verifier", "revision")}
+        fingerprint: dict[str, Any] = {**weights, **asdict(sampling)}
         examples, later = regenerate(
             conversations,
             tokenizer,
@@ -90,14 +86,47 @@ def prepare_examples(
             fingerprint=fingerprint,
             max_len=max_len,
             on_progress=progress,
+            to_message=engine.to_message,
+            say=say,
         )
     unused = [*rejected, *later]
-    if rejected_path is not None:
-        write_rejected(rejected_path, unused)
     if not examples:
+        if rejected_path is not None:
+            write_rejected(rejected_path, unused)
         reasons = sorted({r.reason for r in later})[:3]
-        where = f" (all of them in {rejected_path})" if rejected_path is not None else ""
+        kept = "" if rejected_path is None else f" (all of them in {rejected_path})"
         raise ValueError(
-            f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)}{where}"
+            f"none of the {len(conversations)} conversations can be used: {'; '.join(reasons)}{kept}"
         )
+    if later:
+        total = len(conversations) + len(rejected)
+        report_rejected(unused, total, rejected_path, max_rejected, say)
     return examples, unused
+
+
+def check_prompts(
+    verifier: Verifier, conversations: list[Conversation], engine_args: Mapping[str, Any]
+) -> None:
+    """Finds out without an engine that the verifier's chat template and parser can serve the data.
+
+    Raises:
+        ValueError: they cannot: no template, none that fits the data, no such parser.
+    """
+    if verifier.reasoning_parser is not None:
+        from vllm_dflash.serving.chat import check_parser_name
+
+        check_parser_name(verifier.reasoning_parser)
+    if _renders_itself(verifier, engine_args):
+        return
+    tokenizer = verifier.load_tokenizer()
+    check_template(tokenizer, conversations)
+    if verifier.reasoning_parser is not None:
+        ParsedReplies(verifier.reasoning_parser, tokenizer)
+
+
+def _renders_itself(verifier: Verifier, engine_args: Mapping[str, Any]) -> bool:
+    """True if vLLM has a tokenizer or renderer of its own for the verifier, which needs no template."""
+    if engine_args.get("tokenizer_mode", "auto") not in ("auto", "hf"):
+        return True
+    model_type = str(verifier.load_config().model_type)
+    return model_type.startswith(_OWN_RENDERERS)

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from vllm_dflash.files import writing
 from vllm_dflash.training.conversations import Conversation, Rejected, reject_conversation
+from vllm_dflash.training.rejections import count_reasons
+from vllm_dflash.training.replies import FinishedReply, MarkedReplies, ToMessage
 from vllm_dflash.training.tokenization import (
     MIN_RESPONSE_TOKENS,
     Example,
@@ -60,6 +62,8 @@ def regenerate(
     fingerprint: dict,
     max_len: int,
     on_progress: Callable[[int, int], None] | None = None,
+    to_message: ToMessage | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[list[Example], list[Rejected]]:
     """Has the verifier write the responses of all conversations, and returns them as examples.
 
@@ -77,6 +81,9 @@ def regenerate(
         fingerprint: What the responses depend on (model, sampling, seed...), JSON values only.
         max_len: Longest training sequence, in tokens.
         on_progress: Called with the number of responses at hand and the number planned.
+        to_message: Gives a reply the form in which a client sends it back; by default it is split at the
+            thinking markers of the tokenizer.
+        say: Called with a line for each reason for which dialogues ended before their last turn.
 
     Returns:
         The examples in the conversations' order, and the conversations without any, with reasons.
@@ -86,9 +93,14 @@ def regenerate(
         ValueError: ``responses_path`` was written with another fingerprint.
     """
     dialogs = [_Dialog(conversation) for conversation in conversations]
+    to_message = to_message or MarkedReplies(tokenizer)
     with ResponseLog(responses_path, fingerprint) as log:
         while active := [dialog for dialog in dialogs if dialog.pending]:
-            _run_round(active, dialogs, tokenizer, generate, log, max_len, on_progress)
+            _run_round(active, dialogs, tokenizer, generate, log, max_len, on_progress, to_message)
+    if say is not None:
+        early = [dialog.stop_reason for dialog in dialogs if dialog.turns and dialog.stop_reason]
+        for count, reason in count_reasons(early):
+            say(f"{count} of {len(dialogs)} dialogues end before their last turn: {reason}")
 
     examples: list[Example] = []
     rejected: list[Rejected] = []
@@ -145,24 +157,22 @@ class _Dialog:
             return None
         return prompt
 
-    def accept(self, prompt: list[int], token_ids: Sequence[int], tokenizer: Any) -> None:
-        self.turns.append(Turn(prompt, token_ids))
+    def accept(self, prompt: list[int], result: GenerationResult, to_message: ToMessage) -> None:
+        self.turns.append(Turn(prompt, result.token_ids))
         index = self.pending.pop(0)
         if not self.pending:
             return
         if self.conversation.messages[index].get("tool_calls"):
             self.stop("a tool call of the data ended the regeneration")
             return
-        # vLLM's detokenizer does not clean up spaces either, so this is the text a client gets
-        # and sends back as history.
-        content = tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        if not content.strip():
-            self.stop("a reply without text cannot be put back into the chat template")
+        reply = FinishedReply(self.current, index, prompt, result.token_ids, result.finish_reason)
+        try:
+            message = to_message(reply)
+        except ValueError as error:
+            self.stop(error)
             return
         messages = list(self.current.messages)
-        messages[index] = {"role": "assistant", "content": content}
+        messages[index] = message
         self.current = replace(self.current, messages=tuple(messages))
 
 
@@ -174,6 +184,7 @@ def _run_round(
     log: ResponseLog,
     max_len: int,
     on_progress: Callable[[int, int], None] | None,
+    to_message: ToMessage,
 ) -> None:
     """Generates the next response of every active dialog; what the log holds is not generated."""
 
@@ -188,7 +199,7 @@ def _run_round(
         if prompt is None:
             continue
         if (logged := log.find(dialog.key, prompt)) is not None:
-            dialog.accept(prompt, logged.token_ids, tokenizer)
+            dialog.accept(prompt, logged, to_message)
         else:
             waiting[dialog.key] = (dialog, prompt)
     report()
@@ -200,7 +211,7 @@ def _run_round(
         dialog, prompt = waiting.pop(result.key)
         if result.is_usable:
             log.append(result, prompt)
-            dialog.accept(prompt, result.token_ids, tokenizer)
+            dialog.accept(prompt, result, to_message)
         else:
             num_tokens, finish_reason = len(result.token_ids), result.finish_reason
             dialog.stop(f"the verifier gave {num_tokens} tokens, finish reason {finish_reason!r}")

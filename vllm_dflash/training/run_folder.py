@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import weakref
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ class RunFolder:
                 self._compare(config, _read_run(file)["config"])
             mark_folder(path, "run")
             if not file.is_file():
-                run = {"config": config, "versions": versions(), "argv": sys.argv}
+                started = datetime.now().isoformat(timespec="seconds")
+                run = {
+                    "config": config,
+                    "versions": versions(),
+                    "argv": sys.argv,
+                    "started": started,
+                }
                 atomic_write(file, json.dumps(run, indent=2) + "\n")
             seat = path / "seat"
             if seat.is_dir() and {p.name for p in seat.iterdir()} == _SEAT_FILES:
@@ -101,12 +108,25 @@ class RunFolder:
             )
 
     @property
+    def started(self) -> datetime:
+        """When the run was first started, in the local time of then."""
+        file = self.path / "run.json"
+        started = json.loads(file.read_text()).get("started")
+        if started is None:  # a run of an older version
+            return datetime.fromtimestamp(file.stat().st_mtime)
+        return datetime.fromisoformat(started)
+
+    @property
     def responses(self) -> Path:
         return self.path / "responses.jsonl"
 
     @property
     def rejected(self) -> Path:
         return self.path / "rejected.jsonl"
+
+    @property
+    def rejected_heldout(self) -> Path:
+        return self.path / "rejected-heldout.jsonl"
 
     @property
     def metrics(self) -> Path:

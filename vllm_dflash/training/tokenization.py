@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from vllm_dflash.training.conversations import Conversation
@@ -56,12 +57,38 @@ def prompt_token_ids(
 ) -> list[int]:
     """Token ids of the prompt that asks for the reply to the first ``num_messages`` messages.
 
-    Set ``tokenizer.chat_template`` first if the server runs with ``--chat-template``.
+    The tokenizer has the server's template (:meth:`~vllm_dflash.verifier.Verifier.with_template`).
 
     Raises:
         ValueError: The chat template refuses the conversation.
     """
     return _template_token_ids(tokenizer, conversation, num_messages, add_generation_prompt=True)
+
+
+def check_template(tokenizer: Any, conversations: Iterable[Conversation]) -> None:
+    """ValueError unless the chat template can print at least one of the conversations' prompts."""
+    reasons: dict[str, None] = {}
+    for conversation in conversations:
+        turns = response_turns(conversation)
+        try:
+            prompt_token_ids(tokenizer, conversation, turns[0] if turns else None)
+            return
+        except ValueError as error:
+            reasons.setdefault(str(error))
+    if reasons:
+        raise ValueError(f"none of the conversations can be used: {'; '.join(list(reasons)[:3])}")
+
+
+def keep_date(tokenizer: Any, moment: datetime) -> None:
+    """Has chat templates that print the date print that of ``moment``, whatever day it is.
+
+    A run that is resumed on another day would otherwise ask, and train on, other prompts.
+    """
+    if "strftime_now" in str(getattr(tokenizer, "chat_template", None) or ""):
+        # A template's variable hides the function of the same name that transformers gives it.
+        tokenizer.apply_chat_template = partial(
+            tokenizer.apply_chat_template, strftime_now=moment.strftime
+        )
 
 
 def eos_token_ids(tokenizer: Any, generation_config: dict | None) -> frozenset[int]:

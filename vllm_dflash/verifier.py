@@ -1,0 +1,197 @@
+"""The verifier as the user gave it, and everything that is loaded from it.
+
+Every command loads the same model in several places: its config, its tokenizer and chat template, its
+generation config, and the engine itself. They must agree on what is loaded (revision, tokenizer, code of
+the model's own) and with the server that the drafter is for (chat template, reasoning parser).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+#: What vLLM takes for the text of a template, not for the name of a file.
+_TEMPLATE_CHARACTERS = "{}\n"
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A model and how it is loaded and served; the fields are named as vLLM's options are.
+
+    Attributes:
+        model: folder or hub name.
+        revision: branch, tag or commit of a hub name; None for the default branch.
+        tokenizer: folder or hub name of another tokenizer.
+        tokenizer_revision: its revision.
+        trust_remote_code: lets Python code that comes with the model run.
+        chat_template: a file's name or the text itself, as for ``vllm serve``; kept as the text.
+        reasoning_parser: the server's, which splits thinking from the answer.
+
+    Raises:
+        ValueError: an option cannot mean anything.
+    """
+
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    reasoning_parser: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.trust_remote_code, bool):
+            raise ValueError(f"trust_remote_code is {self.trust_remote_code!r}; give true or false")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in ("model", "trust_remote_code") and not isinstance(
+                value, str | None
+            ):
+                raise ValueError(f"{option.name} is {value!r}; give text")
+        if self.chat_template is not None:
+            object.__setattr__(self, "chat_template", _template_text(self.chat_template))
+
+    def __str__(self) -> str:
+        return self.model
+
+    def __fspath__(self) -> str:
+        return self.model
+
+    @classmethod
+    def of(cls, verifier: Verifier | str | Path) -> Verifier:
+        """The verifier itself, or that of a plain path or hub name."""
+        return verifier if isinstance(verifier, cls) else cls(str(verifier))
+
+    @classmethod
+    def from_options(
+        cls, model: str, engine_args: Mapping[str, Any], **options: Any
+    ) -> tuple[Verifier, dict[str, Any]]:
+        """The verifier of a command line, and the engine arguments that are left.
+
+        An option of the verifier may also stand among the engine arguments, which then win.
+        """
+        names = {option.name for option in fields(cls)} - {"model"}
+        given = {name: value for name, value in engine_args.items() if name in names}
+        rest = {name: value for name, value in engine_args.items() if name not in names}
+        return cls(model, **(options | given)), rest
+
+    # -- what is loaded --------------------------------------------------------------------------
+
+    def load_config(self) -> Any:
+        """The transformers config.
+
+        Raises:
+            ValueError: there is none at that path or name, or it needs code that may not run.
+        """
+        from transformers import AutoConfig
+
+        path = Path(self.model)
+        looks_local = path.is_absolute() or self.model.startswith(".") or self.model.count("/") != 1
+        if path.exists():
+            if not (path / "config.json").is_file():
+                raise ValueError(f"verifier {self} has no config.json; it is not a model folder")
+        elif looks_local:
+            raise ValueError(f"verifier {self} does not exist: no such folder")
+        try:
+            return AutoConfig.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:
+            # Whatever a file that is no model's configuration leads transformers into.
+            raise self._unreadable(f"verifier {self}", error) from error
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, with the server's chat template.
+
+        Raises:
+            ValueError: there is none, or it needs code that may not run.
+        """
+        from transformers import AutoTokenizer
+
+        name = self.tokenizer or self.model
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name,
+                revision=self.tokenizer_revision or self.revision,  # as vLLM does
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise self._unreadable(f"the tokenizer of {name}", error) from error
+        return self.with_template(tokenizer)
+
+    def with_template(self, tokenizer: Any) -> Any:
+        """The tokenizer itself (of transformers or of an engine), its template that of the server."""
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        elif getattr(tokenizer, "chat_template", "") is None and (own := self._vllms_template()):
+            tokenizer.chat_template = own
+        return tokenizer
+
+    def load_generation_config(self) -> dict[str, Any] | None:
+        """``generation_config.json``, None where the model has none."""
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.model, revision=self.revision).to_dict()
+        except OSError:
+            return None
+
+    def engine_args(self) -> dict[str, Any]:
+        """The part of vLLM's ``EngineArgs`` that says what is loaded."""
+        names = ("revision", "tokenizer", "tokenizer_revision", "trust_remote_code")
+        return {"model": self.model} | {n: v for n in names if (v := getattr(self, n))}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's tokens and features, for JSON; what is not given is left out."""
+        out = {o.name: v for o in fields(self) if (v := getattr(self, o.name))}
+        out["verifier"] = out.pop("model")
+        if self.chat_template is not None:
+            digest = hashlib.sha256(self.chat_template.encode("utf-8", "replace")).hexdigest()
+            out["chat_template"] = f"sha256 {digest[:16]}"
+        return out
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _unreadable(self, what: str, error: Exception) -> ValueError:
+        if "trust_remote_code" in str(error) and not self.trust_remote_code:
+            return ValueError(
+                f"{what} needs Python code that comes with the model; read it, and give "
+                "--trust-remote-code to let it run"
+            )
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ValueError(f"{what} cannot be read: {first}")
+
+    def _vllms_template(self) -> str | None:
+        """The template that vLLM brings for models of this kind that have none."""
+        if importlib.util.find_spec("vllm") is None:
+            return None
+        from vllm_dflash.serving.chat import fallback_template
+
+        return fallback_template(self.load_config().model_type, self.tokenizer or self.model)
+
+
+def _template_text(given: str) -> str:
+    """The text of a chat template as vLLM finds it: a file, the text itself, or one of vLLM's own."""
+    if any(character in given for character in _TEMPLATE_CHARACTERS):
+        return given
+    candidates = [Path(given).expanduser()]
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is not None and vllm.origin is not None:
+        own = Path(vllm.origin).parent / "transformers_utils" / "chat_templates"
+        candidates.append(own / given)
+    for path in candidates:
+        if path.is_file():
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--chat-template {given} cannot be read: {error}") from error
+            if text.strip():
+                return text
+            raise ValueError(f"--chat-template {given} is empty")
+    raise ValueError(
+        f"--chat-template {given!r}: there is no such file, and it is not the text of a template"
+    )
