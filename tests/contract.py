@@ -54,7 +54,6 @@ ROLES: dict[str, dict[str, str]] = {
     "serving/draft_length.py": {
         "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
     },
-    "serving/draft_limits.py": {"scheduler": _SCHEDULER, "request": _REQUEST, "draft": _MODEL_CONFIG},
     "serving/verified.py": {"scheduler": _SCHEDULER, "runner": _RUNNER},
     "serving/plain_steps.py": {"runner": _RUNNER, "output": _OUTPUT},
     "serving/step_clock.py": {"runner": _RUNNER},
@@ -66,6 +65,20 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "serving/plain_steps.py:propose_draft_token_ids": {
         "given": f"{_PARAMETERS}{_RUNNER}.propose_draft_token_ids",
+    },
+    "serving/draft_limits.py": {
+        "draft": _MODEL_CONFIG, "request": _REQUEST, "self": _SCHEDULER, "scheduler": _SCHEDULER,
+        "vllm_config": "vllm.config.VllmConfig", "params": "vllm.sampling_params.SamplingParams",
+    },
+    "serving/sampler_v1.py": {
+        "runner": _RUNNER, "batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
+        "runner.input_batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
+        "sampler": "vllm.v1.sample.sampler.Sampler",
+        "sampling_metadata": "vllm.v1.sample.metadata.SamplingMetadata",
+        "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
+    },
+    "serving/thinking_budget.py:_move_on": {
+        "self": "vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder",
     },
     "serving/drafter_model.py": {
         "model": _DRAFT_MODEL, "vllm_config": "vllm.config.VllmConfig",

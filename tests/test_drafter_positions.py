@@ -212,3 +212,27 @@ def test_the_v2_runner(speculative, job, trained, prompts, folder) -> None:
     )
     assert out["runner"].startswith("vllm.v1.worker.cpu.model_runner")
     check(out, plain)
+
+
+@LONG
+def test_training_and_evaluation(trained, folder) -> None:
+    """``--from`` a drafter with few positions, and its evaluation: nothing beyond is learned or counted."""
+    given = changed(trained.drafter, folder, max_position_embeddings=80)
+    data = ("--data", trained.prompts)
+    out = folder / "further"
+    done = tiny.cli(
+        "train", trained.verifier, *data, "--from", given, "-o", out, "--max-steps", "3",
+        "--dtype", "float32", "--autocast", "float32", "--max-len", "160", "--max-tokens", "48",
+    )  # fmt: skip
+    assert "conversations are cut to 77 tokens, not 160" in done.stderr
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 80
+    figures = folder / "eval.json"
+    done = tiny.cli(
+        "eval", trained.verifier, out, *data, "--engine", "-o", figures,
+        "--max-tokens", "48", "--dtype", "float32", "--max-len", "160",
+    )  # fmt: skip
+    assert "conversations are cut to 71 tokens, not 160" in done.stderr
+    got = json.loads(figures.read_text())
+    assert got["offline"]["skipped"] == {}
+    assert got["offline"]["num_drafts"] > 0
+    assert got["engine"]["num_drafts"] > 0

@@ -21,6 +21,8 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 pytestmark = pytest.mark.engine
 
 STOPS = [97, 215, 257, 260, 265, 270]
+#: A third of the vocabulary: a request stops right behind its min_tokens.
+MANY = list(range(6, 384, 3))
 GRAMMAR = 'root ::= ("a " | "the ") ("red" | "blue") " " [a-z]{3,12}'
 SCHEMA = {
     "type": "object",
@@ -60,7 +62,7 @@ BOTH: dict[str, list[dict[str, Any]]] = {
     "include_stop_str_in_output": [{"stop": ["g", "e"], "include_stop_str_in_output": True}],
     "stop_token_ids": [{"stop_token_ids": STOPS}],
     "ignore_eos": [{"ignore_eos": True, "max_tokens": 70}],
-    "min_tokens": [{"min_tokens": n, "stop_token_ids": STOPS} for n in (5, 8, 13)],
+    "min_tokens": [{"min_tokens": n, "stop_token_ids": MANY} for n in (5, 6, 8, 9, 12, 13)],
     "max_tokens": [{"max_tokens": n} for n in (1, 2, 5, 90)],
     "skip_special_tokens": [{"skip_special_tokens": False}],
     "spaces_between_special_tokens": [

@@ -152,4 +152,5 @@ def test_vllm_own_state_is_wrong_beside_drafts() -> None:
 )
 def test_last_occurrence(tokens, found) -> None:
     want = ThinkingBudgetStateHolder._find_last_sequence_index(tokens, found)
-    assert ThinkingBudgets._find_last_sequence_index(tokens, found) == want
+    ours = holder(ThinkingBudgets, [1], [2], MOST_DRAFTS)
+    assert ours._find_last_sequence_index(tokens, found) == want

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.sampling_params import SamplingParams, SamplingType
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 #: RoPE types whose table vLLM makes from ``original_max_position_embeddings``.
 _FROM_ORIGINAL = {"yarn", "deepseek_yarn", "deepseek_llama_scaling"}
@@ -49,7 +50,8 @@ def request_limit(params: SamplingParams | None, written: int, coming: int = 0) 
 
     * ``seed``, sampled: verifying drafts draws other random numbers than sampling does, and as many as there
       are drafts. Without any vLLM draws what it draws without a drafter.
-    * ``min_tokens``: vLLM's V1 sampler forbids a stop token behind the drafts if it is forbidden before them.
+    * ``min_tokens``: vLLM's V1 sampler forbids a stop token behind the drafts if it is forbidden before them;
+      scheduling asynchronously it allows one for good once the request would be long enough with all drafts.
 
     Args:
         params: of the request; None for pooling.
@@ -58,10 +60,11 @@ def request_limit(params: SamplingParams | None, written: int, coming: int = 0) 
     """
     if params is None:
         return None
-    if params.sampling_type == SamplingType.RANDOM_SEED:
+    if params.sampling_type.name == "RANDOM_SEED":
         return 0
     if written < params.min_tokens:
-        return max(0, params.min_tokens - 1 - written - coming)
+        # Short of it by a token even with all drafts and the one behind them.
+        return max(0, params.min_tokens - 2 - written - coming)
     return None
 
 

@@ -292,7 +292,8 @@ def wrap_init(original: Any) -> Any:
         draft_limits.adopt(self, vllm_config)
         if not wanted(vllm_config):
             name = getattr(spec, "dflash_stats", None)
-            if name is not None:
+            alone = vllm_config.parallel_config.data_parallel_size == 1
+            if name is not None and alone:
                 count_by_source(self, StatsFile(verified_file(stats_file(name))))
             return
         reason = unsupported(vllm_config)

@@ -53,8 +53,9 @@ class ThinkingBudgets(ThinkingBudgetStateHolder):
         forcing = state["in_end"] and state["force_index"] and at < len(ids)
         return ids[at] if forcing else None
 
-    @staticmethod
-    def _find_last_sequence_index(target_list: list[int], token_ids: list[int]) -> int:
+    def _find_last_sequence_index(  # type: ignore[override]
+        self, target_list: list[int], token_ids: list[int]
+    ) -> int:
         # vLLM's compares at every position, in Python: too slow for each token of a draft.
         backwards, at = target_list[::-1], -1
         while token_ids:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.serving.draft_limits import rotary_positions
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
 from vllm_dflash.training.ranks import Failure
 from vllm_dflash.training.replies import MarkedReplies, ParsedReplies, ToMessage
@@ -26,15 +27,38 @@ _SEAT_TOKENS = 1
 
 
 def fit_max_len(
-    options: EngineOptions, hf_config: Any, num_speculative_tokens: int = _SEAT_TOKENS
+    options: EngineOptions,
+    hf_config: Any,
+    drafter: DrafterConfig,
+    num_speculative_tokens: int = _SEAT_TOKENS,
 ) -> EngineOptions:
-    """Lowers ``max_len`` to what the verifier's positions allow beside a draft."""
+    """Lowers ``max_len`` to what the positions of the verifier and the drafter allow beside a draft.
+
+    Behind the drafter's nothing is drafted when it is served: there is nothing to learn or to count.
+
+    Raises:
+        ValueError: the positions do not even hold one token and a draft.
+    """
     text = hf_config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not limit:
+    of_verifier = getattr(text, "max_position_embeddings", None)
+    known = [int(n) for n in (of_verifier, rotary_positions(drafter)) if n]
+    if not known:
         return options
-    room = int(limit) - num_speculative_tokens - 2
+    room = min(known) - num_speculative_tokens - 2
+    if room < 1:
+        raise ValueError(
+            f"max_position_embeddings is {min(known)}, which leaves no room for a token beside a draft of "
+            f"{num_speculative_tokens}; use another drafter, or mend its config.json"
+        )
     return replace(options, max_len=min(options.max_len, room))
+
+
+def cut_sentence(max_len: int, asked: int) -> str:
+    """What to tell users whose ``max_len`` was lowered."""
+    return (
+        f"conversations are cut to {max_len} tokens, not {asked}: more do not fit in the positions of the "
+        "verifier and the drafter"
+    )
 
 
 class VerifierEngine:

@@ -12,7 +12,7 @@ from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine, fit_max_len
+from vllm_dflash.training.engine import VerifierEngine, cut_sentence, fit_max_len
 from vllm_dflash.training.prepare import check_prompts, prepare_examples
 from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.reporting import Reporter
@@ -80,7 +80,10 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     most = drafter.num_speculative_tokens
     if most is not None and not 1 <= tokens <= most:
         raise ValueError(f"-k is {tokens}, outside 1..{most}, what this drafter was trained for")
-    config = replace(config, engine=fit_max_len(config.engine, hf_config, tokens))
+    asked = config.engine.max_len
+    config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter, tokens))
+    if config.engine.max_len < asked:
+        reporter.say(cut_sentence(config.engine.max_len, asked))
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )

@@ -30,7 +30,7 @@ from vllm_dflash.training.config import (
     SamplingOptions,
 )
 from vllm_dflash.training.conversations import load_conversations
-from vllm_dflash.training.engine import VerifierEngine, fit_max_len, seat_drafter
+from vllm_dflash.training.engine import VerifierEngine, cut_sentence, fit_max_len, seat_drafter
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
@@ -205,8 +205,9 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     """
     # Everything that can be wrong is looked at before the engine takes its minutes to start.
     hf_config = verifier_config(config.verifier)
-    config = replace(config, engine=fit_max_len(config.engine, hf_config))
     drafter = drafter_config(config, hf_config)
+    asked = config.engine.max_len
+    config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter))
     if config.restart and config.run_path.exists():
         shutil.rmtree(config.run_path)
     conversations, rejected = load_conversations(
@@ -234,6 +235,8 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "
         f"{list(drafter.target_layer_ids)}, mask token {drafter.mask_token_id}"
     )
+    if config.engine.max_len < asked:
+        reporter.say(cut_sentence(config.engine.max_len, asked))
     with reporter.stage("starting the verifier"):
         engine = VerifierEngine(
             config.verifier, write_seat(drafter, folder.path / "seat"), config.engine
