@@ -373,6 +373,11 @@ def eval_(
     from vllm_dflash.training.evaluate import EvalConfig, evaluate
     from vllm_dflash.training.reporting import Reporter
 
+    if output is not None:
+        inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
+        claim_file(output, "-o", is_json_with("verifier", "drafter", "offline"), inputs=inputs)
+        if responses is not None and responses.resolve() == output.resolve():
+            raise ValueError(f"-o {output} is also --responses; give two files")
     source, extra = _verifier(
         verifier,
         engine_args,
@@ -386,7 +391,7 @@ def eval_(
         verifier=source,
         drafter=drafter,
         data=_one_or_all(data),
-        rejected=None if output is None else output.with_suffix(".rejected.jsonl"),
+        rejected=None if output is None else output.with_name(f"{output.stem}.rejected.jsonl"),
         max_rejected=max_rejected,
         num_speculative_tokens=num_speculative_tokens,
         on_policy=on_policy,
@@ -403,11 +408,6 @@ def eval_(
         ),
         max_tokens=response_limit(max_tokens, max_len),
     )
-    if output is not None:
-        inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
-        claim_file(output, "-o", is_json_with("verifier", "drafter", "offline"), inputs=inputs)
-        if responses is not None and responses.resolve() == output.resolve():
-            raise ValueError(f"-o {output} is also --responses; give two files")
     result = evaluate(config, Reporter())
     if output is not None:
         atomic_write(output, json.dumps(result, indent=2) + "\n")
