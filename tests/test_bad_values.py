@@ -66,6 +66,8 @@ VALUES = [
     *spread("train", "--feature-gib", "0 -1 nan inf"),
     *spread("train", "--eval-every", "0 -1"),
     *spread("train", "--save-minutes", "-1 nan"),
+    *spread("train", "--max-rejected", "-0.1 1.5 nan"),
+    *spread("eval", "--max-rejected", "-0.1 1.5 nan"),
     *spread("train", "--max-num-seqs", "0 -1 1000000"),
     *spread("train", "--tensor-parallel-size", "0 -1 3 1000000"),
     *spread("train", "--limit", "0 -1"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_cli import Refused
+from refusal import Refused
 from test_tokenization import conversation_of
 
 from vllm_dflash.bench.prompts import load_prompts

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.bounds import check_bounds, count
+from vllm_dflash.bounds import SHARE, check_bounds, count
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.files import claim_file
@@ -68,6 +68,7 @@ class EvalConfig:
             "concurrency": count(1, 2**16),
             "limit": count(),
             "max_tokens": count(),
+            "max_rejected": SHARE,
         }
         check_bounds(self, bounds)
         if self.on_policy and self.responses is not None:

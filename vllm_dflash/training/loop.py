@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.bounds import Bound, check_bounds, count, option_of
+from vllm_dflash.bounds import SHARE, Bound, check_bounds, count, option_of
 from vllm_dflash.checkpoint import (
     TRAINING_FILE,
     check_computable,
@@ -106,6 +106,7 @@ class TrainConfig:
             "feature_gib": Bound(above=0, high=2**20),
             "eval_every": count(),
             "save_minutes": Bound(low=0),
+            "max_rejected": SHARE,
         }
         check_bounds(self, bounds)
 
