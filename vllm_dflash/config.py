@@ -318,7 +318,9 @@ class DrafterConfig:
                 f"it reads features of width {width}, the verifier's hidden size is "
                 f"{verifier.hidden_size}"
             )
-        if self.vocab_size > verifier.vocab_size:
+        # One with an embedding of its own must know every token that the verifier may write.
+        own_rows = self.has_own_vocab_weights and self.vocab_size < verifier.vocab_size
+        if self.vocab_size > verifier.vocab_size or own_rows:
             problems.append(
                 f"its vocabulary has {self.vocab_size} tokens, the verifier's {verifier.vocab_size}"
             )

@@ -184,6 +184,12 @@ def read(raw: dict[str, Any]) -> DrafterConfig:
         UnsupportedDrafter: another kind of drafter.
         ValueError: a key that is missing, of another type, out of range, or said twice and differently.
     """
+    named = {k: _TOP_TYPES[k] for k in ("architectures", "speculators_model_type")}
+    _check_types(raw, named)
+    if is_speculators(raw):
+        _check_speculators_kind(raw)
+    else:
+        _check_kind(raw)
     _check_types(raw, _TOP_TYPES)
     return _read_speculators(raw) if is_speculators(raw) else _read_zlab(raw)
 
@@ -296,9 +302,9 @@ def _layer_fields(raw: dict[str, Any]) -> dict[str, Any]:
     rope = raw["rope_parameters"]
     _check_types(rope, _ROPE_TYPES_OF, "rope_parameters.")
     if "mrope_section" in rope:
-        raise ValueError(
-            "drafter config: rope_parameters.mrope_section belongs to a multimodal verifier; DFlash drafters "
-            "have plain positions"
+        raise UnsupportedDrafter(
+            "drafter config: rope_parameters.mrope_section belongs to a multimodal verifier; drafters with "
+            "other than plain positions are not read here"
         )
     for key, value in rope.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -354,7 +360,6 @@ def _same(what: str, values: dict[str, Any]) -> Any:
 
 
 def _read_zlab(raw: dict[str, Any]) -> DrafterConfig:
-    _check_kind(raw)
     _check_types(raw, _LAYER_TYPES_OF)
     dflash = dict(raw.get("dflash_config") or {})
     _check_types(dflash, _DFLASH_TYPES, "dflash_config.")
@@ -429,7 +434,8 @@ def _read_zlab(raw: dict[str, Any]) -> DrafterConfig:
     )
 
 
-def _read_speculators(raw: dict[str, Any]) -> DrafterConfig:
+def _check_speculators_kind(raw: dict[str, Any]) -> None:
+    """UnsupportedDrafter for the other kinds of the speculators format."""
     kind = raw.get("speculators_model_type")
     if kind != "dflash":
         name = _SPECULATORS_KINDS.get(str(kind))
@@ -439,6 +445,9 @@ def _read_speculators(raw: dict[str, Any]) -> DrafterConfig:
             + "; only 'dflash' drafters are read here (vLLM serves the kinds that it knows with classes of "
             "its own)"
         )
+
+
+def _read_speculators(raw: dict[str, Any]) -> DrafterConfig:
     layer = raw.get("transformer_layer_config")
     if layer is None:
         raise ValueError("drafter config: transformer_layer_config is missing")

@@ -110,7 +110,7 @@ def limiting(cls: type) -> type:
 
 def adopt(scheduler: Any, vllm_config: Any) -> None:
     """Turns one of vLLM's schedulers into one that keeps to the limits; the instance is changed."""
-    if scheduler.dynamic_sd_lookup is None:
+    if getattr(scheduler, "dynamic_sd_lookup", ()) is None:
         # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted, and
         # verifies them.
         most = vllm_config.scheduler_config.max_num_seqs

@@ -66,7 +66,7 @@ class StatsFile:
         threading.Thread(target=self._run, name=path.name, daemon=True).start()
 
     def put(self, values: dict[str, Any]) -> None:
-        """Figures that nobody changes any more."""
+        """Figures whose keys nobody changes any more."""
         self._latest = values
         self._given.set()
 

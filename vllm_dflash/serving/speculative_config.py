@@ -60,7 +60,11 @@ def _read(model: str, revision: str | None, tokens_given: bool) -> _Checkpoint:
 
 
 def _check(
-    checkpoint: _Checkpoint, drafter: DrafterConfig, engine_args: Any, verifier: Any
+    checkpoint: _Checkpoint,
+    drafter: DrafterConfig,
+    engine_args: Any,
+    verifier: Any,
+    probabilistic: bool,
 ) -> None:
     """ValueError for a pair that stock vLLM would crash on or serve with ruined acceptance."""
     info = VerifierInfo.from_hf_config(verifier.hf_config, str(verifier.model))
@@ -69,6 +73,12 @@ def _check(
         logger.warning("vllm-dflash: drafter %s: %s", checkpoint.model, remark)
     # vLLM shards the drafter like the verifier, whatever draft_tensor_parallel_size says.
     drafter.check_ranks(engine_args.tensor_parallel_size)
+    if probabilistic and drafter.vocab_size < info.vocab_size:
+        raise ValueError(
+            f"draft_sample_method is 'probabilistic', but the drafter {checkpoint.model} knows "
+            f"{drafter.vocab_size} of the verifier's {info.vocab_size} tokens, and vLLM compares rows of "
+            "probabilities of one width; use 'greedy'"
+        )
     if quantization(checkpoint.model, checkpoint.raw) is None:
         # Names and shapes of quantised weights are the quantiser's.
         check_weights(checkpoint.model, drafter)
@@ -83,9 +93,10 @@ def mend_causality(hf_config: Any, raw: dict[str, Any], config: DrafterConfig) -
         hf_config: what vLLM has read; changed.
         raw, config: the file, and as it is meant.
     """
-    if is_speculators(raw) and config.causal is None and hf_config.dflash_config.get("causal"):
+    dflash = getattr(hf_config, "dflash_config", None) or {}
+    if is_speculators(raw) and config.causal is None and dflash.get("causal"):
         # By layer type then, as in z-lab's files.
-        hf_config.dflash_config = {**hf_config.dflash_config, "causal": None}
+        hf_config.dflash_config = {**dflash, "causal": None}
 
 
 def _check_prefix_caching(engine_args: Any, verifier: Any) -> None:
@@ -160,7 +171,8 @@ def wrap_create_speculative_config(original):
                     trained,
                 )
             if options.check:
-                _check(checkpoint, drafter, self, target_model_config)
+                probabilistic = given.get("draft_sample_method") == "probabilistic"
+                _check(checkpoint, drafter, self, target_model_config, probabilistic)
         self.speculative_config = rest
         carried = {"version": __version__, **options.as_dict()}
         if drafter is not None:

@@ -70,7 +70,7 @@ def count_by_source(scheduler: Any, file: StatsFile) -> None:
         counts["proposed"][sent.source] += proposed
         counts["accepted"][sent.source] += accepted
         counts["expected"][sent.source] += sum(sent.expected[:proposed])
-        file.put({key: dict(by_source) for key, by_source in counts.items()})
+        file.put(counts)
 
     scheduler.update_draft_token_ids = update_draft_token_ids
     scheduler.make_spec_decoding_stats = counting(scheduler.make_spec_decoding_stats, count)
@@ -89,7 +89,8 @@ def counting(
 
     @functools.wraps(make)
     def make_spec_decoding_stats(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        # vLLM's call has keywords, and comes for each request of each step.
+        given = kwargs if "request_id" in kwargs else signature.bind(*args, **kwargs).arguments
         name, invalid = given["request_id"], given.get("num_invalid_spec_tokens") or {}
         # Those that a grammar excluded were filled in only to keep their number.
         proposed = given["num_draft_tokens"] - invalid.get(name, 0)
