@@ -595,6 +595,8 @@ def test_fitting_verifier():
         ({"target_layer_ids": (1, 9), "num_target_layers": None}, ["[9]", "0..8"]),
         ({"target_hidden_size": None}, ["64", "80"]),
         ({"vocab_size": 201}, ["201", "200"]),
+        # Its own embedding lacks a token that the verifier may write.
+        ({"vocab_size": 199, "mask_token_id": 198}, ["199", "200"]),
         ({"mask_token_id": 3}, ["mask_token_id 3", "pad"]),
     ],
     ids=str,

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import sys
 from types import SimpleNamespace
 
@@ -693,3 +694,24 @@ def test_reasons_are_short(tmp_path, row):
     _, (reject,) = load_conversations(write_rows(tmp_path / "a.jsonl", [GOOD, row]))
     assert len(reject.reason) <= 300
     assert len(reject.row) > 100_000
+
+
+def test_what_was_rejected_before_is_no_data(tmp_path):
+    """Rejected rows lie beside an output, which may be where a pattern or a folder finds them."""
+    good = json.dumps({"prompt": "a", "response": "b"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(good + "broken\n")
+    _, rejected = load_conversations(str(tmp_path / "rows.jsonl"))
+    write_rejected(tmp_path / "x.rejected.jsonl", rejected)
+    for data in (str(tmp_path), str(tmp_path / "*.jsonl")):
+        conversations, again = load_conversations(data)
+        assert (len(conversations), len(again)) == (1, 1)
+    (tmp_path / "y.rejected.jsonl").write_text(good)
+    with pytest.raises(ValueError, match="holds something else"):
+        write_rejected(tmp_path / "y.rejected.jsonl", rejected)
+    assert (tmp_path / "y.rejected.jsonl").read_text() == good
+
+
+def test_a_pipe_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="write it to a file"):
+        load_conversations(str(tmp_path / "pipe"))

@@ -501,8 +501,18 @@ def rewrite(folder, tmp_path, dflash=None, weights=False, **changes):
         {"speculators_model_type": "dflash2"},
         {"dflash": {"markov_rank": 8}},
         {"dflash": {"use_aux_hidden_state": False}},
+        {"architectures": ["DFlash2DraftModel"], "verifier": {"a": 1}, "block_size": "many"},
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 1]}},
     ],
-    ids=["DFlash 2", "novel", "speculators", "DSpark by its keys", "without features"],
+    ids=[
+        "DFlash 2",
+        "novel",
+        "speculators",
+        "DSpark by its keys",
+        "without features",
+        "DFlash 2 of other types",
+        "multimodal positions",
+    ],
 )
 def test_relatives_are_left_to_vllm(changes, drafter, tmp_path, fresh):
     model = rewrite(drafter, tmp_path, **changes)
@@ -545,6 +555,13 @@ def test_a_larger_vocabulary_than_the_verifiers_is_refused(drafter, tmp_path):
     model = rewrite(drafter, tmp_path, weights=True, vocab_size=42)
     with pytest.raises(ValueError, match=r"42 tokens, the verifier's 40"):
         create(Args({"method": "dflash", "model": model}))
+
+
+def test_probabilities_of_two_widths_are_refused(drafter, tmp_path):
+    model = rewrite(drafter, tmp_path, weights=True, vocab_size=38, dflash={"mask_token_id": 37})
+    config = {"method": "dflash", "model": model, "draft_sample_method": "probabilistic"}
+    with pytest.raises(ValueError, match=r"probabilistic.*38.*40"):
+        create(Args(config))
 
 
 def test_the_server_may_have_to_say_the_block_size(drafter, tmp_path):

@@ -190,7 +190,12 @@ def _some(items: list[str], most: int = 3) -> str:
 
 
 def check_computable(path: str | Path, raw: dict[str, Any]) -> None:
-    """ValueError for a quantised checkpoint: vLLM serves it, nothing here computes with it."""
+    """ValueError for a checkpoint that nothing here can compute with: quantised, or not on this machine."""
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"the drafter {path} is not a folder on this machine; training, evaluation and conversion need "
+            "one: download it (hf download) and give its folder"
+        )
     how = quantization(path, raw)
     if how is not None:
         raise ValueError(

@@ -372,10 +372,14 @@ def eval_(
     from vllm_dflash.training.config import EngineOptions, response_limit
     from vllm_dflash.training.evaluate import EvalConfig, evaluate
     from vllm_dflash.training.reporting import Reporter
+    from vllm_dflash.training.rows import holds_rejects
 
+    rejected = None
     if output is not None:
         inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
         claim_file(output, "-o", is_json_with("verifier", "drafter", "offline"), inputs=inputs)
+        rejected = output.with_name(f"{output.stem}.rejected.jsonl")
+        claim_file(rejected, "-o", holds_rejects, inputs=inputs)
         if responses is not None and responses.resolve() == output.resolve():
             raise ValueError(f"-o {output} is also --responses; give two files")
     source, extra = _verifier(
@@ -391,7 +395,7 @@ def eval_(
         verifier=source,
         drafter=drafter,
         data=_one_or_all(data),
-        rejected=None if output is None else output.with_name(f"{output.stem}.rejected.jsonl"),
+        rejected=rejected,
         max_rejected=max_rejected,
         num_speculative_tokens=num_speculative_tokens,
         on_policy=on_policy,
@@ -463,8 +467,9 @@ def bench(
     """Output speed with and without DRAFTER, alternating in one run: table, JSON, PNG."""
     from vllm_dflash.bench.report import print_report, write_json, write_png
     from vllm_dflash.bench.runner import BenchConfig, check_prompts, failed_modes, run_bench
-    from vllm_dflash.files import claim_folder, mark_folder, writing
+    from vllm_dflash.files import claim_file, claim_folder, mark_folder, writing
     from vllm_dflash.training.engine import check_engine_args
+    from vllm_dflash.training.rows import holds_rejects
 
     source, extra = _verifier(
         verifier,
@@ -495,6 +500,8 @@ def bench(
     kwargs = _json_option("--chat-template-kwargs", chat_template_kwargs)
     inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
     claim_folder(output, "bench", "-o", inputs=inputs, names=_BENCH_FILES)
+    rejected = output.with_name(f"{output.name}-rejected.jsonl")
+    claim_file(rejected, "-o", holds_rejects, inputs=inputs)
     console = Console(stderr=True)
     prompts = load_prompts(
         source,
@@ -502,7 +509,7 @@ def bench(
         kwargs,
         num_prompts,
         max_rejected=max_rejected,
-        rejected_path=output.with_name(f"{output.name}-rejected.jsonl"),
+        rejected_path=rejected,
         say=lambda text: console.print(text, highlight=False, soft_wrap=True),
     )
     used = check_prompts(config, prompts)

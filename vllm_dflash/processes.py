@@ -78,6 +78,9 @@ def stop_by_signal() -> Iterator[None]:
 def close_stdin() -> None:
     """Standard input becomes empty, here and for what is started from here: no library can ask on it."""
     null = os.open(os.devnull, os.O_RDONLY)
+    if null == 0:  # it was closed
+        os.set_inheritable(0, True)
+        return
     os.dup2(null, 0)
     os.close(null)
 

@@ -198,13 +198,17 @@ class EngineOptions:
         budget = self.extra.get("max_num_batched_tokens")
         bounds = {
             "max_len": count(),
-            # vLLM wants a token of each in a step.
-            "max_num_seqs": count(
-                1, budget if type(budget) is int else self.max_num_batched_tokens
-            ),
+            "max_num_seqs": sizes,
             "tensor_parallel_size": sizes,
         }
         check_bounds(self, bounds)
+        budget = self.max_num_batched_tokens if type(budget) is not int else budget
+        if "max_num_seqs" not in self.extra and not 0 < self.max_num_seqs <= budget:
+            # vLLM wants a token of each in a step.
+            raise ValueError(
+                f"--max-num-seqs is {self.max_num_seqs}, above max_num_batched_tokens of --engine-args "
+                f"({budget}); lower it, or raise that"
+            )
         ranks = self.extra.get("tensor_parallel_size", 1)
         if not sizes.holds(ranks):
             raise ValueError(

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import atomic_path
-from vllm_dflash.training.rows import Data, Row, as_list, data_files, decode_json, open_rows
+from vllm_dflash.training.rows import (
+    Data,
+    Row,
+    as_list,
+    data_files,
+    decode_json,
+    holds_rejects,
+    open_rows,
+)
 from vllm_dflash.training.tools import (
     checked_tools,
     drop_nulls,
@@ -140,7 +148,7 @@ def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
     Raises:
         ValueError: ``path`` holds something else.
     """
-    if path.exists() and not _holds_rejects(path):
+    if path.exists() and not holds_rejects(path):
         raise ValueError(
             f"{path}, where rejected rows are kept, exists and holds something else; move it away"
         )
@@ -149,18 +157,6 @@ def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
             line = {"line": reject.line, "reason": reject.reason, "row": reject.row}
             line |= {"file": reject.file} if reject.file else {}
             file.write(json.dumps(line) + "\n")
-
-
-def _holds_rejects(path: Path) -> bool:
-    """Whether a file is empty or begins with a line of :func:`write_rejected`."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        line = file.readline()
-    try:
-        return not line or {"line", "reason", "row"} <= json.loads(line).keys()
-    except (ValueError, AttributeError):
-        return False
 
 
 def load_conversations(

@@ -98,18 +98,27 @@ def check_engine_args(given: Mapping[str, Any], *, asynchronous: bool = False) -
             raise ValueError(f"--engine-args has {name!r}, which vLLM's engine does not know{hint}")
 
 
-def check_engine(hf_config: Any, options: EngineOptions) -> None:
+def check_engine(
+    hf_config: Any, options: EngineOptions, num_speculative_tokens: int = _SEAT_TOKENS
+) -> None:
     """Looks for what vLLM would refuse when the engine starts.
 
     Raises:
-        ValueError: unknown ``--engine-args``, or ranks that the verifier's heads cannot be spread over.
+        ValueError: ``--engine-args`` that are unknown or cannot be followed, or ranks that the verifier's
+            heads cannot be spread over.
     """
     check_engine_args(options.extra)
-    limit = options.extra.get("max_model_len")
-    if isinstance(limit, int) and limit < options.max_len:
+    if options.extra.get("enable_lora"):
         raise ValueError(
-            f"--engine-args has max_model_len {limit}, below --max-len ({options.max_len}); leave it "
-            "out"
+            "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into "
+            "the verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. The "
+            "drafter serves beside the unmerged verifier and its adapter"
+        )
+    limit, needed = options.extra.get("max_model_len"), options.max_len + num_speculative_tokens + 2
+    if isinstance(limit, int) and limit < needed:
+        raise ValueError(
+            f"--engine-args has max_model_len {limit}, below what --max-len ({options.max_len}) and a draft "
+            f"need ({needed}); leave it out"
         )
     heads = getattr(hf_config.get_text_config(), "num_attention_heads", None) or 0
     if isinstance(heads, int) and heads % options.ranks:
@@ -140,12 +149,6 @@ class VerifierEngine:
         num_speculative_tokens: int = _SEAT_TOKENS,
     ) -> None:
         self.verifier = Verifier.of(verifier)
-        if options.extra.get("enable_lora"):
-            raise ValueError(
-                "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into "
-                "the verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. "
-                "The drafter serves beside the unmerged verifier and its adapter"
-            )
         start_guard()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Features are recorded by the V1 proposer; see docs/architecture.md.

@@ -104,7 +104,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     asked = config.engine.max_len
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter, tokens))
     check_block(config.engine, drafter)
-    check_engine(hf_config, config.engine)
+    check_engine(hf_config, config.engine, tokens)
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
     conversations, rejected = load_conversations(

@@ -23,7 +23,7 @@ from vllm_dflash.checkpoint import (
 )
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import versions
-from vllm_dflash.files import ANY_FILES, claim_folder, mark_folder, writing
+from vllm_dflash.files import ANY_FILES, claim_file, claim_folder, mark_folder, writing
 from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
 from vllm_dflash.training.config import (
     DrafterShape,
@@ -45,7 +45,7 @@ from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, 
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
-from vllm_dflash.training.rows import Data, as_list, data_files
+from vllm_dflash.training.rows import Data, as_list, data_files, holds_rejects
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example, keep_date
 from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
@@ -113,6 +113,11 @@ class TrainConfig:
     @property
     def run_path(self) -> Path:
         return self.output.with_name(self.output.name + "-run")
+
+    @property
+    def rejected_beside(self) -> Path:
+        """Where rejected rows are kept of data that no run can begin with."""
+        return self.output.with_name(self.output.name + "-rejected.jsonl")
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights, flat: a run is resumed only with the same."""
@@ -266,6 +271,7 @@ def claim_outputs(config: TrainConfig) -> None:
         "the held-out data": config.eval_data,
     }
     claim_folder(config.output, "drafter", "-o", inputs=inputs)
+    claim_file(config.rejected_beside, "-o", holds_rejects, inputs=inputs)
     RunFolder.claim(config.run_path, inputs, restart=config.restart)
     cache = config.cache_features
     if cache is None:
@@ -308,6 +314,7 @@ def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
 def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     # Everything that can be wrong is looked at before the engine takes its minutes to start.
     claim_outputs(config)
+    reporter.check(config)
     hf_config = verifier_config(config.verifier)
     drafter = drafter_config(config, hf_config)
     asked = config.engine.max_len
@@ -323,11 +330,13 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         else ([], [])
     )
     # A run that cannot begin leaves no folder behind, whose settings would then be in the way.
-    beside = config.output.with_name(f"{config.output.name}-rejected.jsonl")
+    beside = config.rejected_beside
     num_rows, num_held_rows = len(conversations) + len(rejected), len(held_out) + len(held_rejected)
     check_rejected(rejected, num_rows, beside, config.max_rejected)
     check_rejected(held_rejected, num_held_rows, beside, config.max_rejected)
     check_prompts(config.verifier, conversations, config.engine.extra)
+    if held_out:
+        check_prompts(config.verifier, held_out, config.engine.extra)
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
     if config.cache_features is not None:
         with writing(config.cache_features):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections import deque
@@ -44,16 +45,19 @@ class Reporter:
         self._recent: deque[dict[str, Any]] = deque(maxlen=_WINDOW)
         self._tau: float | None = None
 
+    def check(self, config: Any) -> None:
+        """ValueError where the run asks for a TensorBoard log and the package is not there."""
+        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "--tensorboard needs the tensorboard package: pip install 'vllm-dflash[tensorboard]'"
+            )
+
     def open(self, folder: Any, config: Any) -> None:
         """Starts the TensorBoard log where the run asks for one."""
         if not config.tensorboard:
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "--tensorboard needs the tensorboard package: pip install 'vllm-dflash[tensorboard]'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(str(folder.path / "tensorboard"))
 
     def say(self, text: str) -> None:

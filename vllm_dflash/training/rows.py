@@ -132,16 +132,37 @@ def _local_files(one: str) -> list[Path] | None:
     path = Path(one).expanduser()
     if path.is_dir():
         return _folder_files(path)
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise ValueError(
+            f"{path} is a pipe or a device, which is read once only; write it to a file"
+        )
     if any(character in one for character in _GLOB_CHARACTERS):
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [match for match in found if match.is_file()]
+        files = [match for match in found if match.is_file() and not _is_leftover(match)]
         if files:
             return files
         if not HUB_NAME.fullmatch(one):  # whose split may be a slice: org/name:train[:1000]
             raise ValueError(f"no file matches {one}")
     return None
+
+
+def _is_leftover(path: Path) -> bool:
+    """Rows that an earlier command rejected, beside the data that a pattern or a folder names."""
+    return path.name.endswith("rejected.jsonl") and holds_rejects(path)
+
+
+def holds_rejects(path: Path) -> bool:
+    """Whether a file begins with a row that we rejected, as ``write_rejected`` keeps it, or is empty."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return not line or {"line", "reason", "row"} <= json.loads(line).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def _is_saved(folder: Path) -> bool:
@@ -154,6 +175,7 @@ def _folder_files(folder: Path) -> list[Path]:
     if _is_saved(folder):
         return sorted(folder.rglob("*.arrow"))
     inside = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    inside = [path for path in inside if not _is_leftover(path)]
     kinds = [_kind(path) for path in inside]
     # Files of metadata are .json, too: they are read only where nothing else holds data.
     rows = [p for p, kind in zip(inside, kinds, strict=True) if kind in (*LINES, PARQUET)]
