@@ -111,7 +111,7 @@ def test_code_of_the_model_runs_when_told(refused, tmp_path, remote, drafter, pr
     broken = ("--chat-template", "{% for %}", *trust)
     assert "chat template refuses" in refused(*train, *broken)
     assert "chat template refuses" in refused(*evaluate, *broken)
-    assert "num_prompts is 1000" in refused(*bench, "--num-prompts", "1000", *trust)
+    assert "--num-prompts is 1000" in refused(*bench, "--num-prompts", "1000", *trust)
 
 
 def test_inspect_takes_the_same_options(remote, drafter):
@@ -262,6 +262,7 @@ def test_the_first_day_is_kept_in_the_run_folder(tmp_path):
     before = datetime.now().replace(microsecond=0)
     folder = RunFolder(tmp_path / "run", {})
     assert before <= folder.started <= datetime.now()
+    del folder  # one process at a time has it
     edit_json(tmp_path / "run" / "run.json", started="2024-02-29T23:59:59")
     assert RunFolder(tmp_path / "run", {}).started == datetime(2024, 2, 29, 23, 59, 59)
 
