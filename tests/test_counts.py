@@ -41,7 +41,13 @@ def mixed(prompts: list[list[int]]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["proposer", "scheduler"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [
+        pytest.param(False, id="proposer"),
+        pytest.param(True, id="scheduler", marks=pytest.mark.long),
+    ],
+)
 def test_ours_are_vllms(asynchronous, trained, prompts, tmp_path) -> None:
     """Few blocks, so that some are preempted, and few tokens a step, so that some drafts are trimmed."""
     engine = {

@@ -191,6 +191,7 @@ def test_drafts_after_steps_without(layout, trained, prompts, folder) -> None:
     assert check_drafts(out, Reference(trained.verifier, drafter), 7) > 300
 
 
+@pytest.mark.long
 def test_drafts_behind_a_cached_prefix(trained, prompts, folder) -> None:
     """The whole of a cached prefix is used, and drafts read the drafter's own cache of it."""
     prefix = (prompts[0] * 3)[:100]

@@ -35,8 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "allowed_token_ids": GREEDY | {"allowed_token_ids": list(range(97, 140))},
     "logprobs": GREEDY | {"logprobs": 3},
     "prompt_logprobs": GREEDY | {"prompt_logprobs": 2},
+    # Of two tokens no four are without a repetition.
     "repetition_detection": GREEDY
-    | {"repetition_detection": {"max_pattern_size": 4, "min_count": 2}},
+    | {
+        "repetition_detection": {"max_pattern_size": 4, "min_count": 2},
+        "allowed_token_ids": [20, 30],
+    },
     "stop, include_stop_str_in_output": GREEDY
     | {"stop": ["g", "\u0120"], "include_stop_str_in_output": True},
     "max_tokens": GREEDY | {"max_tokens": 1},
@@ -177,7 +181,7 @@ def test_the_cases_are_not_empty(plain, prompts) -> None:
     for name, outputs in zip(NAMES * 2, plain["mixed"]["outputs"], strict=True):
         found.setdefault(name, []).append(outputs)
     assert all(len(o) == len({tuple(c["token_ids"]) for c in o}) == 3 for o in found["seed, n"])
-    assert any(o[0]["stop"] == "repetition_detected" for o in found["repetition_detection"])
+    assert all(o[0]["stop"] == "repetition_detected" for o in found["repetition_detection"])
     for name in ("thinking_token_budget 0", "thinking_token_budget 8"):
         assert all(" the cat" in o[0]["text"] for o in found[name])
     assert all(len(o[0]["prompt_logprobs"]) > 5 for o in found["prompt_logprobs"])
@@ -185,6 +189,7 @@ def test_the_cases_are_not_empty(plain, prompts) -> None:
     assert all({*TOKENS} <= {t for t, _ in step} for o in scored for step in o[0]["logprobs"])
 
 
+@pytest.mark.long
 def test_seeds_behind_chunks_caches_and_preemption(trained, prompts, folder, plain) -> None:
     """Prompts in chunks, which end vLLM's CPU engine for want of a generator's offset; prefixes from the
     cache, whose requests vLLM pads with draft tokens; too few blocks for the batch."""

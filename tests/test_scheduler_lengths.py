@@ -96,6 +96,7 @@ def test_lengths_and_pauses_change_nothing(
     assert figures["proposed"]["drafter"] <= counters["vllm:spec_decode_num_draft_tokens_total"]
 
 
+@pytest.mark.long
 @SCHEDULERS
 def test_few_blocks(asynchronous, trained, prompts, folder, plain) -> None:
     """Preempted requests, prompts in chunks, cached prefixes."""
