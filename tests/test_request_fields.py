@@ -339,7 +339,9 @@ def test_answers_as_without_a_drafter(trained, plain, tmp_path, lengths) -> None
 def test_the_answers_are_not_empty(plain) -> None:
     """Guards the guard: nothing but what vLLM refuses for itself is an error, and fields have an effect."""
     errors = {name: a["error"]["message"] for name, a in plain.items() if "error" in a}
-    assert errors == {}
+    # To a structural tag in a chat vLLM answers 500 without a drafter, too.
+    assert errors.keys() <= {"chat response_format 1"}, errors
+    plain = {name: answer for name, answer in plain.items() if name not in errors}
     for name, answer in plain.items():
         assert answer["choices"], name
         assert all(c["finish_reason"] for c in answer["choices"]), name
