@@ -98,6 +98,15 @@ def check_engine_args(given: Mapping[str, Any], *, asynchronous: bool = False) -
             raise ValueError(f"--engine-args has {name!r}, which vLLM's engine does not know{hint}")
 
 
+def _check_lora(options: EngineOptions) -> None:
+    if options.extra.get("enable_lora"):
+        raise ValueError(
+            "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into "
+            "the verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. The "
+            "drafter serves beside the unmerged verifier and its adapter"
+        )
+
+
 def check_engine(
     hf_config: Any, options: EngineOptions, num_speculative_tokens: int = _SEAT_TOKENS
 ) -> None:
@@ -108,12 +117,7 @@ def check_engine(
             heads cannot be spread over.
     """
     check_engine_args(options.extra)
-    if options.extra.get("enable_lora"):
-        raise ValueError(
-            "enable_lora is set, but a drafter is trained for one set of weights; merge the adapter into "
-            "the verifier (peft: merge_and_unload, save_pretrained) and train with the merged folder. The "
-            "drafter serves beside the unmerged verifier and its adapter"
-        )
+    _check_lora(options)
     limit, needed = options.extra.get("max_model_len"), options.max_len + num_speculative_tokens + 2
     if isinstance(limit, int) and limit < needed:
         raise ValueError(
@@ -149,6 +153,7 @@ class VerifierEngine:
         num_speculative_tokens: int = _SEAT_TOKENS,
     ) -> None:
         self.verifier = Verifier.of(verifier)
+        _check_lora(options)
         start_guard()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Features are recorded by the V1 proposer; see docs/architecture.md.
