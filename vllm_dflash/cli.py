@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_dflash.bench.prompts import load_prompts
-
 if TYPE_CHECKING:
     from vllm_dflash.bench.runner import BenchConfig
     from vllm_dflash.config import DrafterConfig
@@ -465,6 +463,7 @@ def bench(
     max_rejected: MaxRejected = 0.5,
 ) -> None:
     """Output speed with and without DRAFTER, alternating in one run: table, JSON, PNG."""
+    from vllm_dflash.bench.prompts import load_prompts
     from vllm_dflash.bench.report import print_report, write_json, write_png
     from vllm_dflash.bench.runner import BenchConfig, check_prompts, failed_modes, run_bench
     from vllm_dflash.files import claim_file, claim_folder, mark_folder, writing

@@ -275,7 +275,7 @@ _MOST_LAYERS = 1024
 
 
 def _standard_rope(raw: dict[str, Any], rope: Any, theta: float) -> dict[str, Any]:
-    """``rope_parameters`` with its type, base and scaled length filled in as transformers does."""
+    """``rope_parameters`` with its type, base and rotated share filled in as transformers does."""
     rope = dict(rope)
     rope.setdefault("rope_type", rope.get("type") or "default")
     rope.pop("type", None)

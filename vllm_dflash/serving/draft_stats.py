@@ -15,6 +15,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,16 @@ class StatsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._latest: dict[str, Any] = {}
+        self._make: Callable[[], dict[str, Any]] = dict
         self._given = threading.Event()
         self._lock = threading.Lock()
         self._closed = False
         atexit.register(self._remove)
         threading.Thread(target=self._run, name=path.name, daemon=True).start()
 
-    def put(self, values: dict[str, Any]) -> None:
-        """Figures whose keys nobody changes any more."""
-        self._latest = values
+    def put(self, make: Callable[[], dict[str, Any]]) -> None:
+        """There are new figures; the thread calls ``make`` for them, so that most steps need not."""
+        self._make = make
         self._given.set()
 
     def _run(self) -> None:
@@ -75,7 +76,7 @@ class StatsFile:
             self._given.wait()
             self._given.clear()
             try:
-                self._write(self._latest)
+                self._write(self._make())
             except OSError as error:
                 # A full disk: the next ones may find room.
                 logger.warning("vllm-dflash cannot write its figures: %s", error)
@@ -120,12 +121,12 @@ class DraftStats:
 
     def update(self, policy: Policy) -> None:
         """Called once a step; cheap unless the log is due."""
-        after = figures(policy)
         if self._file is not None:
-            self._file.put(after)
+            self._file.put(lambda: figures(policy))
         now = time.monotonic()
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
+            after = figures(policy)
             if self._file is not None:
                 after |= _read(verified_file(self._file.path)) or {}
             logger.info("vllm-dflash: %s", sentence(after, self._before))

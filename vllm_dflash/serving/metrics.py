@@ -124,17 +124,16 @@ class AcceptanceCollector:
         self.names, self.engines = list(names), engines
         self.drafter, self.path, self.expectation = drafter, path, expectation
         self.watch = AcceptanceWatch(expectation)
-        self._num_tokens = num_tokens
         self._counts = {i: ([0] * num_tokens, [0] * num_tokens) for i in engines}
 
     def observe(self, stats: Any, engine: int) -> None:
         """Counts the drafts of one step, where all are of one length."""
         length, rest = divmod(stats.num_draft_tokens, stats.num_drafts or 1)
-        if not stats.num_drafts or rest or length > self._num_tokens:
-            return  # drafts of several lengths: where each of them ended is not known
         compared, right = self._counts[engine]
+        if not stats.num_drafts or rest or length > len(compared):
+            return  # drafts of several lengths: where each of them ended is not known
         accepted = stats.num_accepted_tokens_per_pos
-        for k in range(min(length, len(compared))):
+        for k in range(length):
             compared[k] += accepted[k - 1] if k else stats.num_drafts
             right[k] += accepted[k]
         if self.path is None or not self.path.exists():  # else the worker watches its own counts

@@ -70,7 +70,7 @@ def count_by_source(scheduler: Any, file: StatsFile) -> None:
         counts["proposed"][sent.source] += proposed
         counts["accepted"][sent.source] += accepted
         counts["expected"][sent.source] += sum(sent.expected[:proposed])
-        file.put(counts)
+        file.put(lambda: counts)
 
     scheduler.update_draft_token_ids = update_draft_token_ids
     scheduler.make_spec_decoding_stats = counting(scheduler.make_spec_decoding_stats, count)

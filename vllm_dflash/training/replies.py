@@ -118,13 +118,7 @@ class MarkedReplies:
 class ParsedReplies:
     """Splits replies with one of vLLM's reasoning parsers, as a server that names it does.
 
-    Args:
-        name: as for vLLM's ``--reasoning-parser``.
-        tokenizer: the verifier's, with the server's chat template.
-        model_config: the engine's ``ModelConfig``, for parsers that look at it.
-
-    Raises:
-        ValueError: vLLM has no such parser, or it cannot read this tokenizer's replies.
+    Takes and raises what :class:`~vllm_dflash.serving.chat.ReasoningSplit` does.
     """
 
     def __init__(self, name: str, tokenizer: Any, model_config: Any = None) -> None:
