@@ -86,7 +86,7 @@ def step(state: Any, rows: list[Written], drafts: list[list[int]]) -> None:
         request.output.extend(best[: accepted + 1])
 
 
-def wrong(cls: type, seed: int) -> int:
+def wrong(cls: type, seed: int, preempt: bool = False) -> int:
     """Requests of a random batch whose output is not what they get without a drafter."""
     rng = random.Random(seed)
     start = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 2))]
@@ -120,18 +120,36 @@ def wrong(cls: type, seed: int) -> int:
         step(state, rows, drafts)
         for row in reversed(range(len(rows))):
             if len(rows[row].output) < length:
-                continue
-            # The last row takes the place of one that is done.
+                if not preempt or rng.random() < 0.9:
+                    continue
+                waiting.insert(0, rows[row])
+            # The last row takes the place of one that leaves, which then no longer counts as removed.
             last = len(rows) - 1
             moved = [(last, row, MoveDirectionality.UNIDIRECTIONAL)] if row < last else []
-            state.sync_batch(BatchUpdate(last, removed=[row], added=[], moved=moved))
+            removed = [] if moved else [row]
+            state.sync_batch(BatchUpdate(last, removed=removed, added=[], moved=moved))
             rows[row] = rows[last]
             rows.pop()
     return sum(r.output[:length] != want[id(r)][:length] for r in everyone)
 
 
-def test_each_request_as_without_a_drafter() -> None:
-    assert sum(wrong(ThinkingBudgets, seed) for seed in range(24)) == 0
+@pytest.mark.parametrize("preempt", [False, True])
+def test_each_request_as_without_a_drafter(preempt) -> None:
+    assert sum(wrong(ThinkingBudgets, seed, preempt) for seed in range(24)) == 0
+
+
+def test_a_row_does_not_inherit_a_budget() -> None:
+    """The first of two rows, which has a budget, is done, and the second moves there: vLLM's state fails."""
+    done, other = Written([1], 0, 0, [3]), Written([2], None, 0, [3])
+    moved = [(1, 0, MoveDirectionality.UNIDIRECTIONAL)]
+    for cls, forced in ((ThinkingBudgets, 0), (ThinkingBudgetStateHolder, 1)):
+        state = holder(cls, [1], [2], 0)
+        joins(state, 0, done)
+        joins(state, 1, other)
+        state.sync_batch(BatchUpdate(1, removed=[], added=[], moved=moved))
+        state.update_state([other.output], [[]])
+        logits = state.apply_to_logits(torch.zeros(1, VOCAB), False, [[]])
+        assert int((logits > 1).sum()) == forced
 
 
 def test_vllm_own_state_is_wrong_beside_drafts() -> None:

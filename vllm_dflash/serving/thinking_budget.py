@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 _FORCED = 1e9
@@ -17,10 +19,18 @@ class ThinkingBudgets(ThinkingBudgetStateHolder):
 
     vLLM's own is right as long as a step brings one token. With drafts it moves on as if all of them were
     accepted, and where some requests have none it forces tokens in rows of others. Here the state follows the
-    tokens written, and a copy of it the drafts.
+    tokens written, and a copy of it the drafts. With or without drafts, vLLM's leaves the state of a finished
+    request to one without a budget that moves into its row, and begins anew with one that was preempted.
     """
 
     _forced: dict[int, list[int | None]]  # by row: at each draft token, and behind them
+
+    def sync_batch(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._state, batch_update, self._new_state)
+
+    def _new_state(self, params: Any, prompt: list[int] | None, output: list[int]) -> Any:
+        budget = params.thinking_token_budget
+        return None if budget is None else self._init_state_entry(prompt, budget)
 
     def update_state(
         self,
@@ -35,8 +45,8 @@ class ThinkingBudgets(ThinkingBudgetStateHolder):
             output = output_token_ids[row]
             drafts = spec_token_ids[row] if spec_token_ids and row < len(spec_token_ids) else []
             written = len(output)
-            # A request that is back from preemption is taken in at once, as vLLM does.
-            for end in range(state.get("num_seen", written) + 1, written):
+            # Token by token too for a request that is back from preemption: it may have been made to end.
+            for end in range(state.get("num_seen", -1) + 1, written):
                 self._move_on(state, output[:end])
             forced = [self._move_on(state, output)]
             state["num_seen"] = written
