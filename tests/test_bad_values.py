@@ -223,6 +223,7 @@ def test_result_files_that_are_not_ours(refused, command, tmp_path, prompts_file
     for out in [*outs, "", ".", "/", "/dev/null", prompts_file, verifier / "r.json"]:
         assert "-o " in refused(*command["eval"], "-o", out), out
         assert "--responses" in refused(*command["eval"], "--responses", out) or out == "link", out
+        assert "--html" in refused(*command["eval"], "--html", out), out
     assert listing(tmp_path) == before
     assert prompts_file.read_bytes() == data
 

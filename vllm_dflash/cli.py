@@ -364,22 +364,30 @@ def eval_(
     limit: Limit = None,
     max_rejected: MaxRejected = 0.5,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON result.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="A page of responses that shows where each draft ended.")
+    ] = None,
 ) -> None:
     """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
     from vllm_dflash.files import atomic_write, claim_file, is_json_with
     from vllm_dflash.training.config import EngineOptions, response_limit
+    from vllm_dflash.training.drafts_page import is_page
     from vllm_dflash.training.evaluate import EvalConfig, evaluate
     from vllm_dflash.training.reporting import Reporter
     from vllm_dflash.training.rows import holds_rejects
 
     rejected = None
+    inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
     if output is not None:
-        inputs = {"the verifier": verifier, "the drafter": drafter, "the data": data}
         claim_file(output, "-o", is_json_with("verifier", "drafter", "offline"), inputs=inputs)
         rejected = output.with_name(f"{output.stem}.rejected.jsonl")
         claim_file(rejected, "-o", holds_rejects, inputs=inputs)
         if responses is not None and responses.resolve() == output.resolve():
             raise ValueError(f"-o {output} is also --responses; give two files")
+    if html is not None:
+        claim_file(html, "--html", is_page, inputs=inputs)
+        if html.resolve() in {p.resolve() for p in (output, responses) if p is not None}:
+            raise ValueError(f"--html {html} is also -o or --responses; give two files")
     source, extra = _verifier(
         verifier,
         engine_args,
@@ -394,6 +402,7 @@ def eval_(
         drafter=drafter,
         data=_one_or_all(data),
         rejected=rejected,
+        page=html,
         max_rejected=max_rejected,
         num_speculative_tokens=num_speculative_tokens,
         on_policy=on_policy,

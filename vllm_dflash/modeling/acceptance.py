@@ -29,6 +29,7 @@ class Acceptance:
         compared_per_position: drafts whose position k (0-based) has a token of the response in its place, and
             all positions before it were right.
         right_per_position: those of them in which position k was right, too.
+        delivered: tokens that each step delivered, in their order; only replayed responses have them.
     """
 
     num_drafts: int = 0
@@ -36,6 +37,7 @@ class Acceptance:
     accepted_per_position: list[int] = field(default_factory=list)
     compared_per_position: list[int] = field(default_factory=list)
     right_per_position: list[int] = field(default_factory=list)
+    delivered: list[int] = field(default_factory=list)
 
     @property
     def tau(self) -> float:
@@ -75,6 +77,7 @@ class Acceptance:
         """Pools another run into this one."""
         self.num_drafts += other.num_drafts
         self.num_accepted += other.num_accepted
+        self.delivered += other.delivered
         for name in ("accepted_per_position", "compared_per_position", "right_per_position"):
             mine, theirs = getattr(self, name), getattr(other, name)
             _widen(mine, len(theirs))
@@ -116,6 +119,7 @@ def walk(matches: Sequence[Sequence[bool]], num_draft_tokens: int) -> Acceptance
         delivered = min(right + 1, left)
         out.add_draft(delivered - 1, num_draft_tokens)
         out.add_compared(inside, num_draft_tokens)
+        out.delivered.append(delivered)
         at += delivered
     return out
 

@@ -14,6 +14,7 @@ from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.files import claim_file
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.drafts_page import write_page
 from vllm_dflash.training.engine import (
     VerifierEngine,
     check_block,
@@ -44,6 +45,7 @@ class EvalConfig:
         concurrency: requests in flight for that.
         responses: file in which generated responses are kept, so that a second evaluation reuses them.
         rejected: file that gets the rows that are not used; None keeps none.
+        page: HTML file that gets a few responses, marked with what each draft brought; None writes none.
         max_rejected: share of the rows that may be.
     """
 
@@ -58,6 +60,7 @@ class EvalConfig:
     limit: int | None = None
     responses: Path | None = None
     rejected: Path | None = None
+    page: Path | None = None
     max_rejected: float = 0.5
     engine: EngineOptions = field(default_factory=EngineOptions)
     max_tokens: int = 1024
@@ -134,7 +137,9 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
                     max_rejected=config.max_rejected,
                     say=reporter.say,
                 )
-            offline = _offline(engine, drafter, config.drafter, examples, tokens, reporter)
+            page = config.page is not None
+            offline = _offline(engine, drafter, config.drafter, examples, tokens, reporter, page)
+            tokenizer = engine.tokenizer
         finally:
             engine.close()
     out: dict[str, Any] = {
@@ -145,6 +150,9 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         "rejected": [{"line": r.line, "reason": r.reason} for r in rejected],
         "offline": offline,
     }
+    if config.page is not None:
+        write_page(config.page, out, examples, tokenizer)
+        del offline["delivered"]
     if config.through_engine:
         served = [e for e in examples if e.id not in offline["skipped"]]
         out["engine"] = _served(config, served, tokens, reporter)
@@ -208,6 +216,7 @@ def _offline(
     examples: list[Example],
     tokens: int,
     reporter: Reporter,
+    page: bool,
 ) -> dict[str, Any]:
     hparams = Hyperparameters().as_dict()
     engine.call("begin", drafter.to_dict(), hparams, None, 1, path, None)
@@ -225,7 +234,8 @@ def _offline(
                 failed[key] = problem
     if len(failed) == len(by_key):
         raise ValueError(f"no conversation gave usable features: {next(iter(failed.values()))}")
-    got = engine.call("evaluate", [k for k in by_key if k not in failed], tokens)
+    good = [k for k in by_key if k not in failed]
+    got = engine.call("evaluate", good, tokens, page)
     return {**got, "skipped": failed}
 
 

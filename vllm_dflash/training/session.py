@@ -231,8 +231,11 @@ class TrainingSession:
             learner.step(step, [self._sample(k) for k in self._own(keys)]) for step, keys in steps
         ]
 
-    def evaluate(self, keys: list[str], num_draft_tokens: int) -> dict[str, Any]:
-        """Teacher-forced greedy acceptance, pooled and by source, in the serving dtype."""
+    def evaluate(
+        self, keys: list[str], num_draft_tokens: int, step_by_step: bool = False
+    ) -> dict[str, Any]:
+        """Teacher-forced greedy acceptance, pooled and by source, in the serving dtype; step by step with the
+        tokens that each step of a sequence delivered."""
         learner = self._learner()
         dtype = verifier_dtype(self.verifier)
         drafter = learner.serving_drafter(dtype)
@@ -254,6 +257,7 @@ class TrainingSession:
             **total.as_dict(),
             "mean_of_examples": sum(per_example) / max(len(per_example), 1),
             "sources": {name: a.as_dict() for name, a in by_source.items()},
+            **({"delivered": {k: accepted[k].delivered for k in keys}} if step_by_step else {}),
         }
 
     # -- state -----------------------------------------------------------------------------------
