@@ -236,6 +236,30 @@ def short(trained, out: Path, *more: str, data: Path | None = None, steps: int =
     )
 
 
+def test_a_finished_run_says_so_without_an_engine(trained) -> None:
+    before = (trained.drafter / "model.safetensors").read_bytes()
+    args = ("--data", trained.prompts, "-o", trained.drafter, *trained.args)
+    done = tiny.cli("train", trained.verifier, *args)
+    assert "this run is finished: 300 steps" in done.stderr
+    assert "starting the verifier" not in done.stderr
+    assert (trained.drafter / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.long
+def test_the_console_is_the_command_s(trained, folder) -> None:
+    """Nothing of vLLM's or torch's on it: no warning concerns the user here."""
+    args = ("train", trained.verifier, "--data", trained.prompts, "-o", folder / "quiet")
+    env = {k: v for k, v in tiny.environment().items() if not k.endswith("_LOGGING_LEVEL")}
+    done = subprocess.run(
+        tiny.cli_command(*args, *tiny.TRAIN_ARGS, "--max-steps", "2", "--anchors", "16"),
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == ""
+    ours = ("starting the verifier", "responses:", "extracting features:", "training ", "step ")
+    ours += ("drafter written", "curves:", "24 conversations", "training:")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
+
+
 @pytest.mark.slow
 def test_windows_of_features_resume_too(trained, folder) -> None:
     """Too little memory for all features: each window's are extracted again when it comes."""

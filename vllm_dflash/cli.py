@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -128,6 +130,17 @@ def _verifier(
     return Verifier.from_options(model, _json_option("--engine-args", engine_args), **options)
 
 
+def _quiet_engine() -> None:
+    """Leaves the console to the command: of vLLM and torch only errors are shown, unless the user
+    asks for more by their variables. Called before either is imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Said while vLLM is imported, before it sets its logging up.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    # vLLM looks at every name of torch.distributed, those that torch is about to drop included.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
+
+
 def _facts() -> Table:
     """A table of names and values, whole also where the terminal is narrow."""
     table = Table(show_header=False)
@@ -237,6 +250,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a drafter for VERIFIER; the same command resumes a stopped run."""
+    _quiet_engine()
     from vllm_dflash.training.config import (
         DrafterShape,
         EngineOptions,
@@ -369,6 +383,7 @@ def eval_(
     ] = None,
 ) -> None:
     """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
+    _quiet_engine()
     from vllm_dflash.files import atomic_write, claim_file, is_json_with
     from vllm_dflash.training.config import EngineOptions, response_limit
     from vllm_dflash.training.drafts_page import is_page

@@ -185,6 +185,7 @@ class VerifierEngine:
             "enable_prefix_caching": False,
             "async_scheduling": False,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "worker_extension_cls": "vllm_dflash.serving.worker.WorkerExtension",
             "speculative_config": {
                 "method": "dflash",

@@ -51,6 +51,8 @@ from vllm_dflash.training.tokenization import Example, keep_date
 from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
 from vllm_dflash.verifier import Verifier
 
+#: Evaluations take at most this share of the time, and are no closer than so many seconds.
+_EVAL_SHARE, _EVAL_SECONDS = 0.05, 30.0
 #: Seconds of training between two answers of the worker, so that progress and signals stay alive.
 _CALL_SECONDS = 2.0
 _MAX_CALL_STEPS = 64
@@ -338,6 +340,13 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if held_out:
         check_prompts(config.verifier, held_out, config.engine.extra)
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
+    if (summary := finished(config, folder)) is not None:
+        reporter.say(
+            f"this run is finished: {summary['steps']} steps; the same command with --restart trains anew, "
+            "another -o beside it"
+        )
+        reporter.finished(config.output, summary, None)
+        return summary
     if config.cache_features is not None:
         with writing(config.cache_features):
             config.cache_features.mkdir(parents=True, exist_ok=True)
@@ -365,6 +374,16 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         )
     finally:
         engine.close()
+
+
+def finished(config: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a run whose drafter stands in the output as the run wrote it, else None."""
+    state, file = folder.state(), config.output / TRAINING_FILE
+    if state is None or not file.is_file():
+        return None
+    summary = json.loads(file.read_text())
+    same = summary.get("config") == json.loads(json.dumps(config.identity()))
+    return summary if same and summary.get("steps") == state["step"] else None
 
 
 def examples_digest(examples: list[Example]) -> str:
@@ -604,9 +623,10 @@ class _Run:
         held_keys: list[str],
         total: int,
     ) -> None:
-        every = self.config.eval_every or max(1, total // 8)
+        every = self.config.eval_every
         first = self.step
         last_save = time.monotonic()
+        next_eval = last_save + _EVAL_SECONDS
         chunk = 1
         with self.reporter.training(first, total) as report:
             for window in windows:
@@ -614,7 +634,9 @@ class _Run:
                     continue
                 self._extract({k: examples[k] for k in window.keys}, keep=held_keys)
                 while self.step < window.end:
-                    count = min(chunk, window.end - self.step, every - self.step % every)
+                    count = min(chunk, window.end - self.step)
+                    if every:
+                        count = min(count, every - self.step % every)
                     at = self.step - window.first_step
                     steps = [
                         (self.step + i, [k for k in keys if k not in self.bad])
@@ -633,8 +655,12 @@ class _Run:
                             self._ban(key, f"non-finite loss at step {row['step']}", len(examples))
                     self.folder.append_metrics(rows)
                     report(rows, took)
-                    if self.step % every == 0 and self.step < total and held_keys:
+                    due = self.step % every == 0 if every else time.monotonic() > next_eval
+                    if due and self.step < total and held_keys:
+                        began = time.monotonic()
                         self._evaluate(self.step, held_keys)
+                        took = time.monotonic() - began
+                        next_eval = began + took + max(_EVAL_SECONDS, took / _EVAL_SHARE)
                     if self.stop:
                         raise self._stopped()
                     if time.monotonic() - last_save > 60 * self.config.save_minutes:
