@@ -27,8 +27,18 @@ def rows_of(key: str, length: int, width: int = WIDTH) -> torch.Tensor:
     return torch.tensor([feature(key, p, width) for p in range(length)])
 
 
-def step(recorder, *parts, suffix: str = "-0a1b2c3d", rejected=None, padding: int = 0) -> None:
-    """One verifier step: parts are (key, first position, number of rows)."""
+def step(
+    recorder,
+    *parts,
+    suffix: str = "-0a1b2c3d",
+    rejected=None,
+    padding: int = 0,
+    known: bool = False,
+) -> None:
+    """One verifier step: parts are (key, first position, number of rows).
+
+    Where positions are ``known`` on the CPU those on the device are not to be read.
+    """
     starts, positions, features = [0], [], []
     num_rejected = rejected or [0] * len(parts)
     for (key, first, count), bad in zip(parts, num_rejected, strict=True):
@@ -40,9 +50,10 @@ def step(recorder, *parts, suffix: str = "-0a1b2c3d", rejected=None, padding: in
     recorder.observe(
         request_ids=[key + suffix for key, _, _ in parts],
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
-        positions=torch.tensor(positions + [0] * padding),
+        positions=torch.tensor([-1] * len(features) if known else positions + [0] * padding),
         features_TF=torch.tensor(features),
         num_rejected=None if rejected is None else torch.tensor(rejected, dtype=torch.int32),
+        num_computed=np.array([first for _, first, _ in parts]) if known else None,
     )
 
 
@@ -71,6 +82,23 @@ def test_chunks_of_interleaved_requests():
     step(recorder, ("other", 6, 1), ("a", 6, 1), ("b", 2, 2))
     for key, length in (("c", 2), ("a", 7), ("b", 4)):
         assert_recorded(recorder, key, length)
+
+
+def test_nothing_waits_for_the_device():
+    """Tensors without data, whose values nobody can ask for; rows beyond the watched are left out."""
+    recorder = watching(a=3, b=2)
+    recorder.final_states = SimpleNamespace(last=torch.empty(6, 2, device="meta"))
+    for first in (0, 2):
+        recorder.observe(
+            ["a-0a1b2c3d", "other", "b"],
+            np.array([0, 2, 4, 6]),
+            torch.empty(6, dtype=torch.int64, device="meta"),
+            torch.empty(6, WIDTH, device="meta"),
+            None,
+            np.array([first, 7, first]),
+        )
+    assert all(filled.all() for filled in recorder._filled.values())
+    assert recorder._finals["a"].shape == (3, 2)
 
 
 def test_preemption_and_recomputation():
@@ -116,7 +144,8 @@ def test_any_schedule(seed, num_requests, longest):
             parts.append((k, done[k], count))
             rejected.append(rng.randint(0, count - 1))
             done[k] += count - rejected[-1]
-        step(recorder, *parts, rejected=rejected, padding=rng.randint(0, 2))
+        padding, known = rng.randint(0, 2), rng.random() < 0.5
+        step(recorder, *parts, rejected=rejected, padding=padding, known=known)
     for k in keys:
         assert_recorded(recorder, k, lengths[k])
 

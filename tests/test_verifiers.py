@@ -100,10 +100,10 @@ from vllm_dflash.serving.features import FeatureRecorder
 
 observe = FeatureRecorder.observe
 
-def broken(self, request_ids, query_start_loc, positions, features_TF, num_rejected):
+def broken(self, *, features_TF, **step):
     features_TF = features_TF.clone()
     features_TF[:, 64:128] = 0
-    observe(self, request_ids, query_start_loc, positions, features_TF, num_rejected)
+    observe(self, features_TF=features_TF, **step)
 
 FeatureRecorder.observe = broken
 cli.main()

@@ -235,7 +235,12 @@ def train(
     engine_args: EngineArgs = None,
     limit: Limit = None,
     max_rejected: MaxRejected = 0.5,
-    feature_gib: Annotated[float, typer.Option(help="Memory for features in the worker.")] = 4.0,
+    feature_gib: Annotated[
+        float | None,
+        typer.Option(
+            help="Host memory for features of each worker; half of what is available, shared by the workers."
+        ),
+    ] = None,
     cache_features: Annotated[
         Path | None, typer.Option(help="Keep features on disk for later epochs and runs.")
     ] = None,

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vllm_dflash.modeling.attention import folded_bias
+
 #: Queries handled in one attention call. Every call also scores its blocks against each other
 #: (masked out), so larger chunks waste work and smaller ones waste launches.
 MAX_CHUNK_QUERIES = 512
@@ -41,7 +43,7 @@ class BlockLayout:
     block_positions_AB: Tensor
     context_positions_T: Tensor
     chunks: list[Chunk]
-    _masks: dict = field(default_factory=dict, repr=False)
+    _biases: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -81,15 +83,24 @@ class BlockLayout:
         context = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
         return cls(block.to(device), context.to(device), chunks)
 
+    def bias(
+        self,
+        chunk: Chunk,
+        window: int | None,
+        causal: bool,
+        queries_per_key: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """A chunk's mask as :func:`attention.folded_bias` has it; made once a step, shared between layers."""
+        key = (chunk.anchors.start, window, causal, queries_per_key, dtype)
+        if key not in self._biases:
+            mask_QS = self.mask(chunk, window, causal)
+            self._biases[key] = folded_bias(mask_QS, queries_per_key, dtype)
+        return self._biases[key]
+
     def mask(self, chunk: Chunk, window: int | None, causal: bool) -> Tensor:
         """Bool mask ``[Q, S]`` of a chunk, True where a query may look; keys are the chunk's
-        context rows, then its block tokens. Made once a step and shared between layers."""
-        key = (chunk.anchors.start, window, causal)
-        if key not in self._masks:
-            self._masks[key] = self._make_mask(chunk, window, causal)
-        return self._masks[key]
-
-    def _make_mask(self, chunk: Chunk, window: int | None, causal: bool) -> Tensor:
+        context rows, then its block tokens."""
         blocks_AB = self.block_positions_AB[chunk.anchors]
         num_anchors, block_size = blocks_AB.shape
         queries = blocks_AB.flatten().unsqueeze(1)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.modeling.attention import attend
 from vllm_dflash.modeling.blocks import BlockLayout
 
 
@@ -87,26 +88,6 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((out.to(x.dtype), rest), dim=-1) if rest.shape[-1] else out.to(x.dtype)
 
 
-def attend(q_NQD: Tensor, k_GSD: Tensor, v_GSD: Tensor, mask_QS: Tensor) -> Tensor:
-    """Masked grouped-query attention ``[N, Q, D]``; every query must see at least one key."""
-    heads, num_queries, dim = q_NQD.shape
-    groups = k_GSD.shape[0]
-    if q_NQD.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(
-            q_NQD.unsqueeze(0),
-            k_GSD.unsqueeze(0),
-            v_GSD.unsqueeze(0),
-            attn_mask=mask_QS,
-            enable_gqa=heads != groups,
-        ).squeeze(0)
-    # Spelled out, because the backward pass of torch's fused attention takes twice as long on a CPU
-    # (docs/log.md). Queries that share a KV head are rows of one matrix product.
-    scores = torch.matmul(q_NQD.reshape(groups, -1, dim) * dim**-0.5, k_GSD.transpose(1, 2))
-    scores = scores.view(groups, heads // groups, num_queries, -1).float()
-    weights = scores.masked_fill(~mask_QS, float("-inf")).softmax(-1).to(v_GSD.dtype)
-    return torch.matmul(weights.view(groups, -1, k_GSD.shape[1]), v_GSD).view(heads, -1, dim)
-
-
 class Attention(nn.Module):
     """Draft attention with KV injection: queries come from the block only, keys and values from
     the context features and from the block (paper, eq. 3)."""
@@ -147,14 +128,16 @@ class Attention(nn.Module):
         q = rope(self.q_norm(self.q_proj(x_ABH).view(q_shape)), *block_cos_sin)
         outputs = []
         for chunk in layout.chunks:
-            mask = layout.mask(chunk, self.window, self.causal)
             keys = torch.cat((k_ctx_TGD[chunk.context], k_blk[chunk.anchors].flatten(0, 1)))
             values = torch.cat((v_ctx_TGD[chunk.context], v_blk[chunk.anchors].flatten(0, 1)))
+            bias = layout.bias(
+                chunk, self.window, self.causal, self.num_heads // self.num_kv_heads, values.dtype
+            )
             out = attend(
                 q[chunk.anchors].flatten(0, 1).transpose(0, 1),
                 keys.transpose(0, 1),
                 values.transpose(0, 1),
-                mask,
+                bias,
             )
             outputs.append(out.transpose(0, 1).flatten(1))
         return self.o_proj(torch.cat(outputs).view(*x_ABH.shape[:-1], -1))

@@ -45,43 +45,51 @@ class FeatureRecorder:
         positions: Tensor,
         features_TF: Tensor,
         num_rejected: Tensor | None,
+        num_computed: np.ndarray | None = None,
     ) -> None:
         """Takes the rows of one verifier step.
+
+        Rows are copied without waiting for the device where the CPU knows their positions and no draft was
+        verified; otherwise the device is waited for once a step.
 
         Args:
             request_ids: vLLM's id of each request of the batch, in its order.
             query_start_loc: int ``[B + 1]`` on the CPU, the rows of each request.
             positions: int64 ``[T]`` (or ``[3, T]`` with M-RoPE, whose first row is text time).
             features_TF: concatenated aux hidden states of the step.
-            num_rejected: int ``[B]`` draft rows at each request's end that were not accepted.
+            num_rejected: int ``[B]`` draft rows at each request's end that were not accepted; None where
+                nothing was drafted.
+            num_computed: int ``[B]`` on the CPU, tokens of each request before this step. None where the CPU
+                only guesses them (scheduled ahead of the drafts' verification).
         """
-        if positions.dim() == 2:
-            positions = positions[0]
+        keys = [self._key(request_id) for request_id in request_ids]
+        if all(key is None for key in keys):
+            return
         starts = query_start_loc.tolist()
-        rejected = num_rejected.tolist() if num_rejected is not None else None
-        for i, request_id in enumerate(request_ids):
-            key = self._key(request_id)
+        if num_computed is None:
+            at = positions[0] if positions.dim() == 2 else positions
+            firsts = at[query_start_loc[: len(keys)].clip(max=len(at) - 1)].tolist()
+        else:
+            firsts = num_computed.tolist()
+        rejected = num_rejected.tolist() if num_rejected is not None else [0] * len(keys)
+        finals = self.final_states.last if self.final_states is not None else None
+        for i, key in enumerate(keys):
             if key is None:
                 continue
-            first, last = starts[i], starts[i + 1] - (rejected[i] if rejected else 0)
-            if last <= first:
+            length, first = self._lengths[key], firsts[i]
+            num_rows = min(starts[i + 1] - rejected[i] - starts[i], length - first)
+            if num_rows <= 0:
                 continue
-            length = self._lengths[key]
             if key not in self._buffers:
                 self._buffers[key] = features_TF.new_empty(length, features_TF.shape[-1])
                 self._filled[key] = torch.zeros(length, dtype=torch.bool)
-            at = positions[first:last]
-            wanted = at < length
-            rows = features_TF[first:last]
-            if not wanted.all():
-                at, rows = at[wanted], rows[wanted]
-            self._buffers[key][at] = rows
-            self._filled[key][at.cpu()] = True
-            if self.final_states is not None and self.final_states.last is not None:
-                final = self.final_states.last[first:last][wanted]
+            rows, to = slice(starts[i], starts[i] + num_rows), slice(first, first + num_rows)
+            self._buffers[key][to] = features_TF[rows]
+            self._filled[key][to] = True
+            if finals is not None:
                 if key not in self._finals:
-                    self._finals[key] = final.new_empty(length, final.shape[-1])
-                self._finals[key][at] = final
+                    self._finals[key] = finals.new_empty(length, finals.shape[-1])
+                self._finals[key][to] = finals[rows]
 
     def take(
         self,

@@ -258,12 +258,15 @@ class Proposer(DFlashProposer):
         else:
             features = hidden_states[0] if len(hidden_states) == 1 else torch.cat(hidden_states, -1)
         if self.recorder is not None:
+            batch = self.runner.input_batch
+            known = not self.runner.use_async_spec_decode
             self.recorder.observe(
-                request_ids=self.runner.input_batch.req_ids,
+                request_ids=batch.req_ids,
                 query_start_loc=metadata.query_start_loc_cpu,
                 positions=positions,
                 features_TF=features,
                 num_rejected=num_rejected,
+                num_computed=batch.num_computed_tokens_cpu[: batch.num_reqs] if known else None,
             )
         return features
 

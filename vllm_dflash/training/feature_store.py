@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_dflash.files import atomic_path, atomic_write
+from vllm_dflash.training.host_memory import HostMemory
 
 #: A cache shard is closed when it reaches this size.
 SHARD_BYTES = 512 * 2**20
@@ -38,7 +39,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 class FeatureStore:
-    """Features by key, least recently used dropped beyond a memory budget.
+    """Features by key in the host's memory, least recently used dropped beyond a memory budget.
 
     Args:
         budget: bytes kept in memory; at least one entry always is.
@@ -48,6 +49,7 @@ class FeatureStore:
 
     def __init__(self, budget: int, cache_dir: Path | None = None) -> None:
         self.budget, self.cache_dir = budget, cache_dir
+        self._to_host = HostMemory()
         self._memory: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
         self._pending: dict[str, _Entry] = {}
@@ -69,7 +71,10 @@ class FeatureStore:
         return key in self._memory or key in self._pending or key in self._index
 
     def put(self, key: str, features_TF: Tensor, final_TH: Tensor | None = None) -> None:
-        entry = (features_TF, final_TH)
+        entry = (
+            self._to_host(features_TF),
+            None if final_TH is None else self._to_host(final_TH),
+        )
         self._remember(key, entry)
         if self.cache_dir is not None and key not in self._index:
             self._pending[key] = entry

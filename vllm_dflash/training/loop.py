@@ -41,6 +41,7 @@ from vllm_dflash.training.engine import (
     seat_drafter,
 )
 from vllm_dflash.training.feature_store import read_index
+from vllm_dflash.training.host_memory import default_feature_gib
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
@@ -69,7 +70,8 @@ class TrainConfig:
         eval_data: held-out conversations; without it ``holdout`` of the data is kept back.
         epochs: passes over the data; ``max_steps`` cuts or extends them.
         init_from: a drafter to go on from.
-        feature_gib: memory for features in each worker; beyond it they are extracted again.
+        feature_gib: the host's memory for features of each worker; beyond it they are extracted again. None
+            takes half of what is available when a run is first started, shared by the workers.
         max_rejected: share of the rows of the data (and of the held-out data) that may be rejected.
     """
 
@@ -86,7 +88,7 @@ class TrainConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     limit: int | None = None
     fmt: CheckpointFormat = "zlab"
-    feature_gib: float = 4.0
+    feature_gib: float | None = None
     cache_features: Path | None = None
     eval_every: int | None = None
     save_minutes: float = 5.0
@@ -120,6 +122,14 @@ class TrainConfig:
     def rejected_beside(self) -> Path:
         """Where rejected rows are kept of data that no run can begin with."""
         return self.output.with_name(self.output.name + "-rejected.jsonl")
+
+    def with_feature_gib(self) -> TrainConfig:
+        """The same with a number where none is given: that of the run to resume, since it decides which
+        sequences are extracted together."""
+        if self.feature_gib is not None:
+            return self
+        before = None if self.restart else RunFolder.setting(self.run_path, "feature_gib")
+        return replace(self, feature_gib=before or default_feature_gib(self.engine.ranks))
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights, flat: a run is resumed only with the same."""
@@ -339,6 +349,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     check_prompts(config.verifier, conversations, config.engine.extra)
     if held_out:
         check_prompts(config.verifier, held_out, config.engine.extra)
+    config = config.with_feature_gib()
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
     if (summary := finished(config, folder)) is not None:
         reporter.say(
@@ -552,6 +563,7 @@ class _Run:
         if self.config.hparams.loss == "kl":
             width += self.drafter.target_hidden_size or self.drafter.hidden_size
         width *= 4 if self.config.engine.dtype == "float32" else 2
+        assert self.config.feature_gib is not None
         return int(self.config.feature_gib * 2**30) // width
 
     def _resume(self) -> int:

@@ -98,6 +98,12 @@ class RunFolder:
         for name in ("responses.jsonl", "responses-heldout.jsonl"):
             check_log(path / name, _DISCARD)
 
+    @staticmethod
+    def setting(path: Path, key: str) -> Any:
+        """What the run in a folder has for a setting; None where there is no run."""
+        file = path / "run.json"
+        return _read_run(file)["config"].get(key) if file.is_file() else None
+
     def _compare(self, config: dict[str, Any], before: dict[str, Any]) -> None:
         differs = sorted(k for k in config | before if config.get(k) != before.get(k))
         if differs:

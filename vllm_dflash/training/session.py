@@ -28,6 +28,7 @@ from vllm_dflash.serving.verifier import (
 )
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.feature_store import FeatureStore
+from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 from vllm_dflash.training.plan import content_key, owner
 from vllm_dflash.training.ranks import Ranks
@@ -227,9 +228,12 @@ class TrainingSession:
     def train(self, steps: list[tuple[int, list[str]]]) -> list[dict[str, Any]]:
         """Runs the given steps, each over the sequences named; returns their metrics."""
         learner = self._learner()
-        return [
-            learner.step(step, [self._sample(k) for k in self._own(keys)]) for step, keys in steps
-        ]
+        samples = on_device(
+            [keys for _, keys in steps],
+            lambda keys: [self._sample(k) for k in self._own(keys)],
+            learner.device,
+        )
+        return [learner.step(step, mine) for (step, _), mine in zip(steps, samples, strict=True)]
 
     def evaluate(
         self, keys: list[str], num_draft_tokens: int, step_by_step: bool = False
