@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vllm_dflash.checkpoint import load_weights, save_drafter
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
+from vllm_dflash.modeling.losses import dpace_weights
 from vllm_dflash.training import learner as learner_module
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.learner import Learner, Sample, SharedHead, block_targets
@@ -54,6 +55,12 @@ def make_learner(config=CONFIG, head=None, total_steps: int = 100, **hparams) ->
     made = Learner(config, replace(HPARAMS, **hparams), head, total_steps)
     made.verifier_logits = lambda states: states @ head.verifier_lm_head.T
     return made
+
+
+def forward(learner: Learner, sample: Sample, anchors: list[int]):
+    """Logits ``[A, K, V]``, labels and validity ``[A, K]``."""
+    hidden, labels, valid = learner._forward([sample], [anchors])
+    return learner.head.logits(learner.drafter, hidden), labels, valid
 
 
 def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
@@ -219,7 +226,7 @@ def test_accepted_counts_the_prefix_only():
     learner = make_learner()
     sample = make_sample(1)
     with torch.no_grad():
-        logits, labels, valid = learner._forward([sample], [learner.pick_anchors(0, sample)])
+        logits, labels, valid = forward(learner, sample, learner.pick_anchors(0, sample))
     right = (logits.argmax(-1) == labels) & valid
     want = 0
     for row in right.tolist():
@@ -244,9 +251,9 @@ def test_float32_computes_in_float32(monkeypatch):
     sample = replace(make_sample(1), features_TF=make_sample(1).features_TF.bfloat16())
     real = learner_module.block_loss
 
-    def block_loss(logits, *args, **kwargs):
-        seen.append((logits.dtype, torch.is_autocast_enabled("cpu")))
-        return real(logits, *args, **kwargs)
+    def block_loss(hidden, *args, **kwargs):
+        seen.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
+        return real(hidden, *args, **kwargs)
 
     monkeypatch.setattr(learner_module, "block_loss", block_loss)
     learner.step(0, [sample])
@@ -272,7 +279,7 @@ def test_kl_learns_the_verifiers_distribution():
     # It has learned the verifier's most likely tokens, not the recorded ones.
     sample = samples[0]
     with torch.no_grad():
-        logits, _, valid = learner._forward([sample], [[4]])
+        logits, _, valid = forward(learner, sample, [4])
     want = learner.head.logits(learner.drafter, sample.final_TH[4:7]).argmax(-1)
     assert logits[0].argmax(-1)[valid[0]].tolist() == want.tolist()
 
@@ -283,7 +290,7 @@ def test_kl_is_against_the_verifiers_head_not_the_drafters_own():
     )
     learner = make_learner(head=head, loss="kl")
     sample = make_sample(1, final=True)
-    got = learner._verifier_logits([sample], [[4, 5]])
+    got = learner._verifier_logits([sample], [[4, 5]])(slice(None))
     want = sample.final_TH[torch.tensor([[4, 5, 6], [5, 6, 7]])] @ make_head().lm_head.T
     torch.testing.assert_close(got, want)
 
@@ -297,7 +304,7 @@ def test_kl_needs_what_the_verifier_makes_of_its_head():
     """lm_head alone says nothing of caps, scales and biases."""
     learner = make_learner(loss="kl")
     learner.verifier_logits = lambda states: 2 * torch.tanh(states @ make_head().lm_head.T / 2)
-    got = learner._verifier_logits([make_sample(1, final=True)], [[4, 5]])
+    got = learner._verifier_logits([make_sample(1, final=True)], [[4, 5]])(slice(None))
     assert got.abs().max() <= 2
     learner.verifier_logits = None
     with pytest.raises(ValueError, match="needs the verifier's logits"):
@@ -310,7 +317,7 @@ def test_kl_needs_what_the_verifier_makes_of_its_head():
 def test_tokens_outside_the_draft_vocabulary_end_the_block():
     learner = make_learner(CONFIG.with_(draft_vocab_size=6), make_head([0, 2, 5, 7, 11, 30]))
     sample = replace(make_sample(1), token_ids=[1, 1, 1, 1, 2, 5, 7, 9, 11, 0, 30, 30, 3, 2])
-    logits, labels, valid = learner._forward([sample], [[4, 5, 8, 10, 11]])
+    logits, labels, valid = forward(learner, sample, [4, 5, 8, 10, 11])
     assert logits.shape == (5, 3, 6)
     assert valid.tolist() == [
         [True, True, False],  # 5 7 | 9
@@ -526,3 +533,74 @@ def test_evaluating_leaves_training_alone():
     with torch.no_grad():
         served.fc.weight.zero_()
     assert_same(snapshot(learner), before)
+
+
+# ---- parts of a step ----
+
+
+def test_parts_of_a_step_hold_so_many_anchors_and_lose_none():
+    samples = [make_sample(s) for s in (1, 2, 3)]
+    anchors = [[4, 5, 6, 7, 8], [5], [4, 6, 9]]
+    learner = make_learner()
+    assert list(learner._parts(samples, anchors)) == [(samples, anchors)]
+    for limit in range(1, 11):
+        learner.anchors_in_flight = limit
+        parts = list(learner._parts(samples, anchors))
+        sizes = [sum(map(len, groups)) for _, groups in parts]
+        assert sizes[:-1] == [limit] * (len(sizes) - 1)
+        assert 0 < sizes[-1] <= limit
+        got = [(s.key, p) for part in parts for s, g in zip(*part, strict=True) for p in g]
+        want = [(s.key, p) for s, g in zip(samples, anchors, strict=True) for p in g]
+        assert got == want
+    assert list(learner._parts([], [])) == []
+
+
+@pytest.mark.parametrize("loss", ["dpace", "ce", "kl"])
+@pytest.mark.parametrize("in_flight", [1, 5])
+def test_a_step_in_parts_is_the_step(loss, in_flight):
+    samples = [make_sample(s, length=20, final=True) for s in (1, 2)]
+    whole, parts = make_learner(loss=loss), make_learner(loss=loss)
+    parts.anchors_in_flight = in_flight
+    for i in range(3):
+        want, got = whole.step(i, samples), parts.step(i, samples)
+        assert got.pop("loss") == pytest.approx(want.pop("loss"), rel=1e-5)
+        assert got.pop("grad_norm") == pytest.approx(want.pop("grad_norm"), rel=1e-4)
+        assert got == want
+    for name, weight in snapshot(whole).items():
+        torch.testing.assert_close(snapshot(parts)[name], weight, rtol=0, atol=2e-4)
+
+
+def test_a_step_is_that_of_the_plain_loss():
+    """Gradients of all logits at once by autograd, clipped by torch, and AdamW."""
+    samples = [make_sample(s, length=20) for s in (1, 2)]
+    learner, plain = make_learner(clip=0.5), make_learner(clip=0.5)
+    got = learner.step(0, samples)
+    anchors = [plain.pick_anchors(0, s) for s in samples]
+    hidden, labels, valid = plain._forward(samples, anchors)
+    logits = plain.head.logits(plain.drafter, hidden)
+    ce = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    ).view(labels.shape)
+    weights = dpace_weights(torch.exp(-ce.detach()), valid, 0.5)
+    loss = (ce * weights).sum() / weights.sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.drafter.parameters(), 0.5)
+    assert got["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert got["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert got["grad_norm"] > 0.5
+    for group in plain.optimizers["adamw"].param_groups:
+        group["lr"] = plain.lr_at(0)
+    plain.optimizers["adamw"].step()
+    for name, weight in snapshot(plain).items():
+        torch.testing.assert_close(snapshot(learner)[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sequence_that_goes_wrong_in_a_later_part_changes_nothing():
+    learner = make_learner()
+    learner.anchors_in_flight = 3
+    broken = make_sample(2)
+    broken.features_TF[2, 3] = math.nan
+    before = snapshot(learner)
+    assert learner.step(0, [make_sample(1), broken])["bad"] == ["s2"]
+    assert_same(snapshot(learner), before)
+    assert all(p.grad is None for p in learner.drafter.parameters())

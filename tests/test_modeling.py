@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from vllm_dflash.config import FULL, SLIDING, DrafterConfig
 from vllm_dflash.modeling import blocks
 from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter, RotaryEmbedding
-from vllm_dflash.modeling.losses import block_loss, decay_weights, default_gamma, dpace_weights
+from vllm_dflash.modeling.losses import decay_weights, default_gamma, dpace_weights
 
 CONFIG = DrafterConfig(
     hidden_size=24,
@@ -422,81 +421,3 @@ def test_decay_weights():
     got = decay_weights(15, 7.0)
     assert got.tolist() == pytest.approx([math.exp(-k / 7) for k in range(15)], rel=1e-6)
     assert [default_gamma(b) for b in (16, 10, 8, 12)] == [7.0, 5.0, 4.0, 6.0]
-
-
-def logits_and_labels(seed: int = 0, num_anchors: int = 5, num_draft: int = 4, vocab: int = 9):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_anchors, num_draft, vocab, generator=generator, requires_grad=True)
-    labels = torch.randint(vocab, (num_anchors, num_draft), generator=generator)
-    lengths = torch.tensor([4, 3, 0, 1, 4])
-    return logits, labels, torch.arange(num_draft) < lengths.unsqueeze(1)
-
-
-@pytest.mark.parametrize("loss", ["ce", "dpace"])
-def test_weighted_cross_entropy(loss):
-    logits, labels, valid = logits_and_labels()
-    got, ce = block_loss(logits, labels, valid, loss=loss, gamma=3.0, alpha=0.25)
-    rows = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(5, 4)
-    if loss == "ce":
-        weights = decay_weights(4, 3.0).expand(5, 4) * valid
-    else:
-        weights = dpace_weights(torch.exp(-rows.detach()), valid, 0.25)
-    torch.testing.assert_close(got, (rows * weights).sum() / weights.sum())
-    torch.testing.assert_close(ce, torch.where(valid, rows, torch.zeros(())).detach())
-    assert not ce.requires_grad
-
-
-def test_kl_is_zero_where_the_verifier_agrees():
-    logits, labels, valid = logits_and_labels()
-    same = logits.detach() + 3.0  # a constant changes no distribution
-    got, _ = block_loss(logits, labels, valid, loss="kl", verifier_logits_AKV=same)
-    assert float(got.detach()) == pytest.approx(0, abs=1e-6)
-    got.backward()
-    assert logits.grad.abs().max() < 1e-6
-
-
-def test_kl_by_its_definition():
-    logits, labels, valid = logits_and_labels()
-    verifier, _, _ = logits_and_labels(seed=1)
-    got, _ = block_loss(
-        logits, labels, valid, loss="kl", gamma=2.0, verifier_logits_AKV=verifier.detach()
-    )
-    q, p = logits.softmax(-1), verifier.softmax(-1)
-    rows = (p * (p / q).log()).sum(-1)
-    weights = decay_weights(4, 2.0) * valid
-    torch.testing.assert_close(got, (rows * weights).sum() / weights.sum())
-
-
-@pytest.mark.parametrize("loss", ["ce", "dpace", "kl"])
-def test_invalid_positions_have_no_gradient(loss):
-    logits, labels, valid = logits_and_labels()
-    verifier = logits_and_labels(seed=1)[0].detach()
-    verifier[~valid] = float("nan")
-    labels = torch.where(valid, labels, torch.full_like(labels, -1))
-    total, _ = block_loss(logits, labels, valid, loss=loss, verifier_logits_AKV=verifier)
-    assert torch.isfinite(total)
-    total.backward()
-    moved = logits.grad.abs().sum(-1) > 0
-    assert torch.equal(moved, valid)
-
-
-@pytest.mark.parametrize("loss", ["ce", "dpace", "kl"])
-def test_nothing_valid(loss):
-    logits, labels, valid = logits_and_labels()
-    total, ce = block_loss(
-        logits,
-        labels,
-        torch.zeros_like(valid),
-        loss=loss,
-        verifier_logits_AKV=logits.detach() + torch.randn(9),
-    )
-    total.backward()
-    assert (float(total.detach()), float(ce.sum()), float(logits.grad.abs().sum())) == (0, 0, 0)
-
-
-def test_loss_errors():
-    logits, labels, valid = logits_and_labels()
-    with pytest.raises(ValueError, match="verifier's logits"):
-        block_loss(logits, labels, valid, loss="kl")
-    with pytest.raises(ValueError, match="'mse'"):
-        block_loss(logits, labels, valid, loss="mse")  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def our_logits(folder: Path, vocabulary, sample: Sample, anchors: list[int]) -> 
     learner = Learner(config, Hyperparameters(autocast="float32"), head, 1)
     learner.load_drafter(weights)
     with torch.no_grad():
-        return learner._forward([sample], [anchors])[0]
+        return head.logits(learner.drafter, learner._forward([sample], [anchors])[0])
 
 
 def their_logits(model, sample: Sample, anchors: list[int]) -> torch.Tensor:

@@ -98,9 +98,14 @@ def test_rows_of_padding_are_never_targets() -> None:
         assert got.softmax(-1)[:, padding].max() == 0
         drafted = torch.randn(6, 1, len(padding), requires_grad=True)
         labels = torch.zeros(6, 1, dtype=torch.int64)
-        loss, _ = block_loss(
-            drafted, labels, labels == 0, loss="kl", verifier_logits_AKV=got.unsqueeze(1)
-        )
+        loss = block_loss(
+            drafted,
+            torch.eye(len(padding)),
+            labels,
+            labels == 0,
+            loss="kl",
+            verifier_logits=got.unsqueeze(1).__getitem__,
+        ).total
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(drafted.grad).all()
@@ -144,7 +149,7 @@ assert set(dict(engine.extract({"a": ids["tokens"]})).values()) == {None}
 session = engine.engine.collective_rpc(lambda w: w._vllm_dflash_session)[0]
 sample = session._sample("a")
 with torch.autocast("cpu", torch.bfloat16):
-    got = session.learner._verifier_logits([sample], [ids["anchors"]])
+    got = session.learner._verifier_logits([sample], [ids["anchors"]])(slice(None))
 save_file({"targets": got.contiguous()}, out)
 """
 #: model_type -> what its configuration adds; how far its logits are from the projection's alone.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,13 @@ class SharedHead:
             embeds = torch.where(is_mask, self.mask_embedding.to(embeds), embeds)
         return embeds
 
-    def logits(self, drafter: Drafter, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def projection(self, drafter: Drafter) -> Tensor:
+        """The output projection ``[V, H]``; a parameter where the drafter learns its own."""
+        return self.lm_head if drafter.lm_head is None else drafter.lm_head.weight
+
+    def logits(self, drafter: Drafter, hidden: Tensor) -> Tensor:
         """Draft-vocabulary logits ``[..., V]`` of the drafter's hidden states ``[..., H]``."""
-        weight = self.lm_head if drafter.lm_head is None else drafter.lm_head.weight
-        weight = weight if dtype is None else weight.to(dtype)
+        weight = self.projection(drafter).to(hidden.dtype)
         # One GEMM over all rows: for a strided view F.linear copies the weight once per batch row.
         flat = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
         return flat.view(*hidden.shape[:-1], -1)
@@ -161,6 +164,8 @@ class Learner:
         ranks: the workers that train it together.
         verifier_logits: draft-vocabulary logits ``[N, V]`` that the verifier samples from, by its final
             states ``[N, H]``; for the kl loss. lm_head alone does not tell: verifiers cap and scale them.
+        anchors_in_flight: anchors whose activations are alive at once; a step of more adds up its parts'
+            gradients. None for all.
     """
 
     def __init__(
@@ -172,9 +177,11 @@ class Learner:
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
         verifier_logits: Callable[[Tensor], Tensor] | None = None,
+        anchors_in_flight: int | None = None,
     ) -> None:
         self.config, self.hparams, self.head = config, hparams, head
         self.verifier_logits = verifier_logits
+        self.anchors_in_flight = anchors_in_flight
         self.total_steps = total_steps
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
@@ -255,21 +262,22 @@ class Learner:
             in which case the weights are as before.
         """
         samples = [s for s in samples if s.anchor_candidates()]
-        loss, own = self._loss(samples, [self.pick_anchors(step, s) for s in samples])
+        own = self._none()
+        own["tokens"] = sum(s.features_TF.shape[0] for s in samples)
+        own["keys"] = tuple(s.key for s in samples)
+        for part in self._parts(samples, [self.pick_anchors(step, s) for s in samples]):
+            own |= {n: _added([own[n], more]) for n, more in self._learn(*part).items()}
         parts = self.ranks.gather(own)
-        keys, bad = (sorted(k for p in parts for k in p.pop(n)) for n in ("keys", "bad"))
+        keys, bad = (sorted({k for p in parts for k in p.pop(n)}) for n in ("keys", "bad"))
         if not keys:
             return {"step": step, "anchors": 0, "bad": []}
         whole = {name: _added([p[name] for p in parts]) for name in parts[0]}
+        weight = max(whole.pop("weight"), 1e-9)
+        whole["loss"] /= weight
         lr = self.lr_at(step)
         grad_norm = float("nan")
         if not bad and math.isfinite(whole["loss"]):
-            if loss is not None:
-                loss.backward()
-            self._sum_gradients()
-            grad_norm = float(
-                torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.hparams.clip)
-            )
+            grad_norm = self._finish_gradients(weight)
         if math.isfinite(grad_norm):
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
@@ -282,54 +290,65 @@ class Learner:
             optimizer.zero_grad(set_to_none=True)
         return {"step": step, "lr": lr, "grad_norm": grad_norm, "bad": bad, **whole}
 
-    def _loss(
+    def _none(self) -> dict[str, Any]:
+        """What of a step's figures no anchors give; each kind adds up."""
+        none = [0] * self.num_draft_tokens
+        figures = {"loss": 0.0, "weight": 0.0, "anchors": 0, "tokens": 0, "accepted": 0}
+        return {**figures, "right": none, "valid": none, "keys": (), "bad": ()}
+
+    def _parts(
         self, samples: Sequence[Sample], anchors: list[list[int]]
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """This rank's part of the step's loss, and of its metrics (which add up)."""
-        if not samples:
-            self._total_weight(torch.zeros(()))
-            none = [0] * self.num_draft_tokens
-            return None, {
-                "loss": 0.0,
-                "anchors": 0,
-                "tokens": 0,
-                "right": none,
-                "valid": none,
-                "accepted": 0,
-                "keys": [],
-                "bad": [],
-            }
+    ) -> Iterator[tuple[list[Sample], list[list[int]]]]:
+        """Cuts a step into parts of ``anchors_in_flight``, sequence by sequence."""
+        limit = self.anchors_in_flight or sum(map(len, anchors))
+        some: list[tuple[Sample, list[int]]] = []
+        room = limit
+        for sample, group in zip(samples, anchors, strict=True):
+            while group:
+                some.append((sample, group[:room]))
+                room, group = room - len(group[:room]), group[room:]
+                if room == 0:
+                    yield [s for s, _ in some], [g for _, g in some]
+                    some, room = [], limit
+        if some:
+            yield [s for s, _ in some], [g for _, g in some]
+
+    def _learn(self, samples: Sequence[Sample], anchors: list[list[int]]) -> dict[str, Any]:
+        """Adds the gradients of a part of a step, not yet divided by the step's weight; its figures."""
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.hparams.autocast == "bfloat16"
         ):
-            logits_AKV, labels_AK, valid_AK = self._forward(samples, anchors)
-            loss, ce_AK = block_loss(
-                logits_AKV,
+            hidden_AKH, labels_AK, valid_AK = self._forward(samples, anchors)
+            loss = block_loss(
+                hidden_AKH,
+                self.head.projection(self.drafter),
                 labels_AK,
                 valid_AK,
                 loss=self.hparams.loss,
                 gamma=self.gamma,
                 alpha=self.hparams.alpha,
-                verifier_logits_AKV=self._verifier_logits(samples, anchors),
-                total_weight=self._total_weight,
+                verifier_logits=self._verifier_logits(samples, anchors),
             )
-        right_AK = (logits_AKV.detach().argmax(-1) == labels_AK) & valid_AK
+        loss.total.backward()
+        right_AK = loss.right_AK
         owners = [i for i, group in enumerate(anchors) for _ in group]
-        return loss, {
-            "loss": float(loss.detach()),
+        return {
+            "loss": float(loss.total.detach()),
+            "weight": float(loss.weight),
             "anchors": len(owners),
-            "tokens": sum(s.features_TF.shape[0] for s in samples),
+            "accepted": int(right_AK.long().cumprod(-1).sum()),
             "right": right_AK.sum(0).tolist(),
             "valid": valid_AK.sum(0).tolist(),
-            "accepted": int((right_AK & valid_AK).long().cumprod(-1).sum()),
-            "keys": [s.key for s in samples],
-            "bad": sorted({samples[owners[a]].key for a in _non_finite_rows(ce_AK)}),
+            "bad": tuple({samples[owners[a]].key for a in _non_finite_rows(loss.ce_AK)}),
         }
 
-    def _total_weight(self, weight: Tensor) -> Tensor:
-        if self.ranks.size == 1:
-            return weight
-        return weight.new_tensor(sum(self.ranks.gather(float(weight))))
+    def _finish_gradients(self, weight: float) -> float:
+        """Sums the gradients of all ranks, makes the sum a mean, clips it; the norm that it had."""
+        self._sum_gradients()
+        grads = [p.grad for p in self.drafter.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) / weight
+        torch._foreach_mul_(grads, min(1.0, self.hparams.clip / (norm + 1e-6)) / weight)
+        return norm
 
     def _sum_gradients(self) -> None:
         if self.ranks.size == 1:
@@ -345,7 +364,7 @@ class Learner:
     def _forward(
         self, samples: Sequence[Sample], anchors: list[list[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[A, K, V]``, draft-vocabulary labels and validity ``[A, K]``."""
+        """Final hidden states ``[A, K, H]``, draft-vocabulary labels and validity ``[A, K]``."""
         config = self.config
         # Features behind a sequence's last anchor are seen by nobody.
         lengths = [max(group) for group in anchors]
@@ -363,9 +382,7 @@ class Learner:
         if self.hparams.autocast == "float32":
             features, embeds = features.float(), embeds.float()
         hidden_ABH = self.drafter(embeds, features, layout.context_positions_T, layout)
-        dtype = torch.float32 if self.hparams.autocast == "float32" else None
-        logits_AKV = self.head.logits(self.drafter, hidden_ABH[:, first:], dtype)
-        return logits_AKV, labels_AK, valid_AK
+        return hidden_ABH[:, first:], labels_AK, valid_AK
 
     def _block_embeds(
         self,
@@ -386,8 +403,8 @@ class Learner:
 
     def _verifier_logits(
         self, samples: Sequence[Sample], anchors: list[list[int]]
-    ) -> Tensor | None:
-        """The verifier's draft-vocabulary logits ``[A, K, V]`` at the drafted positions, for kl.
+    ) -> Callable[[slice], Tensor] | None:
+        """The verifier's draft-vocabulary logits ``[a, K, V]`` at a slice of the anchors, for kl.
 
         They are as it samples from them. The drafter's have neither cap nor scale: vLLM samples drafts from
         what its lm_head gives, also where that is the verifier's.
@@ -402,13 +419,17 @@ class Learner:
             # Token p + 1 + k is predicted by the final state of position p + k.
             at = torch.tensor(group).unsqueeze(1) + torch.arange(num_draft)
             rows.append(sample.final_TH[at.clamp_max(sample.final_TH.shape[0] - 1)])
-        if self.verifier_logits is None:
+        of_states = self.verifier_logits
+        if of_states is None:
             raise ValueError("the kl loss needs the verifier's logits")
         final_AKH = torch.cat(rows)
-        # In the verifier's own precision, whatever the drafter's is.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            logits = self.verifier_logits(final_AKH.flatten(0, 1))
-        return logits.view(*final_AKH.shape[:2], -1)
+
+        def logits(part: slice) -> Tensor:
+            # In the verifier's own precision, whatever the drafter's is.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return of_states(final_AKH[part].flatten(0, 1)).unflatten(0, (-1, num_draft))
+
+        return logits
 
     def _update_ema(self) -> None:
         if self.ema is None:
@@ -447,7 +468,7 @@ class Learner:
                 layout = BlockLayout.build([group], [length], width, self.device)
                 embeds = self._block_embeds(drafter, [sample], [group], width).to(dtype)
                 hidden = drafter(embeds, features[:length], layout.context_positions_T, layout)
-                logits = self.head.logits(drafter, hidden[:, 0 if from_anchor else 1 :], dtype)
+                logits = self.head.logits(drafter, hidden[:, 0 if from_anchor else 1 :])
                 drafted = self.head.tokens(logits.argmax(-1))
                 tokens, valid = block_targets([sample], [group], num_draft_tokens)
                 matches += ((drafted.cpu() == tokens) & valid).tolist()
@@ -542,10 +563,10 @@ def block_targets(
 
 
 def _added(parts: Sequence[Any]) -> Any:
-    """The sum of numbers, or of lists of them position by position."""
+    """The sum of numbers, or of lists of them position by position; tuples are joined."""
     if isinstance(parts[0], list):
         return [sum(column) for column in zip(*parts, strict=True)]
-    return sum(parts)
+    return sum(parts, start=type(parts[0])())
 
 
 def _non_finite_rows(ce_AK: Tensor) -> list[int]:
