@@ -1,5 +1,7 @@
 """vLLM's V2 model runner on a machine without a GPU: its Triton kernels run in Triton's interpreter.
 
+As a script it is ``vllm-dflash`` on that runner: ``python interpreted_v2.py train ...``.
+
 ``install()`` must run before anything imports Triton or vLLM, in every process: in the tests
 VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps it at one (else call it outside ``if __name__ == "__main__"``).
 Kernels then run as NumPy, some 5 to 30 ms each: enough to test tiny models, useless for anything else. Needs
@@ -68,3 +70,10 @@ def install() -> None:
     # vllm.triton_utils.importing.HAS_TRITON: a CPU build of vLLM wants a backend of this name, no more.
     _mend_masks()
     backends["cpu"] = Backend(compiler=None, driver=_NoDriver)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    install()
+    from vllm_dflash.cli import main
+
+    main()

@@ -84,7 +84,7 @@ RUNNER = "vllm.v1.worker.gpu_model_runner"
         ("vllm.model_executor.models.interfaces", "    supports_eagle3: ClassVar",
          "    version: ClassVar[int] = 3\n    supports_eagle3: ClassVar", "also asks for version"),
         ("vllm.compilation.decorators", "do_not_compile", "skip_compile", "no longer sets do_not_compile"),
-        ("vllm.envs", '"VLLM_USE_V2_MODEL_RUNNER"', '"VLLM_RUNNER"', "no VLLM_USE_V2_MODEL_RUNNER"),
+        ("vllm.envs", '"VLLM_ENABLE_V1_MULTIPROCESSING"', '"VLLM_IN_ONE"', "no VLLM_ENABLE_V1_MULTI"),
     ],
 )  # fmt: skip
 def test_what_a_vllm_lacks_is_named(contract, module, old, new, message) -> None:

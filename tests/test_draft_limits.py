@@ -51,6 +51,12 @@ class Scheduler:
         self.requests[request.request_id] = request
         self.running.append(request)
 
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        self.placeholders = [-1] * scheduler_output.num_spec_tokens_to_schedule
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        self.drafts = draft_token_ids
+
     def schedule(self) -> dict[str, int]:
         return {r.request_id: len(r.spec_token_ids) for r in self.running}
 
@@ -120,3 +126,18 @@ def test_given_log_probabilities(v2) -> None:
     made.running.pop()
     made.running[0].spec_token_ids = [1, 2]
     assert made.schedule() == {"greedy": 2}
+
+
+def test_no_step_drafts_while_features_are_recorded() -> None:
+    scheduler = adopted(Scheduler())
+    for drafting, drafts, num_drafts in (
+        (True, "first", 4),
+        (False, "second", 0),
+        (True, "third", 4),
+    ):
+        scheduler.drafting, scheduler.drafts = drafting, None
+        output = SimpleNamespace(num_spec_tokens_to_schedule=4)
+        scheduler._update_after_schedule(output)
+        scheduler.update_draft_token_ids(drafts)
+        assert output.num_spec_tokens_to_schedule == len(scheduler.placeholders) == num_drafts
+        assert scheduler.drafts == (drafts if drafting else None)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder, check_features
 from vllm_dflash.serving.verifier import FinalStates
@@ -253,23 +252,26 @@ def test_dtype_is_the_verifiers():
 
 
 def test_final_states_follow_the_features():
-    class Verifier(nn.Module):
-        def forward(self, x):
-            return x, [x]
+    class Runner:
+        execute_model_state = None
 
-    model = Verifier()
+        def execute_model(self, x):
+            self.execute_model_state = None if x is None else SimpleNamespace(hidden_states=x)
+            return "output"
+
+    runner = Runner()
     recorder = watching(a=4, b=2)
-    recorder.final_states = FinalStates(model)
+    recorder.final_states = FinalStates(runner)
     for parts in ([("a", 0, 2), ("b", 0, 2)], [("a", 2, 3)]):
         rows = [feature(k, p, 2) for k, first, n in parts for p in range(first, first + n)]
-        model(torch.tensor(rows))
+        padding = [[9.0, 9.0]]  # of a CUDA graph larger than the batch
+        assert runner.execute_model(torch.tensor(rows + padding)) == "output"
         step(recorder, *parts)
     for key, length in (("a", 4), ("b", 2)):
         features, final = recorder.take(key)
         assert torch.equal(features, rows_of(key, length))
         assert torch.equal(final, rows_of(key, length, width=2))
-    recorder.final_states.remove()
-    model(torch.zeros(1, 2))
+    runner.execute_model(None)  # nothing was scheduled
     assert recorder.final_states.last is None
 
 

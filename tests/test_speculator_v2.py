@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from vllm_dflash.options import Options
 from vllm_dflash.serving import speculator_v2
+from vllm_dflash.serving.features import FeatureRecorder
 from vllm_dflash.serving.tap import FeatureTap
 
 
@@ -38,6 +40,7 @@ def test_adopted_speculators_hand_on_what_they_see(cls) -> None:
         req_ids=["a"],
         query_start_loc_np=torch.tensor([0, 3, 3]).numpy(),
         positions=torch.arange(8),
+        num_draft_tokens=2,
     )
     aux = [torch.ones(4, 2), torch.zeros(4, 2)]
     assert speculator.propose(batch, None, aux, num_rejected=torch.tensor([1, 0])) is aux
@@ -45,6 +48,9 @@ def test_adopted_speculators_hand_on_what_they_see(cls) -> None:
     (given,) = seen
     assert given["features_TF"].shape == (3, 4)
     assert given["num_rejected"].tolist() == [1]
+    batch.num_draft_tokens = 0
+    speculator.propose(batch, None, aux, torch.tensor([0]))
+    assert seen[-1]["num_rejected"] is None  # nothing to wait for
 
 
 def test_features_of_the_tap_replace_its_mark() -> None:
@@ -71,7 +77,14 @@ class Drafting:
         self.calls: list[str] = []
         self.draft_tokens = torch.zeros(4, 7)
 
-    def propose(self, input_batch, num_rejected=None, dummy_run=False, is_profile=False):
+    def propose(
+        self,
+        input_batch,
+        aux_hidden_states=None,
+        num_rejected=None,
+        dummy_run=False,
+        is_profile=False,
+    ):
         self.calls.append("eager" if is_profile else "graph")
         self._prepare_eplb_forward(1)
         self._generate_draft(self._build_uniform_attn_metadata())
@@ -106,6 +119,26 @@ def test_no_query_pass_where_nothing_is_wanted() -> None:
     speculator.dummy_drafts = False
     assert speculator.propose(batch, dummy_run=True).shape == (2, 7)
     assert speculator.calls == []
+
+
+def test_features_without_drafting() -> None:
+    """Rows of padding, of a graph larger than the batch, are no features."""
+    speculator = Drafting()
+    speculator_v2.adopt(speculator, Options(ops=False))
+    speculator.recorder, speculator.drafting = FeatureRecorder(), False
+    speculator.recorder.watch({"a": 3, "b": 2})
+    speculator.tap = FeatureTap(nn.Module(), torch.rand(8, 6))
+    batch = SimpleNamespace(
+        num_reqs=2, num_tokens=5, num_draft_tokens=0, req_ids=["b-12345678", "a-12345678"],
+        query_start_loc_np=np.array([0, 2, 5, 5]), positions=torch.tensor([0, 1, 0, 1, 2, 7, 7, 7]),
+    )  # fmt: skip
+    given = {"aux_hidden_states": [torch.zeros(8, 1)], "num_rejected": torch.zeros(3)}
+    assert speculator.propose(batch, **given).shape == (2, 7)
+    assert speculator.calls == []
+    assert torch.equal(speculator.recorder.take("b")[0], speculator.tap.features[:2])
+    assert torch.equal(speculator.recorder.take("a")[0], speculator.tap.features[2:5])
+    speculator.propose(batch, dummy_run=True)
+    assert "query" in speculator.calls  # vLLM's own runs are whole
 
 
 def test_a_tap_that_nothing_writes_is_an_error() -> None:

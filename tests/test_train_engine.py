@@ -20,15 +20,21 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.engine
 
 FEATURES_SCRIPT = """
-import json, sys
+import json, os, sys, weakref
+
+job = json.load(open(sys.argv[1]))
+if job["interpreted"]:
+    import interpreted_v2
+    interpreted_v2.install()
+    del os.environ["VLLM_USE_V2_MODEL_RUNNER"]  # vLLM chooses it by itself
 from safetensors.torch import save_file
 from vllm_dflash.training.config import EngineOptions, Hyperparameters
 from vllm_dflash.training.engine import VerifierEngine
 
-job = json.load(open(sys.argv[1]))
 options = EngineOptions(
     dtype="float32", max_len=160, max_num_seqs=job["seqs"], max_num_batched_tokens=job["budget"]
 )
+before = dict(os.environ)
 engine = VerifierEngine(job["verifier"], job["seat"], options)
 loss = Hyperparameters(loss="kl").as_dict()
 config = json.load(open(job["seat"] + "/config.json"))
@@ -42,7 +48,15 @@ for key in examples:
     sample = session._sample(key)
     out[key], out["final/" + key] = sample.features_TF.contiguous(), sample.final_TH.contiguous()
 save_file(out, sys.argv[2])
-json.dump(problems, open(sys.argv[2] + ".json", "w"))
+runner = type(session.runner).__module__
+held = (session, session.verifier, session.learner, session.source, session.source.model, session.source.tap)
+held = {type(x).__name__: weakref.ref(x) for x in (*held, session.runner, session.recorder)}
+del session, sample
+engine.close()
+left = [name for name, ref in held.items() if ref() is not None]
+changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
+result = {"problems": problems, "runner": runner, "held": len(held), "left": left, "changed": sorted(changed)}
+json.dump(result, open(sys.argv[2] + ".json", "w"))
 """
 
 
@@ -62,33 +76,43 @@ def conversations(prompts) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("seqs", "budget"),
-    [(4, 32), pytest.param(64, 4096, marks=pytest.mark.slow)],
-    ids=["chunked", "at once"],
+    ("seqs", "budget", "runner"),
+    [
+        (4, 32, "cpu_model_runner"),
+        pytest.param(4, 32, "cpu.model_runner", marks=pytest.mark.long),
+        pytest.param(64, 4096, "cpu_model_runner", marks=pytest.mark.slow),
+    ],
+    ids=["chunked", "chunked, V2", "at once"],
 )
-def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budget) -> None:
-    """Features of the seam, and the final states of the kl loss, against ``hidden_states``."""
+def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budget, runner) -> None:
+    """Features of the seam, and the final states of the kl loss, against ``hidden_states``; then the engine
+    is closed, and neither models nor changes of the environment stay."""
     from transformers import AutoModelForCausalLM
 
-    seat = tiny.make_drafter(folder / f"seat-{seqs}", verifier, draft_block_size=2)
+    name = f"{seqs}-{runner}"
+    seat = tiny.make_drafter(folder / f"seat-{name}", verifier, draft_block_size=2)
     script = folder / "features.py"
     script.write_text(FEATURES_SCRIPT)
     job = {
         "verifier": str(verifier),
         "seat": str(seat),
+        "interpreted": runner == "cpu.model_runner",
         "seqs": seqs,
         "budget": budget,
         "examples": list(conversations.items()),
     }
     (folder / "features.json").write_text(json.dumps(job))
-    out = folder / f"features-{seqs}.safetensors"
+    out = folder / f"features-{name}.safetensors"
     subprocess.run(
         [sys.executable, script, folder / "features.json", out],
-        env=tiny.environment(),
+        env=tiny.environment(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path])),
         check=True,
         timeout=300,
     )
-    assert set(json.loads(Path(f"{out}.json").read_text()).values()) == {None}
+    result = json.loads(Path(f"{out}.json").read_text())
+    assert set(result["problems"].values()) == {None}
+    assert result["runner"] == f"vllm.v1.worker.{runner}"
+    assert (result["held"], result["left"], result["changed"]) == (8, [], [])
     got = load_file(out)
     layers = json.loads((seat / "config.json").read_text())["dflash_config"]["target_layer_ids"]
     assert layers == [0, 2, 3]

@@ -77,6 +77,8 @@ def limiting(cls: type) -> type:
         #: Requests with ``logprob_token_ids`` on the V2 runner, whose rejection sampler does not return them:
         #: while there are any, nobody has drafts. None on the V1 runner, whose sampler is mended.
         scored: set[str] | None = None
+        #: False ends every step without a draft pass.
+        drafting = True
 
         def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
             super().add_request(request, *args, **kwargs)
@@ -102,6 +104,16 @@ def limiting(cls: type) -> type:
                     # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                     request.spec_token_ids = list(drafts[:most])
             return super().schedule(*args, **kwargs)
+
+        def _update_after_schedule(self, scheduler_output: Any) -> None:
+            if not self.drafting:
+                scheduler_output.num_spec_tokens_to_schedule = 0
+            super()._update_after_schedule(scheduler_output)
+
+        def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+            # vLLM 0.31 names as many as ever on the V2 runner.
+            if self.drafting:
+                super().update_draft_token_ids(draft_token_ids)
 
     Limiting.__name__ = Limiting.__qualname__ = cls.__name__
     Limiting.__module__ = cls.__module__

@@ -83,7 +83,8 @@ def _patch_v2_speculator(module: ModuleType) -> None:
         from vllm_dflash.serving.speculator_v2 import make_speculator
 
         speculator = make_speculator(vllm_config, make)
-        serving[:] = [vllm_config, speculator]
+        # Not the speculator: what is kept here outlives the engine.
+        serving[:] = [vllm_config, speculator.device]
         return speculator
 
     @functools.wraps(set_layers)
@@ -92,8 +93,7 @@ def _patch_v2_speculator(module: ModuleType) -> None:
         if serving and spec_config.method == "dflash":
             from vllm_dflash.serving.adapter import adapt_verifier
 
-            vllm_config, speculator = serving
-            adapt_verifier(model, vllm_config, speculator.device)
+            adapt_verifier(model, *serving)
         return set_layers(model, spec_config, *args, **kwargs)
 
     module.init_speculator = init_speculator  # type: ignore[attr-defined]

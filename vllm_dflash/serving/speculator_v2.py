@@ -27,7 +27,7 @@ def observed(cls: type) -> type:
     ``propose`` is passed through whole, because its parameters change from release to release. Made per
     class: DFlash 2, LiLiCorr and DSpark inherit from ``DFlashSpeculator``, so that cannot be replaced.
 
-    The instances have a ``recorder`` (gets the verifier's features of every step, or None), a ``tap``
+    The instances are a :class:`~vllm_dflash.serving.feature_source.FeatureSource`, and have a ``tap``
     (where the verifier's layers write their features, None where vLLM collects them), ``num_wanted`` (draft
     tokens that the step is to end with, None for all) and ``dummy_drafts`` (whether dummy steps draft).
     """
@@ -37,6 +37,7 @@ def observed(cls: type) -> type:
 
     class Observed(cls):  # type: ignore[valid-type,misc]
         recorder: Any = None
+        drafting = True
         tap: FeatureTap | None = None
         num_wanted: int | None = None
         dummy_drafts = True
@@ -67,6 +68,8 @@ def observed(cls: type) -> type:
                 aux = given["aux_hidden_states"] = [self.tap.take(aux[0].shape[0], real)]
             if self.recorder is not None and real:
                 self._observe(input_batch, aux, given["num_rejected"])
+            if real and not self.drafting:
+                return self.draft_tokens[: input_batch.num_reqs]
             if real and self.num_wanted == 0:
                 # vLLM 0.33 does as much itself. Before, an eager pass is the one that stores the context's
                 # K/V outside the query's CUDA graph; the rest of it is left out below.
@@ -104,7 +107,7 @@ def observed(cls: type) -> type:
                 query_start_loc=batch.query_start_loc_np[: batch.num_reqs + 1],
                 positions=batch.positions[:num_tokens],
                 features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
-                num_rejected=num_rejected[: batch.num_reqs],
+                num_rejected=num_rejected[: batch.num_reqs] if batch.num_draft_tokens else None,
             )
 
     Observed.__name__ = Observed.__qualname__ = cls.__name__

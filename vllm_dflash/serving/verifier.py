@@ -113,22 +113,26 @@ def _unsharded(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 class FinalStates:
-    """Records what the verifier's model returns, the states its lm_head reads.
+    """Keeps the states of the latest step that the verifier's lm_head reads, for the kl loss.
 
-    Needed by the kl loss only. A forward hook on the outermost module sees every step, also where the
-    decoder inside it is compiled.
+    They are read off the runner between its forward pass and its sampling: a hook on the verifier would not
+    see a step that replays a CUDA graph.
+
+    Attributes:
+        last: ``[T, H]``, perhaps with rows of padding behind; None before any step.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, runner: Any) -> None:
         self.last: Tensor | None = None
-        self._handle = model.register_forward_hook(self._keep)
+        execute = runner.execute_model
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.last = output[0] if isinstance(output, tuple) else output
+        def execute_model(*args: Any, **kwargs: Any) -> Any:
+            output = execute(*args, **kwargs)
+            state = runner.execute_model_state
+            self.last = None if state is None else state.hidden_states
+            return output
 
-    def remove(self) -> None:
-        self._handle.remove()
-        self.last = None
+        runner.execute_model = execute_model
 
 
 #: Logit of a token that the verifier cannot emit; finite, so that 0 * log 0 is 0 in a divergence.

@@ -17,7 +17,7 @@ class WorkerExtension:
             executor makes a RuntimeError of whatever a worker process raises.
 
         Raises:
-            ValueError: an unknown command, or an engine that does not run our V1 proposer.
+            ValueError: an unknown command, or an engine whose proposer or speculator is not ours.
         """
         from vllm_dflash.training.ranks import Failure
 
@@ -49,8 +49,7 @@ class WorkerExtension:
         if session is None:
             from vllm_dflash.training.session import TrainingSession
 
-            runner = self.model_runner  # type: ignore[attr-defined]
-            session = TrainingSession(runner.drafter, runner.get_model(), ranks)
+            session = TrainingSession(self.model_runner, ranks)  # type: ignore[attr-defined]
             self.__dict__["_vllm_dflash_session"] = session
         if command not in session.COMMANDS:
             raise ValueError(f"unknown worker command {command!r}; known: {session.COMMANDS}")

@@ -8,6 +8,7 @@ the same on each run.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -26,6 +27,8 @@ from vllm_dflash.verifier import Verifier
 
 #: The engine's drafter only holds a place in the seam, so the smallest draft length will do.
 _SEAT_TOKENS = 1
+#: GiB of KV cache where the verifier runs on a CPU.
+CPU_KV_GIB = "2"
 #: What the commands say themselves.
 _GIVEN = {
     "model": "VERIFIER",
@@ -155,9 +158,9 @@ class VerifierEngine:
         self.verifier = Verifier.of(verifier)
         _check_lora(options)
         start_guard()
+        #: Ours and vLLM's own changes of the environment end with the engine.
+        self._environment = dict(os.environ)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Features are recorded by the V1 proposer; see docs/architecture.md.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if options.ranks > 1:
             # A worker forked from this process, which has computed, can hang in its first OpenMP region.
@@ -169,7 +172,7 @@ class VerifierEngine:
         if current_platform.is_cpu():
             # vLLM would keep a core for its front end, which idles while we train.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_GIB)
         args = {
             **self.verifier.engine_args(),
             "dtype": options.dtype,
@@ -197,7 +200,7 @@ class VerifierEngine:
             **options.extra,
         }
         self.engine = LLMEngine.from_engine_args(EngineArgs(**args))
-        self.call("drafting", False)
+        self.draft(False)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -228,6 +231,12 @@ class VerifierEngine:
             if isinstance(answer, Failure):
                 raise answer.error()
         return answers
+
+    def draft(self, enabled: bool) -> None:
+        """Whether the drafter in the engine drafts; while it does not, requests are decoded plainly."""
+        client: Any = self.engine.engine_core
+        client.engine_core.scheduler.drafting = enabled
+        self.call("drafting", enabled)
 
     def _run(self, requests: Sequence[tuple[str, list[int]]], params: Any) -> Iterator[Any]:
         pending = set()
@@ -298,8 +307,20 @@ class VerifierEngine:
             yield key, next((p for p in problems if p is not None), None)
 
     def close(self) -> None:
-        """Stops the engine and frees the device."""
+        """Stops the engine, frees what it and the workers' sessions held, and restores the environment."""
+        import torch
+
         self.engine.engine_core.shutdown()
+        del self.engine
+        gc.collect()
+        torch.accelerator.empty_cache()
+        _restore(self._environment)
+
+
+def _restore(environment: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def seat_drafter(config: DrafterConfig) -> DrafterConfig:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.bounds import SHARE, check_bounds, count
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
@@ -16,6 +17,7 @@ from vllm_dflash.training.config import EngineOptions, Hyperparameters, Sampling
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.drafts_page import write_page
 from vllm_dflash.training.engine import (
+    CPU_KV_GIB,
     VerifierEngine,
     check_block,
     check_engine,
@@ -29,6 +31,9 @@ from vllm_dflash.training.responses import is_log
 from vllm_dflash.training.rows import Data
 from vllm_dflash.training.tokenization import Example
 from vllm_dflash.verifier import Verifier
+
+if TYPE_CHECKING:
+    from vllm_dflash.bench.engine_process import EngineSpec
 
 #: Share of tau by which the engine may differ from the offline walk: ties between two tokens fall either way.
 MAX_DISAGREEMENT = 0.02
@@ -254,34 +259,47 @@ def first_prompts(examples: list[Example]) -> list[tuple[list[int], int]]:
     return out
 
 
+def serving_spec(config: EvalConfig, tokens: int, log: Path) -> EngineSpec:
+    """The drafter's engine as ``vllm serve`` starts it: its runner, graphs, batches and caches.
+
+    Args:
+        tokens: drafted a step.
+        log: file that gets what the engine prints.
+    """
+    from vllm_dflash.bench.engine_process import EngineSpec
+
+    return EngineSpec(
+        mode="ours",
+        model=str(config.verifier),
+        engine_args={
+            "dtype": config.engine.dtype,
+            "max_model_len": config.engine.max_len + tokens + 2,
+            "tensor_parallel_size": config.engine.ranks,
+            **config.verifier.engine_args(),
+            **config.engine.extra,
+        },
+        speculative_config={
+            "method": "dflash",
+            "model": config.drafter,
+            "num_speculative_tokens": tokens,
+            # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
+            "dflash_draft_length": "fixed",
+        },
+        # On a CPU vLLM would take most of what memory there is, or fail where part of it is in use.
+        env={"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_KV_GIB)},
+        log_path=log,
+    )
+
+
 def _served(
     config: EvalConfig, examples: list[Example], tokens: int, reporter: Reporter
 ) -> dict[str, Any]:
     """Serves the same prompts with the drafter; drafts by vLLM's counters, and what they delivered."""
     from vllm_dflash.bench.engine_process import EngineProcess
-    from vllm_dflash.bench.runner import BenchConfig, make_spec, speculative_config
 
     # Left behind if the engine fails: the error names its log.
     scratch = Path(tempfile.mkdtemp(prefix="vllm-dflash-eval-"))
-    bench = BenchConfig(
-        verifier=str(config.verifier),
-        drafter=config.drafter,
-        num_speculative_tokens=tokens,
-        modes=("ours",),
-        concurrencies=(config.concurrency,),
-        dtype=config.engine.dtype,
-        max_model_len=config.engine.max_len + tokens + 2,
-        enforce_eager=config.engine.enforce_eager,
-        out_dir=scratch,
-        engine_args={
-            "tensor_parallel_size": config.engine.ranks,
-            **config.verifier.engine_args(),
-            **config.engine.extra,
-        },
-    )
-    # tau is a figure of whole drafts in every step; chosen lengths would count the promising ones.
-    speculative = {**(speculative_config(bench, "ours") or {}), "dflash_draft_length": "fixed"}
-    spec = make_spec(bench, "ours", speculative, plugin=True, num_engines=1)
+    spec = serving_spec(config, tokens, scratch / "engine.log")
     requests = first_prompts(examples)
     with (
         reporter.stage("serving the same prompts"),

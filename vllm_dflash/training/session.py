@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_dflash import checkpoint
 from vllm_dflash.config import CheckpointFormat, DrafterConfig
 from vllm_dflash.modeling.acceptance import Acceptance
+from vllm_dflash.serving.feature_source import feature_source
 from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder
-from vllm_dflash.serving.proposer_v1 import Proposer
 from vllm_dflash.serving.verifier import (
     FinalStates,
     VerifierLogits,
@@ -62,16 +62,19 @@ class TrainingSession:
         "export",
     )
 
-    def __init__(self, proposer: Any, verifier: nn.Module, ranks: Ranks | None = None) -> None:
-        if not isinstance(proposer, Proposer):
-            raise ValueError(
-                f"the engine runs {type(proposer).__name__}, not vllm-dflash's proposer: is the plugin "
-                "switched off (VLLM_PLUGINS, VLLM_DFLASH_DISABLE), or the V2 runner forced?"
-            )
-        self.proposer, self.verifier = proposer, verifier
+    def __init__(self, runner: Any, ranks: Ranks | None = None) -> None:
+        """
+        Args:
+            runner: vLLM's model runner of either version.
+
+        Raises:
+            ValueError: what drafts in it is not ours.
+        """
+        self.source = feature_source(runner)
+        self.runner, self.verifier = runner, runner.get_model()
         self.ranks = ranks or Ranks()
         self.recorder = FeatureRecorder()
-        proposer.recorder = self.recorder
+        self.source.recorder = self.recorder
         self.examples: dict[str, tuple[list[int], list[bool], str]] = {}
         self._store_keys: dict[str, str] = {}
         self._foreign: set[str] = set()
@@ -84,7 +87,7 @@ class TrainingSession:
 
     def drafting(self, enabled: bool) -> None:
         """Whether the engine's own (untrained) drafter drafts; off while features are recorded."""
-        self.proposer.drafting = enabled
+        self.source.drafting = enabled
 
     def check_kl(self, vocab_size: int) -> None:
         """ValueError where the kl loss has no targets with this verifier."""
@@ -114,7 +117,7 @@ class TrainingSession:
         self.layers = sorted(set(config.target_layer_ids))
         hp = Hyperparameters.from_dict(hparams)
         # A drafter may know fewer tokens than the verifier has rows; it reads all and drafts its own.
-        rows = self.proposer.vllm_config.model_config.get_vocab_size()
+        rows = self.source.vllm_config.model_config.get_vocab_size()
         embedding, lm_head = shared_weights(self.verifier, rows)
         lm_head = lm_head[: config.vocab_size]
         ids = torch.tensor(draft_token_ids) if draft_token_ids is not None else None
@@ -132,7 +135,7 @@ class TrainingSession:
         head = SharedHead(embedding, lm_head, ids, own_lm_head, self._mask_embedding)
         final = verifier_logits = None
         if hp.loss == "kl":
-            final = FinalStates(self.verifier)
+            final = FinalStates(self.runner)
             verifier_logits = VerifierLogits(
                 self.verifier, head.verifier_lm_head, head.draft_token_ids
             )
