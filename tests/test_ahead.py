@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from vllm_dflash.draft_length.acceptance import Predictor, Promises
 from vllm_dflash.draft_length.ahead import Ahead, Lengths, Slot
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.totals import DRAFTER
@@ -103,11 +105,13 @@ class World:
     def _deliver(self, step: Step) -> None:
         policy = self.policy
         rows = zip(step.ids, step.chosen.lengths, step.accepted, strict=True)
+        seen = []
         for row, (i, length, accepted) in enumerate(rows):
             if i in self.ids:
                 promised = float(step.chosen.promised_BK[row, :length].sum())
-                policy.count(length, accepted, promised)
-                policy.observe(str(i), length, accepted, promised)
+                policy.count(bool(length), length, accepted, promised)
+                seen.append((str(i), length, accepted, promised))
+        policy.observe(*(zip(*seen, strict=True) if seen else ([],) * 4))
         policy.observe_step(
             num_requests=len(step.ids),
             drafts=sum(step.chosen.lengths),
@@ -252,3 +256,70 @@ def test_nothing_to_choose() -> None:
     assert not policy.draft([])
     assert not policy.draft([Slot("a", 10, K, 0)])
     assert policy.lengths([Slot("a", 10, 0, 50)]).lengths == (0,)
+
+
+def test_a_batch_teaches_what_its_requests_teach_one_by_one() -> None:
+    """The same outcomes, learned from as arrays and one after the other: the same averages and curves."""
+    rng = np.random.default_rng(0)
+    together, apart = Predictor([0.7] * K), Predictor([0.7] * K)
+    ids = [str(i) for i in range(64)]
+    quality = rng.choice([0.2, 0.6, 0.9], size=64)
+    for step in range(30):
+        lengths = rng.integers(1, K + 1, 64)
+        right = rng.random((64, K)) < quality[:, None]
+        accepted = np.minimum(np.where(right.all(axis=1), K, right.argmin(axis=1)), lengths)
+        tried = np.minimum(accepted + 1, lengths)
+        together.observe_batch(tried, accepted, ids)
+        for n, right_n, request in zip(tried.tolist(), accepted.tolist(), ids, strict=True):
+            apart.observe(np.arange(n), right_n, request)
+        for predictor in (together, apart):
+            predictor.forget(ids[step])
+    assert together.trials == apart.trials
+    curves = [p.curves(np.arange(K), ids) for p in (together, apart)]
+    assert curves[0] == pytest.approx(curves[1], abs=0.02)
+    assert together.likely_offsets() == pytest.approx(apart.likely_offsets(), abs=0.2)
+
+
+def test_hundreds_of_requests_are_told_apart() -> None:
+    """Learned from by turns: the good ones' drafts are verified, the bad ones' are not."""
+    world = World(
+        lambda i, n: 0.95 if i % 2 else 0.05, requests=256, per_token=0.002, draft=0.1
+    ).run(60)
+    assert world.mean_length(lambda i: i % 2 == 1, since=20) > 4
+    assert world.mean_length(lambda i: i % 2 == 0, since=20) < 0.3
+
+
+def test_promises_in_one_go_are_those_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    promised, kept = rng.random(300) * 5, rng.integers(0, 4, 300)
+    batch, single = Promises(), Promises()
+    batch.add(promised, kept)
+    for p, k in zip(promised.tolist(), kept.tolist(), strict=True):
+        single.add(p, k)
+    assert batch.share == pytest.approx(single.share, rel=1e-9)
+
+
+def test_hundreds_of_requests_take_little_time() -> None:
+    """Of the engine core's thread: decisions and learning at 256 requests; benchmarks/policy_cost.py has the
+    figures, one by one learning alone takes three times the bound."""
+    world = World(lambda i, n: 0.8, requests=256, per_token=0.001, draft=0.1).run(10)
+    policy, step = world.policy, world.steps[-1]
+    promised = [
+        float(p[:n].sum())
+        for p, n in zip(step.chosen.promised_BK, step.chosen.lengths, strict=True)
+    ]
+    outcomes = [str(i) for i in step.ids], step.chosen.lengths, step.accepted, promised
+    slots, spent = world._slots(lambda i: K), []
+    for _ in range(20):
+        began = time.thread_time()
+        policy.lengths(slots)
+        policy.draft(slots)
+        policy.observe(*outcomes)
+        spent.append(time.thread_time() - began)
+    one_by_one = []
+    for _ in range(5):
+        began = time.thread_time()
+        for request, n, accepted in zip(*outcomes[:3], strict=True):
+            policy.by_position.observe(np.arange(min(accepted + 1, n)), accepted, request)
+        one_by_one.append(time.thread_time() - began)
+    assert min(spent) < 0.7 * min(one_by_one)

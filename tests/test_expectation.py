@@ -252,9 +252,9 @@ def test_the_worker_says_it(tmp_path, warnings) -> None:
         length = rng.randint(0, 4)
         right = [rng.random() < 0.1 for _ in range(length)]
         accepted = right.index(False) if False in right else length
-        policy.observe(f"r{i % 50}", length, accepted, 0.2)
+        policy.observe([f"r{i % 50}"], [length], [accepted], [0.2])
         if length:
-            policy.count(length, accepted, 0.2)
+            policy.count(1, length, accepted, 0.2)
         want.add_compared(right, 4)
         stats.update(policy)
     assert len(warnings()) == 1

@@ -176,3 +176,72 @@ def test_speculators_that_are_not_ours_keep_vllms(more) -> None:
     speculator_v2.patch_prepare_inputs(module)
     module.prepare_dflash_inputs(*range(len(speculator_v2._PREPARE_PARAMETERS) + len(more)))
     assert module.calls == ["stock"]
+
+
+def prepared(block_size: int, **tables) -> tuple[list[int], list[int]]:
+    """Slots of two context tokens, and of the block behind them, by the table of vLLM's second group.
+
+    Args:
+        block_size: that vLLM passes.
+        tables: attributes of its block tables.
+    """
+    ints = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    K = 2
+    slots = torch.full((2, 8), -1, dtype=torch.int64)
+    speculator = SimpleNamespace(
+        input_buffers=SimpleNamespace(
+            input_ids=torch.zeros(8, dtype=torch.int32),
+            positions=torch.zeros(8, dtype=torch.int64),
+            query_start_loc=torch.zeros(3, dtype=torch.int32),
+            seq_lens=torch.zeros(2, dtype=torch.int32),
+        ),
+        block_tables=SimpleNamespace(
+            input_block_tables=[ints(1, 1, 1, 1)[None], ints(3, 5, 7, 9)[None]],
+            slot_mappings=slots,
+            **tables,
+        ),
+        draft_kv_cache_group_ids=[1],
+        _context_slot_mappings=torch.full((1, 4), -1, dtype=torch.int64),
+    )
+    batch = SimpleNamespace(
+        num_reqs=1,
+        num_tokens=2,
+        idx_mapping=ints(0),
+        positions=torch.tensor([40, 41]),
+        query_start_loc=ints(0, 2),
+    )
+    given = {
+        "input_batch": batch,
+        "input_buffers": speculator.input_buffers,
+        "last_sampled": torch.tensor([[7]]),
+        "next_prefill_tokens": ints(0),
+        "num_sampled": ints(1),
+        "num_rejected": ints(0),
+        "input_temperature": torch.zeros(1),
+        "input_seeds": torch.zeros(1, dtype=torch.int64),
+        "num_speculative_steps": K,
+        "parallel_drafting_token_id": 0,
+        "max_model_len": 64,
+        "context_positions": torch.zeros(4, dtype=torch.int64),
+        "sample_indices": torch.zeros(4, dtype=torch.int64),
+        "sample_pos": torch.zeros(4, dtype=torch.int64),
+        "sample_idx_mapping": torch.zeros(4, dtype=torch.int32),
+        "temperature": torch.zeros(1),
+        "seeds": torch.zeros(1, dtype=torch.int64),
+        "block_size": block_size,
+    }
+    speculator_v2._build_block(speculator, given)
+    return speculator._context_slot_mappings[0, :2].tolist(), slots[1, : K + 1].tolist()
+
+
+def test_slots_count_in_the_blocks_of_the_tables() -> None:
+    """vLLM 0.31: a group's blocks of 32 tokens are two blocks each to a kernel that knows 16."""
+    got = prepared(16, block_sizes=[16, 32], kernel_block_sizes=[16, 16])
+    assert got == ([7 * 16 + 8, 7 * 16 + 9], [7 * 16 + 10, 7 * 16 + 11, 7 * 16 + 12])
+    got = prepared(32, block_sizes=[16, 32])  # 0.32 and 0.33
+    assert got == ([5 * 32 + 8, 5 * 32 + 9], [5 * 32 + 10, 5 * 32 + 11, 5 * 32 + 12])
+
+
+def test_block_tables_of_another_unit_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"blocks of 16 tokens where 32 .*dflash_ops"):
+        prepared(16, block_sizes=[16, 32])

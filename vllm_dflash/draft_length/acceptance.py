@@ -32,7 +32,7 @@ def _probability(logit: Any) -> Any:
     return 1 / (1 + np.exp(-logit))
 
 
-@dataclass
+@dataclass(slots=True)
 class Trials:
     """Decayed counts of one request: tokens tried, accepted, and how many were expected to be.
 
@@ -73,6 +73,39 @@ class Trials:
         self.offset = math.log(p / (1 - p)) - average
 
 
+def _add_to_each(
+    trials: Sequence[Trials],
+    counts_B3: np.ndarray,
+    seen_3B: Sequence[np.ndarray],
+    kinds: np.ndarray,
+) -> None:
+    """:meth:`Trials.add` for each of many requests, as arrays: one by one 256 take a millisecond.
+
+    Args:
+        counts_B3: what they have: tried, accepted, expected.
+        seen_3B: what is added to that.
+    """
+    counts_3B = counts_B3.T * 0.5 ** (seen_3B[0] / _REQUEST_HALF_LIFE) + np.stack(seen_3B)
+    tried_B, accepted_B, expected_B = counts_3B
+    mean_B = np.clip(expected_B / tried_B, 0.01, 0.99)
+    average_B = _logit(mean_B)
+    own_B = (accepted_B + _REQUEST_PRIOR * mean_B) / (tried_B + _REQUEST_PRIOR)
+    others_PB = _probability(average_B + np.array([*kinds, *_STRANGERS])[:, None])
+    p_PB = np.vstack([own_B, others_PB])
+    prior_P = np.array([1.0] * (1 + len(kinds)) + [_RARITY] * len(_STRANGERS))
+    wrong_B = tried_B - accepted_B
+    likely_PB = prior_P[:, None] * np.exp(accepted_B * np.log(p_PB) + wrong_B * np.log1p(-p_PB))
+    total_B = likely_PB.sum(axis=0)
+    sure_B = total_B > 0
+    p_B = (likely_PB * p_PB).sum(axis=0) / np.where(sure_B, total_B, 1.0)
+    p_B = np.clip(np.where(sure_B, p_B, own_B), 0.005, 0.995)
+    offset_B = _logit(p_B) - average_B
+    for t, tried, accepted, expected, offset in zip(
+        trials, *counts_3B.tolist(), offset_B.tolist(), strict=True
+    ):
+        t.tried, t.accepted, t.expected, t.offset = tried, accepted, expected, offset
+
+
 class Predictor:
     """P(a draft token is accepted | those before it were), by cell and by request.
 
@@ -99,27 +132,45 @@ class Predictor:
         self._likely: np.ndarray | None = None
         #: Curves of requests that have shown nothing, by cells, until anything is learned.
         self._unknown: dict[bytes, list[float]] = {}
+        #: What :meth:`curves` was asked last, and its answer, until anything is learned: a step's two
+        #: decisions are mostly about the same requests.
+        self._asked: tuple[bytes, tuple[str, ...]] | None = None
+        self._answer = np.empty((0, 0))
         #: Running mean of -log P(what happened): which of two predictors is the better one.
         self.loss = 0.0
         self.trials = 0
 
-    def conditional(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
-        """Probabilities ``[B, T]`` of the tokens in these cells, each given the ones before it."""
-        known, nothing = self._requests, [Trials()] * self._num_groups
-        offset_BG = np.array([[t.offset for t in known.get(r, nothing)] for r in requests])
-        offset_BG = offset_BG.reshape(-1, self._num_groups)  # there may be no requests
-        offset_BT = np.take_along_axis(offset_BG, self._group_C[cells_BT], axis=1)
-        return _probability(self._logit_C[cells_BT] + offset_BT)
+    def conditional(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+        """Probabilities ``[B, T]`` of the tokens in these cells, each given the ones before it.
 
-    def curves(self, cells_BT: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+        Args:
+            cells: ``[B, T]``, or ``[T]`` where all requests have the same ones.
+        """
+        known, nothing = self._requests, [Trials()] * self._num_groups
+        trials = [known.get(r, nothing) for r in requests]
+        offset_GB = np.array([[t[g].offset for t in trials] for g in range(self._num_groups)])
+        if self._num_groups == 1:
+            offset_BT = offset_GB[0][:, None]
+        elif cells.ndim == 1:
+            offset_BT = offset_GB.T[:, self._group_C[cells]]
+        else:
+            offset_BT = np.take_along_axis(offset_GB.T, self._group_C[cells], axis=1)
+        return _probability(self._logit_C[cells] + offset_BT)
+
+    def curves(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
 
-        For a request that has shown nothing yet the mean over what requests are like.
+        For a request that has shown nothing yet the mean over what requests are like; ``cells`` as for
+        :meth:`conditional`. Not to be changed in place.
         """
-        out = np.cumprod(self.conditional(cells_BT, requests), axis=1)
+        asked = (cells.tobytes(), tuple(requests))
+        if asked == self._asked:
+            return self._answer
+        out = np.cumprod(self.conditional(cells, requests), axis=1)
         for i, request in enumerate(requests):
             if request not in self._requests:
-                out[i] = self.curve(cells_BT[i], request)
+                out[i] = self.curve(cells if cells.ndim == 1 else cells[i], request)
+        self._asked, self._answer = asked, out
         return out
 
     def curve(self, cells_T: np.ndarray, request: str) -> list[float]:
@@ -154,7 +205,7 @@ class Predictor:
         """
         if len(cells_T) == 0:
             return
-        self._unknown.clear()
+        self._learned()
         of_request = self._requests.get(request)
         if of_request is None:
             of_request = self._requests[request] = [Trials() for _ in range(self._num_groups)]
@@ -180,6 +231,47 @@ class Predictor:
             if tried:
                 of_request[group].add(tried, accepted, expected, kinds[:, group].tolist())
 
+    def observe_batch(
+        self, tried_B: np.ndarray, accepted_B: np.ndarray, requests: Sequence[str]
+    ) -> None:
+        """Learns what :meth:`observe` learns from a draft of each of some requests, in a fifth of the time.
+
+        The averages move on once, not after each draft, and :attr:`loss` stays as it is. Cells are positions
+        here: the token at position t is of cell t, and all cells are of one group.
+
+        Args:
+            tried_B: tokens whose fate is known, 1 at least: those accepted, and one more unless all were.
+            accepted_B: of them.
+        """
+        if not len(requests):
+            return
+        self._learned()
+        known, T = self._requests, int(tried_B.max())
+        for request in requests:
+            if request not in known:
+                known[request] = [Trials()]
+        trials = [known[request][0] for request in requests]
+        state_B4 = np.array([(t.tried, t.accepted, t.expected, t.offset) for t in trials])
+        at_T = np.arange(T)
+        tried_BT = at_T < tried_B[:, None]
+        right_BT = at_T < accepted_B[:, None]
+        logit_T, decay = self._logit_C[:T], 0.5 ** (1 / _HALF_LIFE)
+        expected_B = tried_BT @ _probability(logit_T)
+        p_BT = _probability(logit_T + state_B4[:, 3:])
+        steps_BT = tried_BT * (right_BT - p_BT) / np.maximum(p_BT * (1 - p_BT), 0.05)
+        left_T = decay ** tried_BT.sum(axis=0)
+        self._weight_C[:T] = self._weight_C[:T] * left_T + (1 - left_T) / (1 - decay)
+        moved_T = logit_T + steps_BT.sum(axis=0) / self._weight_C[:T]
+        self._logit_C[:T] = np.clip(moved_T, -5.0, 5.0)
+        self.trials += int(tried_B.sum())
+        seen = (tried_B, accepted_B, expected_B)
+        _add_to_each(trials, state_B4[:, :3], seen, self.likely_offsets()[:, 0])
+
+    def _learned(self) -> None:
+        """Answers given before hold no longer."""
+        self._unknown.clear()
+        self._asked = None
+
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
         return request in self._requests
@@ -191,7 +283,7 @@ class Predictor:
             kept = max(_RECENT, 2 * (len(self._requests) + 1))
             self._recent = [*self._recent[1 - kept :], [t.offset for t in trials]]
             self._likely = None
-            self._unknown.clear()
+            self._learned()
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:
         """Offsets ``[kinds, groups]`` that a request of which nothing is known may have: quantiles of those
@@ -216,11 +308,16 @@ class Promises:
     def __init__(self) -> None:
         self._promised = self._kept = _PROMISE_PRIOR
 
-    def add(self, promised: float, kept: int) -> None:
-        """Counts one verified draft: accepted tokens expected, and accepted."""
-        decay = 0.5 ** (promised / _PROMISE_HALF_LIFE)
-        self._promised = self._promised * decay + promised + (1 - decay) * _PROMISE_PRIOR
-        self._kept = self._kept * decay + kept + (1 - decay) * _PROMISE_PRIOR
+    def add(self, promised: Any, kept: Any) -> None:
+        """Counts one verified draft, or some, the oldest first: accepted tokens expected, and accepted."""
+        after = np.cumsum(np.atleast_1d(promised)[::-1])[
+            ::-1
+        ]  # each one and what was promised after it
+        weights = 0.5 ** ((after - promised) / _PROMISE_HALF_LIFE)
+        decay = float(0.5 ** (after[0] / _PROMISE_HALF_LIFE))
+        prior = (1 - decay) * _PROMISE_PRIOR
+        self._promised = self._promised * decay + float((weights * promised).sum()) + prior
+        self._kept = self._kept * decay + float((weights * kept).sum()) + prior
 
     @property
     def share(self) -> float:

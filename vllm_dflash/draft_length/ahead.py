@@ -9,8 +9,10 @@ Only what was verified teaches (:meth:`Ahead.observe`); :class:`Policy` can also
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,15 +23,18 @@ from vllm_dflash.draft_length.totals import DRAFTER
 
 #: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
 _PROBES_KEPT = 6
+#: So many drafts are learned from one by one: arrays are slow for so few.
+_FEW = 2
+#: Drafts of a step that are learned from; of more each has its turn in one of two steps, of three, ...
+_TAUGHT = 64
 #: Weight of a new observation in what uneven batches cost more.
 _UNEVEN_RATE = 0.1
 #: What is left of it after a step without one, so that it is looked at again.
 _UNEVEN_KEPT = 0.999
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One request of a step.
+class Slot(NamedTuple):
+    """One request of a step; there may be hundreds, so a plain tuple.
 
     Attributes:
         id: vLLM's.
@@ -87,7 +92,7 @@ class Ahead(Policy):
         if not any(min(s.most, s.drafted) > 0 for s in slots):
             return False
         context = float(sum(s.context for s in slots))
-        self._credit += PROBE_SHARE * float(self.cost.verify(B, context, 0)[0])
+        self._credit += PROBE_SHARE * self.cost.verify_one(B, context, 0)
         ids = {s.id for s in slots}
         if self._rests(ids):
             return False
@@ -128,8 +133,7 @@ class Ahead(Policy):
             slots: the requests of the step.
         """
         B = len(slots)
-        drafted_B = np.array([s.drafted for s in slots], dtype=int)
-        if not drafted_B.any():
+        if not any(s.drafted for s in slots):
             return Lengths((0,) * B, np.zeros((B, self.num_tokens)))
         caps_B, promised_BK, seconds_M = self._batch(slots)
         curves_BK = promised_BK * self.promises[DRAFTER].share
@@ -138,22 +142,24 @@ class Ahead(Policy):
         chosen = np.array(choice.lengths)
         if choice.rate <= MARGIN * B / float(seconds_M[0] + passed):
             chosen[:] = 0
-        for i, slot in enumerate(slots):
-            if slot.id in self._probing:
-                self._probing.discard(slot.id)
-                chosen[i] = max(chosen[i], min(self._probe_length(B), caps_B[i]))
-        return Lengths(tuple(np.minimum(chosen, drafted_B).tolist()), promised_BK)
+        if self._probing:
+            tried_B = np.array([s.id in self._probing for s in slots])
+            probed_B = np.minimum(self._probe_length(B), caps_B)
+            chosen = np.where(tried_B, np.maximum(chosen, probed_B), chosen)
+            self._probing.difference_update(s.id for s in slots)
+        chosen = np.minimum(chosen, [s.drafted for s in slots])
+        return Lengths(tuple(chosen.tolist()), promised_BK)
 
     def _batch(self, slots: Sequence[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Most tokens of use ``[B]``, probabilities ``[B, K]``, seconds of 0, 1, ... draft tokens in all."""
         B, K = len(slots), self.num_tokens
-        caps_B = np.array([min(s.most, s.drafted) for s in slots], dtype=int)
-        curves_BK = self.by_position.curves(self._positions(B), [s.id for s in slots])
+        ids, contexts, drafted, most = zip(*slots, strict=True)
+        caps_B = np.minimum(drafted, most)
+        curves_BK = self.by_position.curves(np.arange(K), ids)
         curves_BK = curves_BK * (np.arange(K) < caps_B[:, None])
-        seconds_M = self.cost.verify(B, float(sum(s.context for s in slots)), B * K)
+        seconds_M = self.cost.verify(B, float(sum(contexts)), B * K)
         seconds_M[1:] += self.uneven
-        widths = {s.drafted for s in slots}
-        if len(widths) == 1 and (M := sum(s.drafted for s in slots)):
+        if len(set(drafted)) == 1 and (M := sum(drafted)):
             seconds_M[M] -= self.uneven
         return caps_B, curves_BK, seconds_M
 
@@ -190,27 +196,48 @@ class Ahead(Policy):
 
     # -- what happened
 
-    def count(self, length: int, accepted: int, promised: float) -> None:
-        """Counts the draft tokens of one request that were verified; arguments as for :meth:`observe`."""
-        self.totals.drafts[DRAFTER] += 1
-        self.totals.proposed[DRAFTER] += length
+    def count(self, drafts: int, tokens: int, accepted: int, promised: float) -> None:
+        """Counts drafts that were verified: their tokens, those accepted, and how many were to be by
+        :attr:`Lengths.promised_BK`."""
+        self.totals.drafts[DRAFTER] += drafts
+        self.totals.proposed[DRAFTER] += tokens
         self.totals.accepted[DRAFTER] += accepted
         self.totals.expected[DRAFTER] += promised * self.promises[DRAFTER].share
 
-    def observe(self, request: str, length: int, accepted: int, promised: float) -> None:
-        """Learns from one request of a step, once it is done.
+    def observe(
+        self,
+        requests: Sequence[str],
+        lengths: Sequence[int],
+        accepted: Sequence[int],
+        promised: Sequence[float],
+    ) -> None:
+        """Learns from the requests of a step, once it is done.
 
         Args:
-            length: draft tokens that were verified.
+            lengths: draft tokens of each that were verified.
             accepted: of them.
             promised: how many were to be, by :attr:`Lengths.promised_BK`.
         """
-        self.totals.lengths[length] += 1
-        if not length:
+        for length, times in Counter(lengths).items():
+            self.totals.lengths[length] += times
+        drafted = np.flatnonzero(lengths)
+        if not len(drafted):
             return
-        self.totals.compare(0, accepted, wrong=accepted < length)
-        self.promises[DRAFTER].add(promised, accepted)
-        self.by_position.observe(np.arange(min(accepted + 1, length)), accepted, request)
+        accepted_B = np.asarray(accepted)[drafted]
+        tried_B = np.minimum(accepted_B + 1, np.asarray(lengths)[drafted])
+        self.promises[DRAFTER].add(np.asarray(promised)[drafted], accepted_B)
+        self.totals.compare_batch(tried_B, accepted_B)
+        turns = -(-len(drafted) // _TAUGHT)
+        turn = slice(self.totals.steps % turns, None, turns)
+        drafted, tried_B, accepted_B = drafted[turn], tried_B[turn], accepted_B[turn]
+        ids = [requests[i] for i in drafted.tolist()]
+        if len(ids) <= _FEW:
+            for request, tried, right in zip(
+                ids, tried_B.tolist(), accepted_B.tolist(), strict=True
+            ):
+                self.by_position.observe(np.arange(tried), right, request)
+        else:
+            self.by_position.observe_batch(tried_B, accepted_B, ids)
 
     def observe_step(
         self,
@@ -237,7 +264,7 @@ class Ahead(Policy):
         passed = self.pass_seconds(B) if drafted else 0.0
         self.totals.add(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
-        self._credit += max(emitted - B, 0) / B * float(self.cost.verify(B, context, 0)[0])
+        self._credit += max(emitted - B, 0) / B * self.cost.verify_one(B, context, 0)
         if drafted is None:
             return
         step = float(self.cost.verify(B, context, drafts)[-1])

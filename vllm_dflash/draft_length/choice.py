@@ -47,15 +47,20 @@ def choose(curves_BK: np.ndarray, seconds_M: np.ndarray, price: float | None = N
         seconds_M: seconds of a step with 0, 1, ... B * K draft tokens in the whole batch.
         price: tokens per second of other steps; None for those of this one.
     """
-    B, K = curves_BK.shape
-    worth = curves_BK.ravel()
-    # Stable, so that equal worths of one request stay in order.
-    order = np.argsort(-worth, kind="stable")
-    tokens_M = np.empty(len(worth) + 1)
+    B = len(curves_BK)
+    worth_M = np.sort(curves_BK, axis=None)[::-1]
+    tokens_M = np.empty(len(worth_M) + 1)
     tokens_M[0] = B
-    np.cumsum(worth[order], out=tokens_M[1:])
+    np.cumsum(worth_M, out=tokens_M[1:])
     tokens_M[1:] += B
-    worth_M = tokens_M / seconds_M if price is None else tokens_M - price * seconds_M
-    best = int(np.argmax(worth_M))
-    lengths = np.bincount(order[:best] // max(K, 1), minlength=B)
+    rate_M = tokens_M / seconds_M if price is None else tokens_M - price * seconds_M
+    best = int(np.argmax(rate_M))
+    lengths = np.zeros(B, dtype=int)
+    if best:
+        # Those worth more than the last one chosen, and of those worth as much the first.
+        least = worth_M[best - 1]
+        lengths = (curves_BK > least).sum(axis=1)
+        alike = (curves_BK == least).sum(axis=1)
+        left = best - int(lengths.sum()) - (np.cumsum(alike) - alike)
+        lengths += np.clip(left, 0, alike)
     return Choice(tuple(lengths.tolist()), float(tokens_M[best]), float(seconds_M[best]))

@@ -213,8 +213,9 @@ class Policy:
     ) -> list[int]:
         """Indices of the requests to run the drafter for; ``best`` is the choice without it."""
         B = len(requests)
-        drafts_BK = self.by_position.curves(self._positions(B), [r.id for r in requests])
-        drafts_BK *= allowed_BK * self.promises[DRAFTER].share
+        positions_K = np.arange(self.num_tokens)
+        drafts_BK = self.by_position.curves(positions_K, [r.id for r in requests])
+        drafts_BK = drafts_BK * (allowed_BK * self.promises[DRAFTER].share)
         drafting: list[int] = []
         drafted_B, looked_up_B = drafts_BK.sum(axis=1), lookups_BK.sum(axis=1)
         worth_B = drafted_B - looked_up_B
@@ -271,9 +272,6 @@ class Policy:
     def pass_seconds(self, num_requests: int) -> float:
         """Seconds of a draft pass for so many requests."""
         return self.cost.draft(num_requests * (self.num_tokens + 1)) if num_requests else 0.0
-
-    def _positions(self, num_requests: int) -> np.ndarray:
-        return np.broadcast_to(np.arange(self.num_tokens), (num_requests, self.num_tokens))
 
     def _match_cells(self, match_len: int) -> np.ndarray:
         kind = min(max(match_len, MATCHES[0]), MATCHES[-1]) - MATCHES[0]
@@ -362,7 +360,7 @@ class Policy:
             if cells is not None and self.believes_confidence:
                 drafted = self.by_confidence.curves(cells, ids)
             else:
-                drafted = self.by_position.curves(self._positions(len(rows)), ids)
+                drafted = self.by_position.curves(np.arange(K), ids)
             drafted = drafted * plan.allowed_BK[rows] * self.promises[DRAFTER].share
             by_drafter[rows] = drafted.sum(axis=1) > curves_BK[rows].sum(axis=1)
             curves_BK = curves_BK.copy()

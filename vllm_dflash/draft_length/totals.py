@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vllm_dflash.draft_length.cost import StepCost
 
 DRAFTER, LOOKUP = "drafter", "lookup"
@@ -64,6 +66,13 @@ class Totals:
             self.right[k] += 1
         if wrong:
             self.compared[right] += 1
+
+    def compare_batch(self, tried_B: np.ndarray, right_B: np.ndarray) -> None:
+        """:meth:`compare` of new drafts: of each the positions whose fate is known, and those right."""
+        for counts, reached_B in ((self.compared, tried_B), (self.right, right_B)):
+            # Reached position k: all that reached as far or farther.
+            reached_K = np.bincount(reached_B, minlength=len(counts) + 1)[:0:-1].cumsum()[::-1]
+            counts[:] = (counts + reached_K).tolist()
 
     def add(
         self,

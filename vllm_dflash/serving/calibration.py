@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm import envs
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
 from vllm_dflash import __version__
@@ -87,7 +89,7 @@ class RunsV1:
                 )
             finally:
                 proposer.dummy_drafts = True
-            runner.model.compute_logits(hidden[:rows])
+            _compute_logits(runner.model, hidden[:rows], self.vllm_config)
 
         return run
 
@@ -141,9 +143,16 @@ class RunsV2:
                 runner.speculator.dummy_drafts = True
             # A row of logits for each request is what vLLM maps to adapters.
             lora = self.vllm_config.lora_config is not None
-            runner.model.compute_logits(sampled if lora else hidden[:num_tokens])
+            rows = sampled if lora else hidden[:num_tokens]
+            _compute_logits(runner.model, rows, self.vllm_config)
 
         return run
+
+
+def _compute_logits(model: Any, hidden: Tensor, vllm_config: Any) -> None:
+    """Logits of all rows ``[n, H]``, no more at once than vLLM's memory profile has: one a sequence."""
+    for rows in hidden.split(vllm_config.scheduler_config.max_num_seqs):
+        model.compute_logits(rows)
 
 
 def costs_file(vllm_config: Any) -> Path:
@@ -177,14 +186,17 @@ def measured(runs: Runs, path: Path) -> StepCost:
     """
     kept = _read(path)
     if runs.vllm_config.parallel_config.tensor_parallel_size > 1:
-        from vllm.distributed.parallel_state import get_tp_group
-
         # A rank on a fresh disk would measure alone.
         kept = get_tp_group().broadcast_object(kept)
     if kept is not None:
         return kept
     began = time.perf_counter()
-    cost = calibrate(runs)
+    try:
+        cost = calibrate(runs)
+    finally:
+        if torch.accelerator.is_available():
+            # The allocator would keep what dummy steps took from NCCL, cuBLAS and other processes.
+            torch.accelerator.empty_cache()
     write(cost, path)
     logger.info(
         "vllm-dflash measured its steps in %.1f s: %.1f ms for 1 token, %.1f ms for %d; a draft pass %.1f ms",
@@ -202,7 +214,7 @@ def _read(path: Path) -> StepCost | None:
         return StepCost.from_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         logger.warning("vllm-dflash measures its steps anew: %s: %s", path, error)
         return None
 
@@ -270,18 +282,47 @@ def calibrate(runs: Runs) -> StepCost:
     )
 
 
+def all_ranks(well: bool) -> bool:
+    """Whether all tensor parallel ranks say so; joint work of theirs."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return well
+    said: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(said, well, group=group.cpu_group)
+    return all(said)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    """How long one job takes.
+
+    Raises:
+        RuntimeError: it failed on some rank. All ranks agree on that before the next one, in which those that
+            are well would wait for the others forever.
+    """
+    failure: Exception | None = None
+    began = time.perf_counter()
+    try:
+        torch.accelerator.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.accelerator.synchronize()
+    except Exception as error:
+        failure = error
+    seconds = time.perf_counter() - began
+    if not all_ranks(failure is None):
+        what = "a dummy step failed" if failure else "a dummy step failed on another rank"
+        raise RuntimeError(what) from failure
+    return seconds
+
+
 def _alternating(jobs: dict[Any, Callable[[], None]]) -> dict[Any, list[float]]:
     """Times of each job; in turns, so that a neighbour who wakes up slows all of them alike."""
     for run in jobs.values():
-        run()
+        _seconds(run)
     times: dict[Any, list[float]] = {name: [] for name in jobs}
     for _ in range(_ROUNDS):
         for name, run in jobs.items():
-            torch.accelerator.synchronize()
-            began = time.perf_counter()
-            run()
-            torch.accelerator.synchronize()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(_seconds(run))
     return times
 
 

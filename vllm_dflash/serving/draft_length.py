@@ -368,12 +368,7 @@ def make(proposer: Any) -> DraftLengths | None:
     except Exception:
         logger.exception("vllm-dflash cannot measure its steps and drafts a fixed number of tokens")
         cost = None
-    group = _tensor_parallel_group()
-    if group is not None:
-        costs: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(costs, cost is not None, group=group.cpu_group)
-        cost = cost if all(costs) else None
-    if cost is None:
+    if not calibration.all_ranks(cost is not None) or cost is None:
         return None
     lookup = None
     if proposer._options.lookup == "auto":

@@ -60,7 +60,7 @@ def request_limit(params: SamplingParams | None, written: int, coming: int = 0) 
     """
     if params is None:
         return None
-    if params.sampling_type.name == "RANDOM_SEED":
+    if params.seed is not None and params.sampling_type.name == "RANDOM_SEED":
         return 0
     if written < params.min_tokens:
         # Short of it by a token even with all drafts and the one behind them.

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_dflash.serving import calibration, handover, scheduler
@@ -42,12 +41,9 @@ def hand_over(runs: calibration.Runs, path: Path) -> None:
     except Exception:
         logger.exception("vllm-dflash cannot measure its steps")
         cost = None
-    group = get_tp_group()
-    if group.world_size > 1:
-        costs: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(costs, cost is not None, group=group.cpu_group)
-        cost = cost if all(costs) else None
-    if cost is not None and group.rank_in_group == 0:
+    if not calibration.all_ranks(cost is not None):
+        return
+    if cost is not None and get_tp_group().rank_in_group == 0:
         handover.give(runs.vllm_config.speculative_config.dflash_stats, cost)
 
 

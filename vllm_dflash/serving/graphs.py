@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from types import ModuleType
+from typing import Any
 
 from vllm_dflash.serving import scheduler
 
@@ -14,7 +15,8 @@ def patch_candidates(module: ModuleType) -> None:
 
     With a drafter it captures them for ``num_speculative_tokens + 1`` each, or for the lengths in a
     batch-size table. A step for which nothing was drafted would run without a full graph, slower than
-    without speculation. So where the scheduler chooses, such a table is put in for the while, with a zero.
+    without speculation. So where the scheduler chooses, such a table is put in for the while, with a zero;
+    not for verifiers whose layers cannot be captured so (:func:`_all_or_nothing`).
     """
     cls = module.ModelCudaGraphManager
     init = cls._init_candidates
@@ -22,7 +24,7 @@ def patch_candidates(module: ModuleType) -> None:
     @functools.wraps(init)
     def _init_candidates(self):
         config = self.vllm_config
-        if not scheduler.chooses(config):
+        if not scheduler.chooses(config) or _all_or_nothing(config):
             return init(self)
         spec = copy.copy(config.speculative_config)
         spec.num_speculative_tokens_per_batch_size = spec.num_speculative_tokens_per_batch_size or [
@@ -39,3 +41,20 @@ def patch_candidates(module: ModuleType) -> None:
             module.build_dynamic_sd_schedule_lookup = lengths  # type: ignore[attr-defined]
 
     cls._init_candidates = _init_candidates
+
+
+def _all_or_nothing(vllm_config: Any) -> bool:
+    """Whether vLLM can capture decode graphs for ``num_speculative_tokens + 1`` tokens a request only.
+
+    The metadata builders of Mamba and short-convolution layers assert that. Their other steps run in
+    piecewise graphs, whose recurrent layers are not captured.
+    """
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuilder
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return any(
+        issubclass(layer.get_attn_backend().get_builder_cls(), BaseMambaAttentionMetadataBuilder)
+        for layer in layers
+        if isinstance(layer, MambaBase)
+    )

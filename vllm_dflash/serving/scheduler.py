@@ -69,7 +69,9 @@ class _Step:
 
     Attributes:
         scheduled: when, by the clock.
-        lengths: draft tokens by request, with the probabilities that each is accepted, ``[length]``.
+        lengths: draft tokens by request, and its row of ``promised``.
+        promised: how many of a row's first 0, 1, ... draft tokens are expected to be accepted; the last row
+            is for requests of which nothing was promised.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
         even: whether all requests had none or all of their draft tokens.
@@ -77,7 +79,8 @@ class _Step:
     """
 
     scheduled: float
-    lengths: dict[str, tuple[int, np.ndarray]]
+    lengths: dict[str, tuple[int, int]]
+    promised: list[list[float]]
     context: float
     tokens: int
     even: bool
@@ -98,22 +101,28 @@ class EngineLengths:
         self.scheduler, self.policy, self.stats, self.limit = scheduler, policy, stats, limit
         #: Draft tokens of each request that the latest step ends with.
         self.num_drafted = policy.num_tokens
-        self._promised: dict[str, Any] = {}
+        self._rows: dict[str, int] = {}
+        self._promised = [[0.0] * (policy.num_tokens + 1)]
         self._in_flight: dict[int, _Step] = {}
         self._updated = 0.0
         self._step: _Step | None = None
         self._drafted: bool | None = None
+        #: Drafts of the step that is taken in, their tokens, those accepted, and those promised to be.
+        self._verified = [0, 0, 0, 0.0]
 
     def trim(self) -> None:
         """Before a step is scheduled: leaves each request as much of its draft as is to be verified."""
         running = [r for r in self.scheduler.running if not r.is_prefill_chunk]
-        self._promised = {}
+        self._rows, self._promised = {}, [[0.0] * (self.policy.num_tokens + 1)]
         if not any(r.spec_token_ids for r in running):
             return
         slots = [self._slot(r, len(r.spec_token_ids)) for r in running]
         chosen = self.policy.lengths(slots)
-        for row, (request, length) in enumerate(zip(running, chosen.lengths, strict=True)):
-            self._promised[request.request_id] = chosen.promised_BK[row]
+        self._rows = {r.request_id: row for row, r in enumerate(running)}
+        promised = np.zeros((len(running) + 1, self.policy.num_tokens + 1))
+        np.cumsum(chosen.promised_BK, axis=1, out=promised[:-1, 1:])
+        self._promised = promised.tolist()
+        for request, length in zip(running, chosen.lengths, strict=True):
             if length < len(request.spec_token_ids):
                 # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                 request.spec_token_ids = list(request.spec_token_ids[:length])
@@ -129,8 +138,7 @@ class EngineLengths:
         for name, tokens in output.num_scheduled_tokens.items():
             request = scheduler.requests[name]
             length = len(drafts.get(name, ()))
-            curve = self._promised.get(name)
-            lengths[name] = (length, np.zeros(length) if curve is None else curve[:length])
+            lengths[name] = (length, self._rows.get(name, -1))
             even.add(length)
             context += request.num_computed_tokens
             known = request.num_tokens + request.num_output_placeholders
@@ -143,6 +151,7 @@ class EngineLengths:
         self._in_flight[id(output)] = _Step(
             scheduled=time.perf_counter(),
             lengths=lengths,
+            promised=self._promised,
             context=float(context),
             tokens=output.total_num_scheduled_tokens,
             even=even in ({0}, {before}),
@@ -175,8 +184,12 @@ class EngineLengths:
             return
         invalid = output.num_invalid_spec_tokens or {}
         emitted = drafts = accepted = 0
+        names: list[str] = []
+        lengths: list[int] = []
+        kept: list[int] = []
+        promised: list[float] = []
         sampled = result.sampled_token_ids
-        for name, (length, promised) in step.lengths.items():
+        for name, (length, row_of) in step.lengths.items():
             request = self.scheduler.requests.get(name)
             row = result.req_id_to_index.get(name)
             if request is None or request.is_finished() or row is None or not sampled:
@@ -189,7 +202,11 @@ class EngineLengths:
             drafts += length
             # What a grammar excluded is in the step, but no evidence.
             checked = length - invalid.get(name, 0)
-            self.policy.observe(name, checked, tokens - 1, float(promised[:checked].sum()))
+            names.append(name)
+            lengths.append(checked)
+            kept.append(tokens - 1)
+            promised.append(step.promised[row_of][checked])
+        self.policy.observe(names, lengths, kept, promised)
         requests = len(step.lengths)
         seconds = now - max(self._updated, step.scheduled)
         self.policy.totals.drafted_steps += step.drafting
@@ -215,13 +232,18 @@ class EngineLengths:
     def verified(self, name: str, length: int, accepted: int) -> None:
         """While a step's result is taken in, of each request with draft tokens; see
         :func:`~vllm_dflash.serving.verified.counting`."""
-        promised = 0.0
+        counts = self._verified
+        counts[0] += 1
+        counts[1] += length
+        counts[2] += accepted
         if self._step is not None:
-            promised = float(self._step.lengths[name][1][:length].sum())
-        self.policy.count(length, accepted, promised)
+            counts[3] += self._step.promised[self._step.lengths[name][1]][length]
 
     def publish(self) -> None:
         """Once a step's result has been taken in."""
+        if self._verified[0]:
+            self.policy.count(*self._verified)  # type: ignore[arg-type]
+            self._verified = [0, 0, 0, 0.0]
         self.stats.update(self.policy)
 
     def forget(self, request_ids: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -139,13 +140,33 @@ def _patch_worker(module: ModuleType) -> None:
 
     @functools.wraps(warm_up)
     def compile_or_warm_up_model(self):
-        out = warm_up(self)
-        # The first moment at which the engine can run steps, and the last before requests come.
-        runner = self.model_runner
-        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        choose_lengths = getattr(drafter, "choose_lengths", None)
-        if choose_lengths is not None:
-            choose_lengths(runner)
+        runner, left = self.model_runner, ["to do"]
+
+        def choose_lengths() -> None:
+            drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+            choose = getattr(drafter, "choose_lengths", None)
+            if left and choose is not None:
+                left.clear()
+                # Dummy steps are no load that experts are to be balanced by.
+                with getattr(getattr(runner, "eplb", None), "suppress", nullcontext)():
+                    choose(runner)
+
+        # The first moment at which the engine can run steps, and the last before requests come. vLLM's GPU
+        # worker goes on to watch for kernels that are compiled later, so just before that.
+        watch = getattr(self, "_maybe_activate_jit_monitor", None)
+        if watch is not None:
+
+            def choose_and_watch() -> None:
+                choose_lengths()
+                watch()
+
+            self._maybe_activate_jit_monitor = choose_and_watch
+        try:
+            out = warm_up(self)
+        finally:
+            if watch is not None:
+                del self._maybe_activate_jit_monitor
+        choose_lengths()
         return out
 
     cls.compile_or_warm_up_model = compile_or_warm_up_model

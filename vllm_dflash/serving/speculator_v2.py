@@ -216,6 +216,13 @@ def patch_prepare_inputs(module: ModuleType) -> None:
 def _build_block(speculator: Any, given: dict[str, Any]) -> None:
     batch, buffers, tables = given["input_batch"], given["input_buffers"], speculator.block_tables
     groups = speculator.draft_kv_cache_group_ids
+    # vLLM 0.31 has tables of the blocks that the attention kernels see, smaller where those are fixed.
+    sizes = getattr(tables, "kernel_block_sizes", tables.block_sizes)
+    if sizes[groups[0]] != given["block_size"]:
+        raise RuntimeError(
+            f"vLLM's block tables count in blocks of {given['block_size']} tokens where {sizes[groups[0]]} "
+            'were expected; serve with "dflash_ops": false in --speculative-config and report it'
+        )
     requests = given.get("num_reqs_override")
     num_reqs = batch.num_reqs if requests is None else requests
     ops.build_block(
@@ -229,7 +236,7 @@ def _build_block(speculator: Any, given: dict[str, Any]) -> None:
         temperature=given["input_temperature"],
         seeds=given["input_seeds"],
         block_tables=[tables.input_block_tables[g] for g in groups],
-        kv_block_sizes=[tables.block_sizes[g] for g in groups],
+        kv_block_sizes=[sizes[g] for g in groups],
         num_draft_tokens=given["num_speculative_steps"],
         mask_token_id=given["parallel_drafting_token_id"],
         max_model_len=given["max_model_len"],

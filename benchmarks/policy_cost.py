@@ -1,0 +1,191 @@
+"""What choosing draft lengths costs the engine core's thread, by requests in flight.
+
+    python benchmarks/policy_cost.py [--before REVISION] [--rounds 5] [-o FILE]
+
+Steps of a model scheduler, whose drafts are accepted with probability 0.8: no engine, no model. Counted is
+the CPU time of the thread in a step: ``policy_ms`` in the policy alone (decisions and learning), ``ms`` in
+everything that :class:`~vllm_dflash.serving.scheduler.EngineLengths` does around it. With ``--before`` the
+package of that revision takes turns with this one, each round in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUESTS = (1, 16, 64, 256)
+K = 15
+ACCEPTANCE = 0.8
+WARM_UP, STEPS = 20, 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", help="git revision to compare with")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.once:
+        print(json.dumps({str(n): measure(n) for n in REQUESTS}))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        packages = {"after": ROOT}
+        if args.before:
+            packages = {"before": checkout(args.before, Path(scratch)), **packages}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in packages}
+        for _ in range(args.rounds):
+            for name, package in packages.items():
+                rounds[name].append(once(package))
+    rows = []
+    for n in map(str, REQUESTS):
+        row: dict[str, Any] = {"requests": int(n), "draft_tokens": K}
+        for name, measured in rounds.items():
+            for key in ("policy_ms", "ms"):
+                times = sorted(round(m[n][key], 3) for m in measured)
+                row |= {f"{name}_{key}": median(times), f"{name}_{key}_of_rounds": times}
+        rows.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items() if not k.endswith("of_rounds")))
+    if args.output:
+        from vllm_dflash.bench.report import write_json
+        from vllm_dflash.environment import describe_machine, versions
+
+        data = {"benchmark": "policy_cost", "machine": describe_machine(), "versions": versions()}
+        write_json(args.output, data | {"acceptance": ACCEPTANCE, "rows": rows})
+
+
+def checkout(revision: str, folder: Path) -> Path:
+    """The package as it was."""
+    tar = subprocess.run(
+        ["git", "archive", revision, "vllm_dflash"], cwd=ROOT, check=True, capture_output=True
+    )
+    with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def once(package: Path) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(package), "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, __file__, "--once"]
+    out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+class Clock:
+    """CPU seconds of the thread in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.thread_time() - began
+
+        return timed
+
+
+def measure(num_requests: int) -> dict[str, float]:
+    """Milliseconds a step, the median of many, from two runs: the clock in the policy takes time, too."""
+    return {"policy_ms": run(num_requests, True), "ms": run(num_requests, False)}
+
+
+def run(num_requests: int, policy_alone: bool) -> float:
+    from vllm_dflash.draft_length.ahead import Ahead
+    from vllm_dflash.draft_length.cost import StepCost
+    from vllm_dflash.serving.scheduler import EngineLengths
+
+    cost = StepCost(
+        [1, 256, 8192], [6e-3, 8e-3, 0.12], draft=(1e-3, 2e-6), per_context=1e-9, max_tokens=8192
+    )
+    policy, rng, clock = Ahead(cost, K), random.Random(0), Clock()
+    scheduler = SimpleNamespace(running=[request(i) for i in range(num_requests)], requests={})
+    scheduler.requests = {r.request_id: r for r in scheduler.running}
+    stats = SimpleNamespace(update=lambda policy: None)
+    lengths = EngineLengths(scheduler, policy, stats, 10**6)  # type: ignore[arg-type]
+    if policy_alone:
+        timed: Any = policy
+        names: tuple[str, ...] = ("lengths", "draft", "observe", "observe_step", "count")
+    else:
+        timed, names = lengths, ("trim", "scheduled", "done", "verify_all")
+    lengths.verify_all = lambda pairs: [lengths.verified(*pair) for pair in pairs]
+    for name in names:
+        setattr(timed, name, clock.around(getattr(timed, name)))
+    times = []
+    for _ in range(WARM_UP + STEPS):
+        clock.seconds = 0.0
+        lengths.trim()
+        drafts = {r.request_id: r.spec_token_ids for r in scheduler.running if r.spec_token_ids}
+        tokens = {r.request_id: 1 + len(r.spec_token_ids) for r in scheduler.running}
+        output = SimpleNamespace(
+            num_scheduled_tokens=tokens,
+            total_num_scheduled_tokens=sum(tokens.values()),
+            scheduled_spec_decode_tokens=drafts,
+            num_spec_tokens_to_schedule=K,
+            num_invalid_spec_tokens=None,
+        )
+        lengths.scheduled(output)
+        sampled = [list(range(1 + accepted(len(r.spec_token_ids), rng))) for r in scheduler.running]
+        rows = {r.request_id: i for i, r in enumerate(scheduler.running)}
+        result = SimpleNamespace(sampled_token_ids=sampled, req_id_to_index=rows)
+        lengths.done(output, result)
+        lengths.verify_all(
+            [
+                (r.request_id, len(r.spec_token_ids), len(kept) - 1)
+                for r, kept in zip(scheduler.running, sampled, strict=True)
+                if r.spec_token_ids
+            ]
+        )
+        lengths.publish()
+        times.append(1e3 * clock.seconds)
+        for r, kept in zip(scheduler.running, sampled, strict=True):
+            r.num_computed_tokens += len(kept)
+            r.num_tokens += len(kept)
+            r.num_output_tokens += len(kept)
+            r.spec_token_ids = [0] * K if output.num_spec_tokens_to_schedule else []
+    return median(times[WARM_UP:])
+
+
+def request(i: int) -> Any:
+    """What the scheduler looks at in one of vLLM's requests."""
+    from vllm import SamplingParams
+
+    return SimpleNamespace(
+        request_id=f"cmpl-{i:032d}-0",
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=10**5),
+        is_prefill_chunk=False,
+        is_finished=lambda: False,
+        spec_token_ids=[0] * K,
+        num_computed_tokens=500,
+        num_tokens=501,
+        num_output_tokens=1,
+        num_output_placeholders=0,
+        max_tokens=10**5,
+    )
+
+
+def accepted(length: int, rng: random.Random) -> int:
+    for n in range(length):
+        if rng.random() >= ACCEPTANCE:
+            return n
+    return length
+
+
+if __name__ == "__main__":
+    main()
