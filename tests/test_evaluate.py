@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 
@@ -41,6 +43,21 @@ def test_bench_says_which_rows_it_does_not_use(tmp_path, verifier) -> None:
     assert said[0] == "1 of 2 rows is rejected:"
     assert said[1].endswith("(row 2)")
     assert "not JSON" in said[1]
+
+
+def test_prompts_are_counted_after_rendering(tmp_path, verifier) -> None:
+    """A row that the chat template refuses is replaced by the next."""
+    data, said = tmp_path / "rows.jsonl", []
+    rows = ["hello", "no", "again", "more"]
+    data.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": r}]}) + "\n" for r in rows)
+    )
+    template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('refused') }}{% endif %}"
+    template += tiny.CHAT_TEMPLATE
+    source = Verifier(str(verifier), chat_template=template)
+    prompts = load_prompts(source, str(data), {}, 2, say=said.append)
+    assert len(prompts) == 2
+    assert said[0] == "1 of 3 rows is rejected:"
 
 
 class NoTemplate:

@@ -475,8 +475,15 @@ def bench(
     num_speculative_tokens: SpeculativeTokens = None,
     dtype: Dtype = "auto",
     max_model_len: Annotated[
-        int | None, typer.Option(help="As vLLM's; leave room for a draft. Default: the model's.")
+        int | None,
+        typer.Option(help="As vLLM's; leave room for a draft. Default: as prompts need."),
     ] = None,
+    sharing: Annotated[
+        str,
+        typer.Option(
+            help="Engines on one device: together, sleep or restart between turns, or auto: what fits."
+        ),
+    ] = "auto",
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="No compilation: quick start, slow serving.")
     ] = False,
@@ -520,6 +527,7 @@ def bench(
         ignore_eos=ignore_eos,
         dtype=dtype,
         max_model_len=max_model_len,
+        sharing=sharing,
         enforce_eager=enforce_eager,
         prefix_caching=prefix_caching,
         out_dir=output,
@@ -546,7 +554,12 @@ def bench(
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         mark_folder(output, "bench")
-    report = run_bench(config, used, lambda text: console.print(text, highlight=False))
+    report = run_bench(
+        config,
+        used,
+        lambda text: console.print(text, highlight=False, soft_wrap=True),
+        verifier_config=source.load_config(),
+    )
     write_json(report, output / "report.json")
     print_report(report)
     failed = failed_modes(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -105,15 +106,40 @@ def gpu_capabilities() -> list[tuple[int, int]]:
     return sorted({(int(major), int(minor)) for major, _, minor in found if minor.isdecimal()})
 
 
+def gpu_memory() -> list[tuple[int, int]]:
+    """Bytes in all and bytes free of each NVIDIA GPU that CUDA shows to this process."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    only = [f"--id={shown}"] if shown else []
+    lines = [] if shown == "" else _nvidia_smi("memory.total,memory.free", *only)
+    sizes = [[int(n) * 2**20 for n in re.findall(r"\d+", line)] for line in lines]
+    return [(pair[0], pair[1]) for pair in sizes if len(pair) == 2]
+
+
+def available_memory() -> tuple[int, int]:
+    """Bytes of host memory in all, and available; within the limits of the control group."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    available = page * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        available = int(found[1]) * 1024 if found else available
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        used = int((group / "memory.current").read_text())
+        total, available = min(total, limit), min(available, max(limit - used, 0))
+    return total, available
+
+
 def _gpu_names() -> list[str]:
     return _nvidia_smi("name")
 
 
-def _nvidia_smi(field: str) -> list[str]:
+def _nvidia_smi(field: str, *options: str) -> list[str]:
     """One line a GPU. Not by torch: that would open a CUDA context in this process."""
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -12,6 +12,8 @@ cannot corrupt them. They are JSON, never pickle. The parent sends the spec firs
     child  -> parent  {"event": "ready", "startup_s": ..., "plugin_active": ...}
     parent -> child   {"cmd": "run", "prompts": [[...]], "max_tokens": [...], "concurrency": ..., ...}
     child  -> parent  {"event": "result", ...} or {"event": "error", "error": ...}
+    parent -> child   {"cmd": "sleep"} or {"cmd": "wake"}
+    child  -> parent  {"event": "asleep"} or {"event": "awake"}
     parent -> child   {"cmd": "stop"}
 
 This module imports vLLM inside the child's functions only: the parent stays light.
@@ -379,6 +381,20 @@ class EngineProcess:
         self._send(json.dumps(command).encode())
         return RunResult.from_message(self._receive(timeout, "result", "running"))
 
+    def sleep(self, timeout: float = 600.0) -> None:
+        """Moves the weights to host memory and drops the KV cache; needs ``enable_sleep_mode``."""
+        self._ask("sleep", "asleep", timeout)
+
+    def wake(self, timeout: float = 600.0) -> None:
+        """Undoes :meth:`sleep`."""
+        self._ask("wake", "awake", timeout)
+
+    def _ask(self, command: str, event: str, timeout: float) -> None:
+        self.wait_ready()
+        self._busy = True
+        self._send(json.dumps({"cmd": command}).encode())
+        self._receive(timeout, event, f"told to {command}")
+
     def close(self) -> None:
         """Ends the child and everything it started. Safe to call at any time, and again."""
         process = self._process
@@ -638,6 +654,19 @@ async def _run(
     return RunResult(done, wall_s, counters, bool(command["warmup"]), chosen)
 
 
+async def _answer(
+    engine: Any, steps: dict[str, list[int]], run_id: int, command: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Follows a command other than ``stop``."""
+    if command["cmd"] == "sleep":
+        await engine.sleep(level=1)
+        return {"event": "asleep"}
+    if command["cmd"] == "wake":
+        await engine.wake_up()
+        return {"event": "awake"}
+    return {"event": "result", **asdict(await _run(engine, steps, run_id, command))}
+
+
 async def _serve(
     spec: Mapping[str, Any], conn: Connection, commands: queue.SimpleQueue[dict[str, Any]]
 ) -> None:
@@ -673,7 +702,7 @@ async def _serve(
                 return
             run_id += 1
             try:
-                reply = {"event": "result", **asdict(await _run(engine, steps, run_id, command))}
+                reply = await _answer(engine, steps, run_id, command)
             except Exception as error:
                 # The engine may be fine (a prompt was too long): the parent decides.
                 traceback.print_exc()

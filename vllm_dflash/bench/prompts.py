@@ -7,12 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.training.conversations import (
-    Conversation,
-    Rejected,
-    load_conversations,
-    reject_conversation,
-)
+from vllm_dflash.training.conversations import Conversation, load_conversations
 from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.rows import Data
 from vllm_dflash.training.tokenization import prompt_token_ids
@@ -23,7 +18,11 @@ def load_requests(
     verifier: Verifier | str, data: Data, chat_template_kwargs: dict[str, Any], limit: int
 ) -> list[Conversation]:
     """Conversations of the data, each up to its last user turn."""
-    return _load(verifier, data, chat_template_kwargs, limit)[0]
+    Verifier.of(verifier).load_config()  # says what is wrong with the model before the data is read
+    conversations, _ = load_conversations(
+        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
+    )
+    return [_request(conversation) for conversation in conversations]
 
 
 def load_prompts(
@@ -40,7 +39,7 @@ def load_prompts(
 
     Args:
         verifier: path or hub name, or that with the options it is served with.
-        limit: of conversations.
+        limit: of prompts: rows that cannot be rendered do not count.
         max_rejected: share of the rows that may be rejected.
         rejected_path: file that gets them, if there are any.
         say: prints a line for the user.
@@ -48,29 +47,20 @@ def load_prompts(
     Raises:
         ValueError: no prompt can be made, or too many rows are rejected.
     """
-    requests, rejected = _load(verifier, data, chat_template_kwargs, limit)
-    tokenizer = Verifier.of(verifier).load_tokenizer()
-    prompts = []
-    for request in requests:
-        try:
-            prompts.append(prompt_token_ids(tokenizer, request))
-        except ValueError as error:
-            rejected.append(reject_conversation(request, error))
+    verifier = Verifier.of(verifier)
+    verifier.load_config()  # says what is wrong with the model before the data is read
+    tokenizer = verifier.load_tokenizer()
+    prompts: list[list[int]] = []
+
+    def render(conversation: Conversation) -> None:
+        prompts.append(prompt_token_ids(tokenizer, _request(conversation)))
+
+    _, rejected = load_conversations(
+        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit, accept=render
+    )
     total = len(prompts) + len(rejected)
-    if not prompts:
-        raise ValueError(f"none of the {total} rows can be used: {rejected[-1].reason}")
     report_rejected(rejected, total, rejected_path if rejected else None, max_rejected, say)
     return prompts
-
-
-def _load(
-    verifier: Verifier | str, data: Data, chat_template_kwargs: dict[str, Any], limit: int
-) -> tuple[list[Conversation], list[Rejected]]:
-    Verifier.of(verifier).load_config()  # says what is wrong with the model before the data is read
-    conversations, rejected = load_conversations(
-        data, chat_template_kwargs=chat_template_kwargs or None, limit=limit
-    )
-    return [_request(conversation) for conversation in conversations], rejected
 
 
 def _request(conversation: Conversation) -> Conversation:

@@ -1,8 +1,10 @@
 """Measures speculation modes against each other: same prompts, same limits, alternating.
 
-All engines are alive during the measurement and take turns, so that a machine that slows down
-(heat, neighbours) slows every mode alike, and the speed-up of a repeat compares runs made shortly
-after each other. They are *started* one by one, since loading and compiling needs the most memory.
+Engines take turns, so that a machine that slows down (heat, neighbours) slows every mode alike, and the
+speed-up of a repeat compares runs made shortly after each other. Where they fit side by side all are alive
+during the measurement; else they sleep between their turns, or are started for each
+(:mod:`vllm_dflash.bench.sharing`). They are *started* one by one, since loading and compiling needs the most
+memory.
 
 Modes:
 
@@ -18,8 +20,8 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import reduce
 from operator import add
@@ -33,6 +35,14 @@ from vllm_dflash.bench.engine_process import (
     RunResult,
     SpecCounters,
 )
+from vllm_dflash.bench.sharing import (
+    KINDS,
+    MEMORY_SHARE,
+    Device,
+    Sharing,
+    needed_model_len,
+    plan_sharing,
+)
 from vllm_dflash.bounds import DTYPES, POSITIVE, Bound, check_bounds, check_choice, count
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.environment import describe_machine, versions
@@ -44,8 +54,6 @@ PLUGIN_NAME = "dflash"
 #: Longest and shortest n-gram looked up. vLLM's own default (5, 5) misses most repeats, 1 would
 #: match on single frequent tokens; 5 and 2 are the values of vLLM's speculation example.
 NGRAM_LOOKUP_MAX, NGRAM_LOOKUP_MIN = 5, 2
-#: Share of the memory that all engines of a benchmark take together.
-MEMORY_SHARE = 0.85
 WARMUP_MAX_TOKENS = 16
 
 Progress = Callable[[str], None]
@@ -70,7 +78,9 @@ class BenchConfig:
             flatters every drafter.
         dtype: as vLLM's ``--dtype``.
         max_model_len: as vLLM's ``--max-model-len``. vLLM stops drafting for a batch that comes
-            within a draft of it, so leave room. None takes the model's.
+            within a draft of it, so leave room. None: see :func:`run_bench`.
+        sharing: how the engines share the device, one of :data:`~vllm_dflash.bench.sharing.KINDS`, or
+            ``auto``: as the memory allows.
         enforce_eager: no compilation and no graphs: quick start, slow serving.
         prefix_caching: off, so that a repeat does all the work again.
         out_dir: gets ``logs/<mode>.log``.
@@ -94,6 +104,7 @@ class BenchConfig:
     ignore_eos: bool = False
     dtype: str = "auto"
     max_model_len: int | None = None
+    sharing: str = "auto"
     enforce_eager: bool = False
     prefix_caching: bool = False
     out_dir: str | Path = "bench"
@@ -115,6 +126,7 @@ class BenchConfig:
                 f"--concurrency is {','.join(map(str, flights))!r}; give numbers of at least 1, each once"
             )
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("sharing", self.sharing, ("auto", *KINDS))
         bounds = {
             "num_speculative_tokens": count(),
             "num_prompts": count(),
@@ -220,6 +232,8 @@ def run_bench(
     progress: Progress | None = None,
     *,
     engine_factory: EngineFactory = EngineProcess,
+    verifier_config: Any = None,
+    device: Device | None = None,
 ) -> dict[str, Any]:
     """Runs the benchmark.
 
@@ -231,14 +245,22 @@ def run_bench(
         prompts: token ids; the first ``config.num_prompts`` of them are used.
         progress: called with one line before each step.
         engine_factory: makes the engines, for tests.
+        verifier_config: transformers' configuration of the verifier. Lengths that are not given then follow
+            from the prompts, and how the engines share the device from its size. Without it lengths are the
+            model's, and ``auto`` is ``together``.
+        device: where the engines run; None looks at this machine.
 
     Returns:
-        The report, ready for JSON: ``created``, ``versions``, ``machine``, ``config``, ``errors``
-        (mode to message) and ``modes``, which maps a mode to its ``log``, its ``startup_s`` and
-        ``concurrency``, a map from ``"1"``, ``"4"`` ... to the figures of :func:`summarize`.
+        The report, ready for JSON: ``created``, ``versions``, ``machine``, ``config``, ``sharing`` (``kind``
+        and the plan's ``sentence``), ``errors`` (mode to message) and ``modes``, which maps a mode to its
+        ``log``, its ``startup_s`` and ``concurrency``, a map from ``"1"``, ``"4"`` ... to the figures of
+        :func:`summarize`.
     """
+    config, sharing = plan_run(config, prompts, verifier_config, device)
     prompts = check_prompts(config, prompts)
     say = progress or (lambda _: None)
+    if sharing.sentence:
+        say(sharing.sentence)
     report: dict[str, Any] = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -249,26 +271,16 @@ def run_bench(
             "num_speculative_tokens": config.resolve_num_speculative_tokens(),
             "ngram_lookup": [NGRAM_LOOKUP_MIN, NGRAM_LOOKUP_MAX],
         },
+        "sharing": {"kind": sharing.kind, "sentence": sharing.sentence},
         "errors": {},
         "modes": {},
     }
     runs: dict[str, dict[int, list[RunResult]]] = {}
-    with contextlib.ExitStack() as stack:
-        engines: dict[str, EngineProcess] = {}
-        for mode in config.modes:
-            spec = engine_spec(config, mode)
-            entry: dict[str, Any] = {"log": str(spec.log_path), "startup_s": None}
-            report["modes"][mode] = entry
-            runs[mode] = {c: [] for c in config.concurrencies}
-            say(f"{mode}: starting the engine")
-            engine = engine_factory(spec)
-            stack.callback(engine.close)
-            try:
-                entry["startup_s"] = _start(config, engine, mode, prompts)
-            except (RuntimeError, OSError) as error:
-                drop_engine(report["errors"], engines, engine, error, say)
-            else:
-                engines[mode] = engine
+    for mode in config.modes:
+        log = engine_spec(config, mode).log_path
+        report["modes"][mode] = {"log": str(log), "startup_s": None}
+        runs[mode] = {c: [] for c in config.concurrencies}
+    with _Engines(config, prompts, sharing, engine_factory, report, say) as engines:
         _measure(config, prompts, engines, runs, report, say)
     for mode in config.modes:
         report["modes"][mode]["concurrency"] = {
@@ -277,6 +289,35 @@ def run_bench(
             if results
         }
     return report
+
+
+def plan_run(
+    config: BenchConfig,
+    prompts: Sequence[Sequence[int]],
+    verifier_config: Any,
+    device: Device | None = None,
+) -> tuple[BenchConfig, Sharing]:
+    """The settings with the lengths that follow from the prompts, and how the engines share the device."""
+    kind = "together" if config.sharing == "auto" else config.sharing
+    if verifier_config is None:
+        return config, Sharing(kind)
+    used = list(map(len, prompts[: config.num_prompts]))
+    drafted = config.resolve_num_speculative_tokens() or 0
+    length = config.engine_args.get("max_model_len", config.max_model_len)
+    if length is None:
+        length = needed_model_len(max(used, default=0), config.max_tokens, drafted, verifier_config)
+        config = replace(config, max_model_len=length)
+    most = max(used, default=0) + config.max_tokens + drafted + 1
+    drafter = [config.drafter] if config.drafter is not None else []
+    sharing = plan_sharing(
+        config.sharing,
+        [[config.verifier, *(drafter if m in DRAFTER_MODES else [])] for m in config.modes],
+        verifier_config,
+        max(config.concurrencies) * most,
+        {"dtype": config.dtype, **config.engine_args},
+        device or Device.here(),
+    )
+    return config, sharing
 
 
 def check_prompts(config: BenchConfig, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -303,16 +344,83 @@ def check_prompts(config: BenchConfig, prompts: Sequence[Sequence[int]]) -> list
     return used
 
 
-def _start(
-    config: BenchConfig, engine: EngineProcess, mode: str, prompts: Sequence[Sequence[int]]
-) -> float:
-    """Starts and warms one engine; returns its start-up time in seconds."""
-    engine.start()
-    startup_s = await_engine(config, engine, plugin=mode == "ours")
-    for concurrency in config.concurrencies:
-        # First batches of a size pay for allocations, kernel look-ups and worker start.
-        run_prompts(config, engine, prompts[:concurrency], concurrency, warmup=True)
-    return startup_s
+class _Engines:
+    """The engines of a benchmark. Leaving the context ends all that are alive.
+
+    Args:
+        sharing: ``together`` and ``sleep`` start all of them on entering; ``restart`` one a turn.
+        report: gets start-up times and errors.
+    """
+
+    def __init__(
+        self,
+        config: BenchConfig,
+        prompts: Sequence[Sequence[int]],
+        sharing: Sharing,
+        factory: EngineFactory,
+        report: dict[str, Any],
+        say: Progress,
+    ) -> None:
+        self.config, self.prompts, self.sharing = config, prompts, sharing
+        self.factory, self.report, self.say = factory, report, say
+        self.alive: dict[str, EngineProcess] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Engines:
+        try:
+            if self.sharing.kind != "restart":
+                for mode in self.config.modes:
+                    with self.leaving_out(mode):
+                        self.start(mode)
+                        if self.sharing.kind == "sleep":
+                            self.alive[mode].sleep()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def start(self, mode: str) -> None:
+        """Starts and warms the engine of a mode."""
+        spec = engine_spec(self.config, mode)
+        # What the user gave wins.
+        args = {**spec.engine_args, **self.sharing.engine_args, **self.config.engine_args}
+        self.say(f"{mode}: starting the engine")
+        engine = self.alive[mode] = self.factory(replace(spec, engine_args=args))
+        self._stack.callback(engine.close)
+        engine.start()
+        startup_s = await_engine(self.config, engine, plugin=mode == "ours")
+        entry = self.report["modes"][mode]
+        if entry["startup_s"] is None:
+            entry["startup_s"] = startup_s
+        for concurrency in self.config.concurrencies:
+            # First batches of a size pay for allocations, kernel look-ups and worker start.
+            some = self.prompts[:concurrency]
+            run_prompts(self.config, engine, some, concurrency, warmup=True)
+
+    @contextlib.contextmanager
+    def turn(self, mode: str) -> Iterator[EngineProcess]:
+        """The mode's engine, ready to be measured; the device is the next one's afterwards."""
+        if self.sharing.kind == "restart":
+            self.start(mode)
+            yield self.alive[mode]
+            self.alive.pop(mode).close()
+        elif self.sharing.kind == "sleep":
+            self.alive[mode].wake()
+            yield self.alive[mode]
+            self.alive[mode].sleep()
+        else:
+            yield self.alive[mode]
+
+    @contextlib.contextmanager
+    def leaving_out(self, mode: str) -> Iterator[None]:
+        """Reports a failure of the mode and leaves it out from now on."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            drop_engine(self.report["errors"], self.alive, self.alive[mode], error, self.say)
 
 
 def await_engine(config: BenchConfig, engine: EngineProcess, *, plugin: bool) -> float:
@@ -361,24 +469,33 @@ def run_prompts(
 def _measure(
     config: BenchConfig,
     prompts: Sequence[Sequence[int]],
-    engines: dict[str, EngineProcess],
+    engines: _Engines,
     runs: dict[str, dict[int, list[RunResult]]],
     report: dict[str, Any],
     say: Progress,
 ) -> None:
-    """The alternating runs; appends to ``runs`` and drops engines that fail."""
-    for repeat in range(config.repeats):
-        for i, concurrency in enumerate(config.concurrencies):
-            # In turn, each mode goes first.
-            for mode in [m for m in rotate(config.modes, repeat + i) if m in engines]:
+    """The alternating runs; appends to ``runs``."""
+    for repeat, mode, concurrencies in turns(config, engines.sharing.kind):
+        if mode in report["errors"]:
+            continue
+        with engines.leaving_out(mode), engines.turn(mode) as engine:
+            for concurrency in concurrencies:
                 say(f"{mode}: repeat {repeat + 1} of {config.repeats}, concurrency {concurrency}")
                 time.sleep(config.settle_s)
-                try:
-                    result = run_prompts(config, engines[mode], prompts, concurrency)
-                except (RuntimeError, OSError) as error:
-                    drop_engine(report["errors"], engines, engines[mode], error, say)
-                else:
-                    runs[mode][concurrency].append(result)
+                result = run_prompts(config, engine, prompts, concurrency)
+                runs[mode][concurrency].append(result)
+
+
+def turns(config: BenchConfig, kind: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """Who is measured when: repeat, mode, and what the turn measures. In turn, each mode goes first.
+
+    An engine that is started for its turn measures all concurrencies in it.
+    """
+    parts = [config.concurrencies] if kind == "restart" else [(c,) for c in config.concurrencies]
+    for repeat in range(config.repeats):
+        for i, concurrencies in enumerate(parts):
+            for mode in rotate(config.modes, repeat + i):
+                yield repeat, mode, concurrencies
 
 
 def rotate(modes: Sequence[str], turn: int) -> list[str]:

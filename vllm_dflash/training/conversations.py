@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,6 +166,7 @@ def load_conversations(
     chat_template_kwargs: dict | None = None,
     limit: int | None = None,
     split: str = "train",
+    accept: Callable[[Conversation], object] | None = None,
 ) -> tuple[list[Conversation], list[Rejected]]:
     """Reads conversations; rows that cannot be used are returned (and written) with a reason.
 
@@ -180,6 +181,7 @@ def load_conversations(
         chat_template_kwargs: For every conversation; a row's own kwargs override them one by one.
         limit: Stop reading after this many usable conversations.
         split: Split of Hugging Face data sets whose name says none.
+        accept: Called with each conversation; a ValueError of it rejects the row.
 
     Raises:
         ValueError: No such data, or no usable row in it.
@@ -199,6 +201,8 @@ def load_conversations(
             file = row.file if several else ""
             try:
                 conversation = _parse_row(_row_value(row), row.line, row.source, default_kwargs)
+                if accept is not None:
+                    accept(conversation)
             except (ValueError, RecursionError) as error:
                 rejected.append(Rejected(row.line, str(error), row.text, file))
                 continue
