@@ -261,7 +261,7 @@ def _served(
         concurrencies=(config.concurrency,),
         dtype=config.engine.dtype,
         max_model_len=config.engine.max_len + tokens + 2,
-        enforce_eager=config.engine.enforce_eager,
+        enforce_eager=config.engine.eager(),
         out_dir=scratch,
         engine_args={
             "tensor_parallel_size": config.engine.ranks,
