@@ -52,7 +52,8 @@ def main() -> None:
         engine = VerifierEngine(
             args.verifier,
             write_seat(drafter, Path(scratch) / "seat"),
-            EngineOptions(dtype=args.dtype, max_len=longest),
+            # The rows of a cached prefix are recorded with another request.
+            EngineOptions(args.dtype, longest, extra={"enable_prefix_caching": False}),
         )
     engine.call("begin", drafter.to_dict(), Hyperparameters().as_dict(), None, 1, None, None)
     generate = engine.generator(SamplingOptions(max_tokens=args.max_tokens))
@@ -64,7 +65,8 @@ def main() -> None:
         seconds["generate"].append(time.perf_counter() - began)
 
         began = time.perf_counter()
-        engine.call("watch", {k: len(ids) + args.max_tokens for k, ids in requests.items()})
+        most = {k: (None, 0, len(ids) + args.max_tokens) for k, ids in requests.items()}
+        engine.call("watch", most)
         results = list(generate([GenerationRequest(k, ids) for k, ids in requests.items()]))
         whole = {r.key: [*requests[r.key], *r.token_ids] for r in results}
         engine.call("register", [(k, ids, [True] * len(ids), "") for k, ids in whole.items()])

@@ -223,7 +223,7 @@ def train(
     top_k: Annotated[int, typer.Option(help="Of regenerated responses; 0 for all tokens.")] = 0,
     max_tokens: MaxTokens = None,
     max_len: MaxLen = 3072,
-    max_num_seqs: Annotated[int, typer.Option(help="Responses generated at once.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(help="Responses generated at once.")] = 256,
     dtype: Dtype = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
     chat_template: ChatTemplate = None,

@@ -97,6 +97,7 @@ class FeatureRecorder:
         length: int | None = None,
         layers: Sequence[int] = (),
         token_ids: Sequence[int] | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Hands over a request's features ``[T, F]`` (and final states ``[T, H]``); forgets them.
 
@@ -104,6 +105,7 @@ class FeatureRecorder:
             key: as given to :meth:`watch`.
             length: rows expected, for requests that ended before the watched length.
             layers, token_ids: see :func:`check_features`.
+            start: the first row wanted; those before may be missing, as those of a cached prefix are.
 
         Raises:
             BrokenFeatures: the features cannot be real: zero, constant or repeated.
@@ -115,17 +117,17 @@ class FeatureRecorder:
             raise ValueError(f"no features were recorded for {key}")
         features, filled = self._buffers.pop(key), self._filled.pop(key)
         final = self._finals.pop(key, None)
-        if length is not None:
-            if length > watched:
-                raise ValueError(f"{length} feature rows of {key} wanted, {watched} were watched")
-            features, filled = features[:length], filled[:length]
-            final = final[:length] if final is not None else None
+        length = watched if length is None else length
+        if length > watched:
+            raise ValueError(f"{length} feature rows of {key} wanted, {watched} were watched")
+        features, filled = features[start:length], filled[start:length]
+        final = final[start:length] if final is not None else None
         if not filled.all():
             raise ValueError(
                 f"{int((~filled).sum())} of {len(filled)} feature rows of {key} were not recorded"
             )
         try:
-            check_features(features, layers, token_ids)
+            check_features(features, layers, token_ids and token_ids[start:])
         except BrokenFeatures as error:
             raise BrokenFeatures(
                 f"features of {key} are {error}. The verifier's hidden states do not reach the drafter; "

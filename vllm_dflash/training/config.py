@@ -176,6 +176,7 @@ class EngineOptions:
         max_len: longest conversation in tokens; longer ones are cut (paper: 3072).
         max_num_seqs: requests generated at once.
         max_num_batched_tokens: token budget of an engine step; chunked prefill beyond it.
+        enforce_eager: run without CUDA graphs and compilation; None for eager on a CPU only.
         tensor_parallel_size: ranks of the verifier, which train together.
         extra: further vLLM ``EngineArgs``; they win over the fields above.
 
@@ -186,9 +187,9 @@ class EngineOptions:
 
     dtype: str = "auto"
     max_len: int = 3072
-    max_num_seqs: int = 64
+    max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
-    enforce_eager: bool = True
+    enforce_eager: bool | None = None
     tensor_parallel_size: int = 1
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -226,6 +227,14 @@ class EngineOptions:
                 f"distributed_executor_backend is {backend!r}: training runs in vLLM's own worker processes; "
                 "leave it out"
             )
+
+    def eager(self) -> bool:
+        """Whether the engine runs eager; imports vLLM where that depends on the device."""
+        if self.enforce_eager is not None:
+            return self.enforce_eager
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu())
 
     @property
     def ranks(self) -> int:

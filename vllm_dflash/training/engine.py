@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.processes import start_guard
 from vllm_dflash.serving.draft_limits import rotary_positions
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
+from vllm_dflash.training.prefixes import Piece, parts, pieces_of
 from vllm_dflash.training.ranks import Failure
 from vllm_dflash.training.replies import MarkedReplies, ParsedReplies, ToMessage
 from vllm_dflash.training.responses import GenerationRequest, GenerationResult
@@ -145,6 +146,16 @@ def check_block(options: EngineOptions, drafter: DrafterConfig) -> None:
         )
 
 
+def _set_prefix_caching(engine_args: Any) -> None:
+    """Leaves prefix caching to vLLM where its CPU backend has it, with blocks that lose little."""
+    if engine_args.create_model_config().is_hybrid:
+        # What vLLM's CPU backend lacks; see speculative_config._check_prefix_caching.
+        engine_args.enable_prefix_caching = bool(engine_args.enable_prefix_caching)
+    elif engine_args.block_size is None:
+        # vLLM's own are of 128 tokens there; multiples of 32 are fast.
+        engine_args.block_size = 32
+
+
 class VerifierEngine:
     """vLLM with the verifier and a drafter in the dflash seat."""
 
@@ -169,7 +180,8 @@ class VerifierEngine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if current_platform.is_cpu():
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
             # vLLM would keep a core for its front end, which idles while we train.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_GIB)
@@ -180,13 +192,12 @@ class VerifierEngine:
             "max_model_len": options.max_len + num_speculative_tokens + 2,
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": options.max_num_batched_tokens,
-            "enforce_eager": options.enforce_eager,
+            "enforce_eager": options.eager(),
             "tensor_parallel_size": options.tensor_parallel_size,
             # The learner needs room beside the engine.
             "gpu_memory_utilization": 0.6,
-            # A cached prefix has no hidden states.
-            "enable_prefix_caching": False,
-            "async_scheduling": False,
+            # Nothing runs beside the host on a CPU.
+            "async_scheduling": False if on_cpu else None,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "worker_extension_cls": "vllm_dflash.serving.worker.WorkerExtension",
@@ -199,7 +210,10 @@ class VerifierEngine:
             },
             **options.extra,
         }
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        engine_args = EngineArgs(**args)
+        if on_cpu:
+            _set_prefix_caching(engine_args)
+        self.engine = LLMEngine.from_engine_args(engine_args)
         self.draft(False)
 
     @cached_property
@@ -238,10 +252,17 @@ class VerifierEngine:
         client.engine_core.scheduler.drafting = enabled
         self.call("drafting", enabled)
 
-    def _run(self, requests: Sequence[tuple[str, list[int]]], params: Any) -> Iterator[Any]:
+    @property
+    def kv_block_size(self) -> int:
+        """Tokens in a block of the KV cache: what cached prefixes are made of."""
+        cache = self.engine.vllm_config.cache_config
+        return int(getattr(cache, "hash_block_size", None) or cache.block_size)
+
+    def _run(self, requests: Iterable[tuple[str, Sequence[int], Any]]) -> Iterator[Any]:
         pending = set()
-        for key, token_ids in requests:
-            pending.add(self._add(key, token_ids, params))
+        for key, token_ids, params in requests:
+            self.engine.add_request(key, {"prompt_token_ids": list(token_ids)}, params)
+            pending.add(key)
         try:
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
@@ -251,10 +272,6 @@ class VerifierEngine:
         finally:
             if pending:
                 self.engine.abort_request(list(pending))
-
-    def _add(self, key: str, token_ids: list[int], params: Any) -> str:
-        self.engine.add_request(key, {"prompt_token_ids": list(token_ids)}, params)
-        return key
 
     def generator(
         self, sampling: SamplingOptions
@@ -271,7 +288,7 @@ class VerifierEngine:
         )
 
         def generate(requests: list[GenerationRequest]) -> Iterator[GenerationResult]:
-            for output in self._run([(r.key, r.prompt_token_ids) for r in requests], params):
+            for output in self._run((r.key, r.prompt_token_ids, params) for r in requests):
                 done = output.outputs[0]
                 yield GenerationResult(
                     output.request_id, list(done.token_ids), str(done.finish_reason)
@@ -282,29 +299,57 @@ class VerifierEngine:
     def extract(self, examples: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str | None]]:
         """Runs whole conversations through the verifier once; their features go to the worker's store.
 
-        The last token's features are not needed, no block can be anchored behind it.
+        A prefix of several conversations is computed for the first of them, and read from the KV cache by the
+        others. The last token's features are not needed, no block can be anchored behind it.
 
         Yields:
-            Each key as it finishes, with None or the reason why its features cannot be used.
+            Each key as it finishes, with None or the reason why its features cannot be used. One whose prefix
+            turns out to be unusable comes again.
         """
+        # What is left of earlier requests must not decide what is computed now: a resumed run lacks it.
+        shared = self.engine.reset_prefix_cache()
+        pieces = pieces_of(examples, self.kv_block_size if shared else None)
+        failed = set()
+        for key, problem in self._extract(examples, pieces):
+            if problem is not None:
+                failed.add(key)
+            if problem is None or pieces[key].parent is None:
+                yield key, problem
+        if not failed:
+            return
+        # A prefix is missing, or vLLM found more of it in the cache than was meant.
+        again = {
+            key: ids
+            for key, ids in examples.items()
+            if pieces[key].parent is not None
+            and failed.intersection(at for at, _ in parts(pieces, key))
+        }
+        yield from self._extract(again, pieces_of(again, None))
+
+    def _extract(
+        self, examples: Mapping[str, Sequence[int]], pieces: Mapping[str, Piece]
+    ) -> Iterator[tuple[str, str | None]]:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-        lengths = {key: len(ids) - 1 for key, ids in examples.items()}
-        self.call("watch", lengths)
-        requests = [(key, list(ids[:-1])) for key, ids in examples.items()]
+        def requests() -> Iterator[tuple[str, Sequence[int], Any]]:
+            for key, ids in examples.items():
+                piece = pieces[key]
+                if piece.end > piece.start:
+                    params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+                    params.skip_reading_prefix_cache = piece.parent is None
+                    yield key, ids[:-1], params
+
+        self.call("watch", dict(pieces))
         try:
-            yield from self._collected(requests, params, lengths)
+            for output in self._run(requests()):
+                key = output.request_id
+                problems = (f.get(key) for f in self.call_ranks("collect", {key: pieces[key].end}))
+                yield key, next((p for p in problems if p is not None), None)
+            for key, piece in pieces.items():
+                if piece.end == piece.start:
+                    yield key, None
         finally:
             self.call("flush")
-
-    def _collected(
-        self, requests: list[tuple[str, list[int]]], params: Any, lengths: dict[str, int]
-    ) -> Iterator[tuple[str, str | None]]:
-        for output in self._run(requests, params):
-            key = output.request_id
-            problems = (f.get(key) for f in self.call_ranks("collect", {key: lengths[key]}))
-            yield key, next((p for p in problems if p is not None), None)
 
     def close(self) -> None:
         """Stops the engine, frees what it and the workers' sessions held, and restores the environment."""

@@ -42,7 +42,7 @@ from vllm_dflash.training.engine import (
 )
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.host_memory import default_feature_gib
-from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, tokens_by_rank
+from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, rows_by_rank
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
@@ -474,16 +474,17 @@ class _Run:
         with _stop_flag() as self.stop:
             self.step = self._resume()
             self._extract(held_by_key, keep=[])
-            tokens = {k: len(e.token_ids) for k, e in (by_key | held_by_key).items()}
             owners = {k: owner(e.token_ids, ranks) for k, e in (by_key | held_by_key).items()}
-            held_tokens = tokens_by_rank({k: tokens[k] for k in held_by_key}, owners)
+            block_size = self.engine.kv_block_size
+            held_ids = {k: e.token_ids for k, e in held_by_key.items()}
+            held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
-                list(by_key),
-                tokens,
-                sequences=self.config.hparams.sequences,
+                {k: e.token_ids for k, e in by_key.items()},
+                sequences_per_step=self.config.hparams.sequences,
                 seed=self.config.hparams.seed,
                 total_steps=total,
-                max_tokens=self._feature_tokens() - max(held_tokens.values(), default=0),
+                max_rows=self._feature_tokens() - max(held_rows.values(), default=0),
+                block_size=block_size,
                 owners=owners,
             )
             held_keys = [k for k in held_by_key if k not in self.bad]

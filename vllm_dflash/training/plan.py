@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from vllm_dflash.training.prefixes import PrefixTree
 
 
 @dataclass(frozen=True)
@@ -52,53 +54,73 @@ def epoch_steps(
 
 
 def plan_windows(
-    keys: Sequence[str],
-    num_tokens: dict[str, int],
+    sequences: Mapping[str, Sequence[int]],
     *,
-    sequences: int,
+    sequences_per_step: int,
     seed: int,
     total_steps: int,
-    max_tokens: int,
+    max_rows: int,
+    block_size: int,
     owners: Mapping[str, int] | None = None,
 ) -> list[Window]:
-    """Cuts a run into windows of at most ``max_tokens`` tokens of features on each rank.
-
-    ``owners`` says which rank keeps a sequence's features; None if there is one rank.
+    """Cuts a run into windows of at most ``max_rows`` rows of features on each rank.
 
     When all sequences fit at once there is one window. A window's sequences are always extracted together,
     in this order, so a resumed run sees the same features bit for bit.
+
+    Args:
+        sequences: token ids of every sequence.
+        block_size: see :class:`PrefixTree`; rows that sequences share count once.
+        owners: which rank keeps a sequence's features; None if there is one rank.
     """
+    keys = list(sequences)
     steps: list[tuple[str, ...]] = []
     epoch = 0
     while len(steps) < total_steps:
-        steps += epoch_steps(keys, sequences, seed, epoch)
+        steps += epoch_steps(keys, sequences_per_step, seed, epoch)
         epoch += 1
     steps = steps[:total_steps]
-    owners = owners or {}
-
-    def largest(held: Iterable[str]) -> int:
-        return max(tokens_by_rank({k: num_tokens[k] for k in held}, owners).values(), default=0)
-
-    if largest(keys) <= max_tokens:
+    if max(rows_by_rank(sequences, block_size, owners).values(), default=0) <= max_rows:
         return [Window(0, tuple(steps))]
     windows: list[Window] = []
     current: list[tuple[str, ...]] = []
-    held: set[str] = set()
+    held = _Held(block_size, owners)
     first = 0
     for i, step in enumerate(steps):
-        grown = held | set(step)
-        if current and largest(grown) > max_tokens:
+        held.add(step, sequences)
+        if current and max(held.rows.values()) > max_rows:
             windows.append(Window(first, tuple(current)))
-            current, first, grown = [], i, set(step)
+            current, first, held = [], i, _Held(block_size, owners)
+            held.add(step, sequences)
         current.append(step)
-        held = grown
     windows.append(Window(first, tuple(current)))
     return windows
 
 
-def tokens_by_rank(num_tokens: Mapping[str, int], owners: Mapping[str, int]) -> Counter[int]:
-    """Tokens whose features each rank keeps; sequences that ``owners`` lacks are rank 0's."""
-    held: Counter[int] = Counter()
-    for key, tokens in num_tokens.items():
-        held[owners.get(key, 0)] += tokens
-    return held
+def rows_by_rank(
+    sequences: Mapping[str, Sequence[int]],
+    block_size: int,
+    owners: Mapping[str, int] | None = None,
+) -> Counter[int]:
+    """Rows of features that each rank keeps; sequences that ``owners`` lacks are rank 0's."""
+    held = _Held(block_size, owners)
+    held.add(sequences, sequences)
+    return held.rows
+
+
+class _Held:
+    """Rows kept on each rank as sequences come."""
+
+    def __init__(self, block_size: int, owners: Mapping[str, int] | None) -> None:
+        self.rows: Counter[int] = Counter()
+        self._owners = owners or {}
+        self._trees: defaultdict[int, PrefixTree] = defaultdict(lambda: PrefixTree(block_size))
+        self._keys: set[str] = set()
+
+    def add(self, keys: Iterable[str], sequences: Mapping[str, Sequence[int]]) -> None:
+        for key in keys:
+            if key not in self._keys:
+                self._keys.add(key)
+                rank = self._owners.get(key, 0)
+                piece = self._trees[rank].add(key, sequences[key])
+                self.rows[rank] += piece.end - piece.start

@@ -31,6 +31,7 @@ from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 from vllm_dflash.training.plan import content_key, owner
+from vllm_dflash.training.prefixes import Piece, parts, rows_wanted
 from vllm_dflash.training.ranks import Ranks
 
 #: The driver decides what is kept (``keep``); the store need not.
@@ -76,10 +77,15 @@ class TrainingSession:
         self.recorder = FeatureRecorder()
         self.source.recorder = self.recorder
         self.examples: dict[str, tuple[list[int], list[bool], str]] = {}
-        self._store_keys: dict[str, str] = {}
         self._foreign: set[str] = set()
         self.learner: Learner | None = None
+        #: Rows of the sequences' pieces, in memory.
         self.store = FeatureStore(_UNBOUNDED)
+        #: Whole sequences by their tokens, in the cache folder.
+        self.cache: FeatureStore | None = None
+        self._pieces: dict[str, Piece] = {}
+        self._planned: dict[str, Piece] = {}
+        self._watched: dict[str, int] = {}
         self._own_embedding: dict[str, Tensor] = {}
         self._mask_embedding: Tensor | None = None
         #: The verifier layers of the features, in their order.
@@ -148,7 +154,8 @@ class TrainingSession:
         folder = Path(cache_dir) if cache_dir else None
         if folder is not None and self.ranks.size > 1:
             folder /= f"rank-{self.ranks.rank}"
-        self.store = FeatureStore(_UNBOUNDED, folder)
+        self.store, self._pieces = FeatureStore(_UNBOUNDED), {}
+        self.cache = FeatureStore(0, folder) if folder is not None else None
         return {
             "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
             "device": str(embedding.device),
@@ -161,64 +168,107 @@ class TrainingSession:
         """Tells the session about examples: key, token ids, loss mask, source."""
         for key, token_ids, loss_mask, source in examples:
             self.examples[key] = (list(token_ids), list(loss_mask), source)
-            self._store_keys[key] = content_key(token_ids)
             if owner(token_ids, self.ranks.size) != self.ranks.rank:
                 self._foreign.add(key)
 
     def _own(self, keys: Iterable[str]) -> list[str]:
         return [k for k in keys if k not in self._foreign]
 
-    def watch(self, lengths: dict[str, int]) -> None:
-        self.recorder.watch({k: lengths[k] for k in self._own(lengths)})
+    def watch(self, pieces: dict[str, tuple[str | None, int, int]]) -> None:
+        """Asks for the rows of sequences that will be submitted: their pieces (:class:`Piece`)."""
+        self._planned = {key: Piece(*piece) for key, piece in pieces.items()}
+        # Of other ranks' sequences the prefixes that this rank's read.
+        self._watched = rows_wanted(self._planned, self._own(self._planned))
+        self.recorder.watch(self._watched)
 
-    def collect(self, wanted: dict[str, int]) -> dict[str, str]:
+    def collect(self, ends: dict[str, int]) -> dict[str, str]:
         """Moves recorded features to the store; returns the keys that failed, with the reason.
+
+        Args:
+            ends: rows of each sequence, at most those that were watched.
 
         Raises:
             BrokenFeatures: not this sequence failed but the extraction.
         """
         failed = {}
-        for key in self._own(wanted):
-            length = wanted[key]
+        for key, end in ends.items():
+            if key not in self._watched:
+                continue
+            piece, rows = self._planned[key], min(end, self._watched[key])
+            token_ids = self.examples[key][0] if key in self.examples else None
             try:
-                # Recorded under inference mode; autograd needs an ordinary tensor.
-                token_ids = self.examples[key][0] if key in self.examples else None
-                features, final = self.recorder.take(key, length, self.layers, token_ids)
+                features, final = self.recorder.take(key, rows, self.layers, token_ids, piece.start)
             except BrokenFeatures:
                 raise
             except ValueError as error:
                 failed[key] = str(error)
                 continue
-            self.store.put(
-                self._store_keys[key],
-                features.clone(),
-                None if final is None else final.clone(),
-            )
+            # Recorded under inference mode; autograd needs an ordinary tensor.
+            self.store.put(key, features.clone(), None if final is None else final.clone())
+            self._pieces[key] = piece._replace(end=end)
         return failed
 
     def flush(self) -> None:
-        """Writes pending features to the cache folder, where there is one."""
-        self.store.flush()
+        """Ends an extraction; whole sequences go to the cache folder, where there is one."""
+        done = self._own(self._planned)
+        for key in done:
+            if self._planned[key].start == self._planned[key].end:
+                self._pieces[key] = self._planned[key]
+        if self.cache is not None:
+            for key in done:
+                if self._at_hand(key):
+                    self.cache.put(content_key(self.examples[key][0]), *self._rows(key))
+            self.cache.flush()
+        self._planned, self._watched = {}, {}
 
     def keep(self, keys: list[str]) -> None:
         """Frees the memory of all features but these."""
-        self.store.keep(self._store_keys[k] for k in keys)
+        wanted = rows_wanted(self._pieces, [k for k in self._own(keys) if self._at_hand(k)])
+        self._pieces = {k: p for k, p in self._pieces.items() if k in wanted or k in keys}
+        self.store.keep(wanted)
 
     def stored(self, keys: list[str]) -> list[str]:
         """Those of this rank's keys whose features are at hand, in memory or in the cache folder."""
-        return [k for k in self._own(keys) if self._store_keys[k] in self.store]
+        return [k for k in self._own(keys) if self._at_hand(k) or self._cached(k)]
+
+    def _cached(self, key: str) -> bool:
+        return self.cache is not None and content_key(self.examples[key][0]) in self.cache
+
+    def _at_hand(self, key: str | None) -> bool:
+        """Whether a sequence's rows are in memory, those that it shares included."""
+        while key is not None:
+            if key not in self._pieces:
+                return False
+            key = self._pieces[key].parent
+        return True
+
+    def _rows(self, key: str) -> tuple[Tensor, Tensor | None]:
+        """Features ``[T, F]`` and final states ``[T, H]`` of a sequence, put together from its pieces."""
+        if self.cache is not None and not self._at_hand(key):
+            entry = self.cache.get(content_key(self.examples[key][0]))
+            self.store.put(key, *entry)
+            self._pieces[key] = Piece(None, 0, len(entry[0]))
+        features, finals = [], []
+        for at, end in parts(self._pieces, key):
+            feature_rows, final_rows = self.store.get(at)
+            features.append(feature_rows[: end - self._pieces[at].start])
+            if final_rows is not None:
+                finals.append(final_rows[: end - self._pieces[at].start])
+        if len(features) == 1:
+            return features[0], finals[0] if finals else None
+        return torch.cat(features), torch.cat(finals) if finals else None
 
     def digest(self, keys: list[str]) -> dict[str, str]:
         """SHA-256 of each sequence's features, to compare bits across runs and ways of recording."""
         out = {}
         for key in self._own(keys):
-            features, _ = self.store.get(self._store_keys[key])
+            features, _ = self._rows(key)
             out[key] = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
         return out
 
     def _sample(self, key: str) -> Sample:
         token_ids, loss_mask, _ = self.examples[key]
-        features, final = self.store.get(self._store_keys[key])
+        features, final = self._rows(key)
         return Sample(key, token_ids, loss_mask, features, final)
 
     # -- learning --------------------------------------------------------------------------------
