@@ -135,8 +135,8 @@ def _quiet_engine() -> None:
     asks for more by their variables. Called before either is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Said while vLLM is imported, before it sets its logging up.
-    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    # Until an engine is made vLLM has not set its logging up.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     # vLLM looks at every name of torch.distributed, those that torch is about to drop included.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
 
