@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import typer
 from typer.testing import CliRunner
 
 from vllm_dflash.checkpoint import convert, read_config
-from vllm_dflash.cli import app
+from vllm_dflash.cli import _quiet_engine, app
 from vllm_dflash.config import DrafterConfig
 
 
@@ -268,3 +269,32 @@ def test_full_disk_leaves_the_old_drafter(tmp_path, trained) -> None:
         assert summary["steps"] == 2
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_every_option_is_explained_and_those_of_train_are_grouped() -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            assert option.help, (name, option.name)
+        if name == "train":
+            options = [p for p in command.params if p.param_type_name == "option"]
+            loose = [p.name for p in options if getattr(p, "rich_help_panel", "") is None]
+            assert loose == ["output"]
+
+
+def test_the_console_is_left_to_the_command_unless_asked(monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    _quiet_engine()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+
+
+def test_shell_completion(tmp_path) -> None:
+    done = tiny.cli(
+        env={
+            "_VLLM_DFLASH_COMPLETE": "complete_bash",
+            "COMP_WORDS": "vllm-dflash tr",
+            "COMP_CWORD": "1",
+        }
+    )
+    assert done.stdout.split() == ["train"]

@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,10 +25,19 @@ app = typer.Typer(
     name="vllm-dflash",
     help="Train, evaluate and serve DFlash drafters inside stock vLLM.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _panel(name: str) -> Callable[..., Any]:
+    """``typer.Option`` for options that ``--help`` shows together."""
+    return partial(typer.Option, rich_help_panel=name)
+
+
+data_option, responses_option = _panel("Data"), _panel("Responses")
+drafter_option, training_option = _panel("Drafter"), _panel("Training")
+engine_option = _panel("Engine")
 
 Verifier = Annotated[
     str, typer.Argument(help="Model folder or hub name, as `vllm serve` takes it.")
@@ -34,53 +45,53 @@ Verifier = Annotated[
 DrafterPath = Annotated[str, typer.Argument(help="Drafter checkpoint folder.")]
 Data = Annotated[
     list[str],
-    typer.Option(
+    data_option(
         "--data",
         help="JSONL, JSON or Parquet of messages, ShareGPT, prompts or logged requests: a file, a folder, a "
         "pattern, or a Hugging Face data set (org/name:split, org/name/subset:split). May be repeated.",
     ),
 ]
 MaxRejected = Annotated[
-    float, typer.Option(help="Share of the rows that may be rejected; 1 allows all.")
+    float, data_option(help="Share of the rows that may be rejected; 1 allows all.")
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Let Python code that comes with the verifier run."),
+    engine_option("--trust-remote-code", help="Let Python code that comes with the verifier run."),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a verifier named on the Hub.")
+    str | None, engine_option(help="Branch, tag or commit of a verifier named on the Hub.")
 ]
-Tokenizer = Annotated[str | None, typer.Option(help="Another tokenizer than the verifier's.")]
+Tokenizer = Annotated[str | None, engine_option(help="Another tokenizer than the verifier's.")]
 ChatTemplate = Annotated[
-    str | None, typer.Option(help="The server's chat template: a file, or the text itself.")
+    str | None, data_option(help="The server's chat template: a file, or the text itself.")
 ]
 ReasoningParser = Annotated[
     str | None,
-    typer.Option(
+    data_option(
         help="The server's, as vLLM's: splits thinking from the answer in replies that become history. "
         "Default: at the markers that tokenizer and template show."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="The verifier's dtype, as vLLM's --dtype.")]
-MaxLen = Annotated[int, typer.Option(help="Longest conversation in tokens.")]
+Dtype = Annotated[str, engine_option(help="The verifier's dtype, as vLLM's --dtype.")]
+MaxLen = Annotated[int, data_option(help="Longest conversation in tokens.")]
 TemplateKwargs = Annotated[
     str | None,
-    typer.Option(help="JSON of chat_template_kwargs, as the server uses them (thinking mode...)."),
+    data_option(help="JSON of chat_template_kwargs, as the server uses them (thinking mode...)."),
 ]
-EngineArgs = Annotated[str | None, typer.Option(help="JSON of further vLLM engine arguments.")]
+EngineArgs = Annotated[str | None, engine_option(help="JSON of further vLLM engine arguments.")]
 TensorParallelSize = Annotated[
-    int, typer.Option(help="Ranks of the verifier, as vLLM's --tensor-parallel-size.")
+    int, engine_option(help="Ranks of the verifier, as vLLM's --tensor-parallel-size.")
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Longest response. Default: 1024, or what --max-len leaves.")
+    int | None, responses_option(help="Longest response. Default: 1024, or what --max-len leaves.")
 ]
 SpeculativeTokens = Annotated[
     int | None,
-    typer.Option(
+    drafter_option(
         "-k", "--num-speculative-tokens", help="Draft tokens a step. Default: all of a block."
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Use only the first usable conversations.")]
+Limit = Annotated[int | None, data_option(help="Use only the first usable conversations.")]
 
 
 def _json_option(name: str, text: str | None) -> dict[str, Any]:
@@ -155,75 +166,83 @@ def train(
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the drafter.")],
     eval_data: Annotated[
-        list[str] | None, typer.Option(help="Held-out conversations; default: a part of the data.")
+        list[str] | None, data_option(help="Held-out conversations; default: a part of the data.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Draft layers. Default: 5.")] = None,
+    layers: Annotated[int | None, drafter_option(help="Draft layers. Default: 5.")] = None,
     block_size: Annotated[
-        int | None, typer.Option(help="Draft block, anchor included. Default: 16.")
+        int | None, drafter_option(help="Draft block, anchor included. Default: 16.")
     ] = None,
     features: Annotated[
-        int | None, typer.Option(help="How many verifier layers to read. Default: 5.")
+        int | None, drafter_option(help="How many verifier layers to read. Default: 5.")
     ] = None,
     target_layer_ids: Annotated[
-        str | None, typer.Option(help="Which ones, 0-based, comma separated.")
+        str | None, drafter_option(help="Which ones, 0-based, comma separated.")
     ] = None,
     draft_vocab: Annotated[
-        int | None, typer.Option(help="Draft only the N tokens the verifier uses most.")
+        int | None, drafter_option(help="Draft only the N tokens the verifier uses most.")
     ] = None,
-    mask_token_id: Annotated[int | None, typer.Option(help="Default: a reserved token.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    mask_token_id: Annotated[int | None, drafter_option(help="Default: a reserved token.")] = None,
+    intermediate_size: Annotated[
+        int | None, drafter_option(help="Default: the verifier's.")
+    ] = None,
     hidden_size: Annotated[
-        int | None, typer.Option(help="Default: the verifier's, whose embedding is then shared.")
+        int | None, drafter_option(help="Default: the verifier's, whose embedding is then shared.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    heads: Annotated[int | None, drafter_option(help="Default: the verifier's.")] = None,
+    kv_heads: Annotated[int | None, drafter_option(help="Default: the verifier's.")] = None,
+    head_dim: Annotated[int | None, drafter_option(help="Default: the verifier's.")] = None,
     sliding_window: Annotated[
-        int | None, typer.Option(help="In tokens, of the layers that --layer-types calls sliding.")
+        int | None,
+        drafter_option(help="In tokens, of the layers that --layer-types calls sliding."),
     ] = None,
     layer_types: Annotated[
         str | None,
-        typer.Option(help="sliding or full for each layer, comma separated. Default: all full."),
+        drafter_option(help="sliding or full for each layer, comma separated. Default: all full."),
     ] = None,
     causal: Annotated[
         bool | None,
-        typer.Option(help="Block tokens see only earlier ones. Default: in sliding layers."),
+        drafter_option(help="Block tokens see only earlier ones. Default: in sliding layers."),
     ] = None,
     sample_from_anchor: Annotated[
-        bool, typer.Option("--sample-from-anchor", help="A block of B drafts B tokens, not B - 1.")
+        bool,
+        drafter_option("--sample-from-anchor", help="A block of B drafts B tokens, not B - 1."),
     ] = False,
-    init_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this drafter.")] = None,
-    on_policy: Annotated[
-        bool, typer.Option("--on-policy", help="Trust the responses in the data.")
-    ] = False,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 6.0,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Steps in all, whatever --epochs says.")
+    init_from: Annotated[
+        str | None, drafter_option("--from", help="Fine-tune this drafter.")
     ] = None,
-    loss: Annotated[str, typer.Option(help="dpace, ce or kl.")] = "dpace",
-    gamma: Annotated[float | None, typer.Option(help="Decay of ce and kl.")] = None,
-    alpha: Annotated[float, typer.Option(help="Smoothing of dpace.")] = 0.5,
-    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-4,
+    on_policy: Annotated[
+        bool, data_option("--on-policy", help="Trust the responses in the data.")
+    ] = False,
+    epochs: Annotated[float, training_option(help="Passes over the data.")] = 6.0,
+    max_steps: Annotated[
+        int | None, training_option(help="Steps in all, whatever --epochs says.")
+    ] = None,
+    loss: Annotated[str, training_option(help="dpace, ce or kl.")] = "dpace",
+    gamma: Annotated[float | None, training_option(help="Decay of ce and kl.")] = None,
+    alpha: Annotated[float, training_option(help="Smoothing of dpace.")] = 0.5,
+    optimizer: Annotated[str, training_option(help="adamw or muon.")] = "adamw",
+    lr: Annotated[float, training_option(help="Peak learning rate.")] = 6e-4,
     weight_decay: Annotated[
-        float, typer.Option(help="Decay of the matrices, times the rate.")
+        float, training_option(help="Decay of the matrices, times the rate.")
     ] = 0.0,
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.04,
-    min_lr: Annotated[float, typer.Option(help="End of the cosine, share of --lr.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = 0.0,
-    anchors: Annotated[int, typer.Option(help="Random anchors of a sequence.")] = 512,
-    sequences: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    autocast: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of initial weights, order and anchors.")] = 0,
-    max_bad: Annotated[float, typer.Option(help="Share of sequences that may be skipped.")] = 0.1,
-    holdout: Annotated[float, typer.Option(help="Share kept back without --eval-data.")] = 0.05,
-    temperature: Annotated[float, typer.Option(help="Of regenerated responses.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Of regenerated responses.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Of regenerated responses; 0 for all tokens.")] = 0,
+    warmup: Annotated[float, training_option(help="Share of the steps.")] = 0.04,
+    min_lr: Annotated[float, training_option(help="End of the cosine, share of --lr.")] = 0.0,
+    clip: Annotated[float, training_option(help="Largest norm of the gradient.")] = 1.0,
+    ema: Annotated[float, training_option(help="Decay of averaged weights; 0 for none.")] = 0.0,
+    anchors: Annotated[int, training_option(help="Random anchors of a sequence.")] = 512,
+    sequences: Annotated[int, training_option(help="Sequences of a step.")] = 1,
+    autocast: Annotated[str, training_option(help="bfloat16 or float32.")] = "bfloat16",
+    seed: Annotated[int, training_option(help="Of initial weights, order and anchors.")] = 0,
+    max_bad: Annotated[
+        float, training_option(help="Share of sequences that may be skipped.")
+    ] = 0.1,
+    holdout: Annotated[float, data_option(help="Share kept back without --eval-data.")] = 0.05,
+    temperature: Annotated[float, responses_option(help="Of regenerated responses.")] = 0.0,
+    top_p: Annotated[float, responses_option(help="Of regenerated responses.")] = 1.0,
+    top_k: Annotated[int, responses_option(help="Of regenerated responses; 0 for all tokens.")] = 0,
     max_tokens: MaxTokens = None,
     max_len: MaxLen = 3072,
-    max_num_seqs: Annotated[int, typer.Option(help="Responses generated at once.")] = 256,
+    max_num_seqs: Annotated[int, responses_option(help="Responses generated at once.")] = 256,
     dtype: Dtype = "auto",
     tensor_parallel_size: TensorParallelSize = 1,
     chat_template: ChatTemplate = None,
@@ -237,21 +256,24 @@ def train(
     max_rejected: MaxRejected = 0.5,
     feature_gib: Annotated[
         float | None,
-        typer.Option(
+        training_option(
             help="Host memory for features of each worker; half of what is available, shared by the workers."
         ),
     ] = None,
     cache_features: Annotated[
-        Path | None, typer.Option(help="Keep features on disk for later epochs and runs.")
+        Path | None, training_option(help="Keep features on disk for later epochs and runs.")
     ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
-    save_minutes: Annotated[float, typer.Option(help="Minutes between saved states.")] = 5.0,
-    checkpoint_format: Annotated[str, typer.Option(help="zlab or speculators.")] = "zlab",
+    eval_every: Annotated[
+        int | None,
+        training_option(help="Steps between evaluations. Default: by time, 5 % of it at most."),
+    ] = None,
+    save_minutes: Annotated[float, training_option(help="Minutes between saved states.")] = 5.0,
+    checkpoint_format: Annotated[str, drafter_option(help="zlab or speculators.")] = "zlab",
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also log for TensorBoard in the run folder.")
+        bool, training_option("--tensorboard", help="Also log for TensorBoard in the run folder.")
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an earlier run of this output.")
+        bool, training_option("--restart", help="Discard an earlier run of this output.")
     ] = False,
 ) -> None:
     """Train a drafter for VERIFIER; the same command resumes a stopped run."""
@@ -363,11 +385,11 @@ def eval_(
     ] = False,
     num_speculative_tokens: SpeculativeTokens = None,
     on_policy: Annotated[
-        bool, typer.Option("--on-policy", help="Trust the responses in the data.")
+        bool, data_option("--on-policy", help="Trust the responses in the data.")
     ] = False,
     concurrency: Annotated[int, typer.Option(help="Requests in flight of --engine.")] = 4,
     responses: Annotated[
-        Path | None, typer.Option(help="Keep generated responses here and reuse them.")
+        Path | None, responses_option(help="Keep generated responses here and reuse them.")
     ] = None,
     max_tokens: MaxTokens = None,
     max_len: MaxLen = 3072,
@@ -476,7 +498,7 @@ def bench(
     dtype: Dtype = "auto",
     max_model_len: Annotated[
         int | None,
-        typer.Option(help="As vLLM's; leave room for a draft. Default: as prompts need."),
+        engine_option(help="As vLLM's; leave room for a draft. Default: as prompts need."),
     ] = None,
     sharing: Annotated[
         str,
@@ -485,10 +507,10 @@ def bench(
         ),
     ] = "auto",
     enforce_eager: Annotated[
-        bool, typer.Option("--enforce-eager", help="No compilation: quick start, slow serving.")
+        bool, engine_option("--enforce-eager", help="No compilation: quick start, slow serving.")
     ] = False,
     prefix_caching: Annotated[
-        bool, typer.Option("--prefix-caching", help="Let repeats reuse cached prompts.")
+        bool, engine_option("--prefix-caching", help="Let repeats reuse cached prompts.")
     ] = False,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: TemplateKwargs = None,
