@@ -22,6 +22,7 @@ from vllm_dflash.serving import draft_limits, handover
 from vllm_dflash.serving.draft_stats import (
     DraftStats,
     StatsFile,
+    engine_name,
     make_stats,
     stats_file,
     verified_file,
@@ -287,7 +288,8 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     The costs of steps come from the workers, which have measured them by now. Without, lengths stay fixed.
     """
     spec = vllm_config.speculative_config
-    cost = handover.take(spec.dflash_stats)
+    name = engine_name(vllm_config)
+    cost = None if name is None else handover.take(name)
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
@@ -313,7 +315,7 @@ def wrap_init(original: Any) -> Any:
             return
         draft_limits.adopt(self, vllm_config)
         if not wanted(vllm_config):
-            name = getattr(spec, "dflash_stats", None)
+            name = engine_name(vllm_config)
             alone = vllm_config.parallel_config.data_parallel_size == 1
             if name is not None and alone:
                 count_by_source(self, StatsFile(verified_file(stats_file(name))))
