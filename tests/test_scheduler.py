@@ -48,6 +48,7 @@ def test_where_it_chooses() -> None:
             {"draft_model_config": SimpleNamespace(architectures=["DFlash2DraftModel"])},
             "drafter class of its own",
         ),
+        ({"enable_adaptive_verification": True}, "adaptive verification"),
         ({"dflash_stats": None}, "not made by EngineArgs"),
     ],
 )

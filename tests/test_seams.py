@@ -686,6 +686,17 @@ def test_metrics(metrics):
     assert len(made.observed) == 5
 
 
+def test_trimmed_drafts_say_nothing_by_position(metrics):
+    """vLLM's adaptive verification counts tokens as drafted that it left out."""
+    config = spec()
+    config.enable_adaptive_verification = True
+    made = drafter_metrics_class(Base)(config, ["model_name"], {0: ["m"]})
+    made.observe(stats(5, 6))
+    labels = {"model_name": "m", "drafter": "org/drafter"}
+    assert metrics.get_sample_value("vllm_dflash:acceptance_length", labels) == 1 + 6 / 5
+    assert metrics.get_sample_value("vllm_dflash:drafter_acceptance_length", labels) is None
+
+
 def test_figures_of_each_engine(metrics, monkeypatch, tmp_path):
     """Data parallel engines publish their own; one has not begun."""
     monkeypatch.setattr(serving_metrics, "stats_file", lambda name: tmp_path / f"{name}.json")

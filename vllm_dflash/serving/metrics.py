@@ -225,6 +225,11 @@ def drafter_metrics_class(base: type) -> type:
                 paths,
                 read_expectation(drafter, revision, num_tokens),
             )
+            # vLLM's adaptive verification leaves out tokens that its counts have: by position they say
+            # nothing of the drafter.
+            self._by_position = not getattr(
+                speculative_config, "enable_adaptive_verification", False
+            )
             registry.register(self._acceptance)
 
         def observe(self, spec_decoding_stats, engine_idx: int = 0):
@@ -237,6 +242,7 @@ def drafter_metrics_class(base: type) -> type:
             self._totals[engine_idx] = (drafts, accepted)
             if drafts:
                 self._tau[engine_idx].set(1 + accepted / drafts)
-            self._acceptance.observe(spec_decoding_stats, engine_idx)
+            if self._by_position:
+                self._acceptance.observe(spec_decoding_stats, engine_idx)
 
     return DrafterProm

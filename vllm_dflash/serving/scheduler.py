@@ -48,6 +48,9 @@ def unsupported(vllm_config: Any) -> str | None:
     spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     if DRAFTER_ARCH not in (spec.draft_model_config.architectures or ()):
         return f"vLLM serves {spec.model} with a drafter class of its own"
+    if getattr(spec, "enable_adaptive_verification", False):
+        # The scheduler would count tokens that were not verified as wrong.
+        return "vLLM's adaptive verification chooses what of them is verified"
     if parallel.data_parallel_size > 1:
         return "data parallel engines must draft in step"
     if parallel.pipeline_parallel_size > 1:
