@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_dflash.draft_length.choice import choose
+from vllm_dflash.draft_length.choice import Choice, choose
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.policy import HORIZON, MARGIN, PROBE_SHARE, REST, Policy
 from vllm_dflash.draft_length.totals import DRAFTER
@@ -69,10 +69,13 @@ class Ahead(Policy):
     Args:
         cost: of steps and draft passes.
         num_tokens: K, the tokens of a draft.
+        even_lengths: draft tokens that there are full CUDA graphs for where all requests have as many, beside
+            0 and all.
     """
 
-    def __init__(self, cost: StepCost, num_tokens: int) -> None:
+    def __init__(self, cost: StepCost, num_tokens: int, even_lengths: Sequence[int] = ()) -> None:
         super().__init__(cost, num_tokens, together=True)
+        self.even_lengths = tuple(even_lengths)
         #: Seconds that a step costs more where requests have different numbers of tokens: vLLM's full CUDA
         #: graphs are for equal ones.
         self.uneven = 0.0
@@ -112,7 +115,7 @@ class Ahead(Policy):
         M = int(verified.sum())
         probe = passed + float(seconds_M[M] - seconds_M[0])
         self._credit = min(self._credit, _PROBES_KEPT * probe)
-        if choose(curves_BK, seconds_M + passed).rate > MARGIN * plain:
+        if self._choose(slots, curves_BK, seconds_M + passed).rate > MARGIN * plain:
             self._tried.update(s.id for s in slots)
             return True
         if probe <= self._credit:
@@ -138,7 +141,7 @@ class Ahead(Policy):
         caps_B, promised_BK, seconds_M = self._batch(slots)
         curves_BK = promised_BK * self.promises[DRAFTER].share
         passed = self.pass_seconds(B)
-        choice = choose(curves_BK, seconds_M + passed)
+        choice = self._choose(slots, curves_BK, seconds_M + passed)
         chosen = np.array(choice.lengths)
         if choice.rate <= MARGIN * B / float(seconds_M[0] + passed):
             chosen[:] = 0
@@ -149,6 +152,21 @@ class Ahead(Policy):
             self._probing.difference_update(s.id for s in slots)
         chosen = np.minimum(chosen, [s.drafted for s in slots])
         return Lengths(tuple(chosen.tolist()), promised_BK)
+
+    def _choose(
+        self, slots: Sequence[Slot], curves_BK: np.ndarray, seconds_M: np.ndarray
+    ) -> Choice:
+        """The best lengths, or as many for all requests where that comes close."""
+        B, best = len(slots), choose(curves_BK, seconds_M)
+        most = min(s.drafted for s in slots)
+        for length in self.even_lengths:
+            if length >= most:  # all of them are a choice as it is
+                break
+            tokens = B + float(curves_BK[:, :length].sum())
+            seconds = float(seconds_M[B * length]) - self.uneven
+            if MARGIN * tokens / seconds > best.rate:
+                best = Choice((length,) * B, tokens, seconds)
+        return best
 
     def _batch(self, slots: Sequence[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Most tokens of use ``[B]``, probabilities ``[B, K]``, seconds of 0, 1, ... draft tokens in all."""

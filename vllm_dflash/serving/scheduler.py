@@ -31,6 +31,8 @@ from vllm_dflash.serving.seams import DRAFTER_ARCH
 from vllm_dflash.serving.verified import count_by_source, counting
 
 logger = logging.getLogger("vllm.vllm_dflash")
+#: Draft tokens a request with full CUDA graphs of their own: steps of 2, 4 and 8 tokens a request.
+_GRAPH_LENGTHS = (1, 3, 7)
 
 
 def wanted(vllm_config: Any) -> bool:
@@ -67,6 +69,23 @@ def chooses(vllm_config: Any) -> bool:
     return wanted(vllm_config) and unsupported(vllm_config) is None
 
 
+def graph_lengths(vllm_config: Any) -> tuple[int, ...]:
+    """Draft tokens a request that full CUDA graphs are for on the V2 runner, beside 0 and all.
+
+    Not with recurrent layers, whose graphs are made for all draft tokens, nor beside a batch-size table of
+    the user's, which has lengths of its own.
+    """
+    spec = vllm_config.speculative_config
+    if (
+        not vllm_config.use_v2_model_runner
+        or vllm_config.model_config.is_hybrid
+        or not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        or spec.num_speculative_tokens_per_batch_size
+    ):
+        return ()
+    return tuple(n for n in _GRAPH_LENGTHS if n < spec.num_speculative_tokens)
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step that has been scheduled and is not done.
@@ -78,7 +97,7 @@ class _Step:
             is for requests of which nothing was promised.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
-        even: whether all requests had none or all of their draft tokens.
+        even: whether all requests had none or all of their draft tokens, or as many as there are graphs for.
         drafting: whether it ends with a draft pass.
     """
 
@@ -158,7 +177,7 @@ class EngineLengths:
             promised=self._promised,
             context=float(context),
             tokens=output.total_num_scheduled_tokens,
-            even=even in ({0}, {before}),
+            even=len(even) == 1 and even <= {0, before, *self.policy.even_lengths},
             drafting=drafting,
         )
 
@@ -296,7 +315,7 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
-    policy = Ahead(cost, scheduler.num_spec_tokens)
+    policy = Ahead(cost, scheduler.num_spec_tokens, graph_lengths(vllm_config))
     stats = make_stats(vllm_config)
     scheduler.__class__ = choosing(type(scheduler))
     limit = draft_limits.position_limit(spec, scheduler.max_model_len)
