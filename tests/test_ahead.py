@@ -182,6 +182,20 @@ def test_it_stops_where_that_does_not_pay(requests, late) -> None:
     assert world.speed() > 0.95
 
 
+@pytest.mark.parametrize(
+    ("requests", "draft", "max_tokens"),
+    [(1, 0.2, 100), (1, 1.0, 100), (1, 3.0, 100), (1, 1.0, ENDLESS), (8, 3.0, 100), (64, 1.0, 100)],
+)
+def test_looking_for_what_is_not_there_costs_next_to_nothing(requests, draft, max_tokens) -> None:
+    """A drafter of which nothing is right, passes as long as several steps (a verifier bound by launches),
+    and ever new requests that might be unlike those before: the start included less than a hundredth."""
+    world = World(
+        lambda i, n: 0.01, requests=requests, per_token=0.002, draft=draft, max_tokens=max_tokens
+    ).run(2000 if requests < 64 else 1000)
+    assert world.speed(300) > 0.994
+    assert world.speed() > 0.99
+
+
 def test_dear_tokens_make_short_drafts() -> None:
     """Where a token costs a fifth of a step, only the first ones of a fair draft pay."""
     world = World(lambda i, n: 0.75, requests=4, per_token=0.2, draft=0.02).run(800)

@@ -18,9 +18,20 @@ import numpy as np
 
 from vllm_dflash.draft_length.choice import Choice, choose
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import HORIZON, MARGIN, PROBE_SHARE, REST, Policy
+from vllm_dflash.draft_length.policy import (
+    HOPELESS,
+    HORIZON,
+    LEAST_PROBE_SHARE,
+    MARGIN,
+    PROBE_DECAY,
+    PROBE_SHARE,
+    REST,
+    Policy,
+)
 from vllm_dflash.draft_length.totals import DRAFTER
 
+#: Probes of new requests that can be made before any has brought something.
+_PROBES_OWED = 2
 #: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
 _PROBES_KEPT = 6
 #: So many drafts are learned from one by one: arrays are slow for so few.
@@ -95,7 +106,7 @@ class Ahead(Policy):
         if not any(min(s.most, s.drafted) > 0 for s in slots):
             return False
         context = float(sum(s.context for s in slots))
-        self._credit += PROBE_SHARE * self.cost.verify_one(B, context, 0)
+        self._credit += self._probe_share * self.cost.verify_one(B, context, 0)
         ids = {s.id for s in slots}
         if self._rests(ids):
             return False
@@ -116,18 +127,27 @@ class Ahead(Policy):
         probe = passed + float(seconds_M[M] - seconds_M[0])
         self._credit = min(self._credit, _PROBES_KEPT * probe)
         if self._choose(slots, curves_BK, seconds_M + passed).rate > MARGIN * plain:
+            self._probe_share = PROBE_SHARE
             self._tried.update(s.id for s in slots)
             return True
         if probe <= self._credit:
-            # Tokens that it brings are paid back in observe().
-            self._credit -= probe
+            self._pay(probe)
             self._try(slots)
             return True
         new = [i for i, s in enumerate(slots) if s.id not in self._tried and caps_B[i]]
-        if new and self._worth_trying(slots, new, caps_B, curves_BK, plain, passed, seconds_M, M):
-            self._try([slots[i] for i in new])
-            return True
+        # On credit, but not for ever: each request may promise to be unlike all those before it.
+        if new and self._credit > -_PROBES_OWED * probe:
+            args = (caps_B, curves_BK, plain, passed, seconds_M, M)
+            if self._worth_trying(slots, new, *args):
+                self._pay(probe)
+                self._try([slots[i] for i in new])
+                return True
         return False
+
+    def _pay(self, probe: float) -> None:
+        """For a draft made to see what it brings; :meth:`observe_step` pays that back."""
+        self._credit -= probe
+        self._probe_share = max(PROBE_DECAY * self._probe_share, LEAST_PROBE_SHARE)
 
     def lengths(self, slots: Sequence[Slot]) -> Lengths:
         """How many of their draft tokens go to the verifier.
@@ -282,7 +302,10 @@ class Ahead(Policy):
         passed = self.pass_seconds(B) if drafted else 0.0
         self.totals.add(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
-        self._credit += max(emitted - B, 0) / B * self.cost.verify_one(B, context, 0)
+        brought = max(emitted - B, 0) / B * self.cost.verify_one(B, context, 0)
+        self._credit += brought
+        if brought > HOPELESS * self.pass_seconds(B):
+            self._probe_share = PROBE_SHARE
         if drafted is None:
             return
         step = float(self.cost.verify(B, context, drafts)[-1])
