@@ -16,9 +16,10 @@ all, requests of mode none would run in step from the first token to the last, t
 and only modes that speculate would have batches that are half empty at the end.
 
 Modes: none; ngram (vLLM's prompt lookup); kN (ours with N draft tokens, always); stock (the drafter in vLLM's
-own dflash) and table (the same with vLLM's ``num_speculative_tokens_per_batch_size``); ours (the defaults);
-ours-no-lookup. All engines are alive and take turns within a point, another one first in every repeat. A
-ratio is one of medians; its spread is that of the repeats' own ratios.
+own dflash), adaptive (with vLLM's adaptive verification; V2 runner on a GPU) and table (with
+vLLM's ``num_speculative_tokens_per_batch_size``); ours (the defaults); ours-no-lookup. All engines are alive
+and take turns within a point, another one first in every repeat. A ratio is one of medians; its spread is
+that of the repeats' own ratios.
 
 Bounds are reported as met or short, never asserted. A ratio over the best of several fixed K is biased
 against ours: the best of noisy medians is a lucky one. --dtype float32 makes outputs comparable token by
@@ -77,7 +78,7 @@ from vllm_dflash.bench.runner import (
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 
 MODES = ("none", "ngram", "k1", "k3", "k5", "k7", "table", "ours")
-STOCK_MODES = ("none", "ngram", "stock", "table")
+STOCK_MODES = ("none", "ngram", "stock", "adaptive", "table")
 MIN_REQUESTS = 8
 #: Tokens that max_model_len leaves beyond the longest request: vLLM stops drafting close to it.
 ROOM = 64

@@ -473,11 +473,10 @@ def main(job_file: str, out_file: str) -> None:
     result["batches"] = engine.engine_core.engine_core.batch_queue_size
     lengths = getattr(drafter, "lengths", None) or getattr(scheduler, "draft_lengths", None)
     if lengths is not None:
-        from vllm_dflash.serving.draft_stats import figures, read_stats, stats_file
+        from vllm_dflash.serving.draft_stats import engine_name, figures, read_stats, stats_file
 
         result["lengths"] = figures(lengths.policy)
-        name = engine.vllm_config.speculative_config.dflash_stats
-        result["served"] = read_stats(stats_file(name))
+        result["served"] = read_stats(stats_file(engine_name(engine.vllm_config)))
     if recorder is not None:
         from safetensors.torch import save_file
 

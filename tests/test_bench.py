@@ -224,7 +224,7 @@ def test_differing_prompts_are_counted_for_greedy_only():
 
 def test_modes_differ_in_speculation_and_plugin_only(tmp_path):
     config = bench_config(tmp_path, env={"A": "1"}, engine_args={"seed": 5})
-    specs = {mode: engine_spec(config, mode) for mode in runner.MODES}
+    specs = {mode: engine_spec(config, mode) for mode in (*runner.MODES, runner.ADAPTIVE)}
     assert len({json.dumps(dict(s.engine_args), sort_keys=True) for s in specs.values()}) == 1
     assert specs["none"].engine_args["max_num_seqs"] == 2
     assert specs["none"].engine_args["seed"] == 5
@@ -234,7 +234,9 @@ def test_modes_differ_in_speculation_and_plugin_only(tmp_path):
     assert specs["stock"].speculative_config == specs["ours"].speculative_config
     assert specs["ours"].speculative_config["method"] == "dflash"
     plugins = {mode: s.env["VLLM_PLUGINS"] for mode, s in specs.items()}
-    assert plugins == {"none": "", "ngram": "", "stock": "", "ours": "dflash"}
+    assert plugins == {"none": "", "ngram": "", "stock": "", "ours": "dflash", "adaptive": ""}
+    switch = {"enable_adaptive_verification": True}
+    assert specs["adaptive"].speculative_config == specs["stock"].speculative_config | switch
     assert all(s.env["A"] == "1" for s in specs.values())
 
 

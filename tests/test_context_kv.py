@@ -134,3 +134,44 @@ def test_other_layouts_are_left_to_vllm() -> None:
     model._attn_layers[1].impl.kv_sharing_target_layer_name = "model.layers.0"
     ContextKV(model).store(torch.randn(4, HIDDEN), torch.arange(4), torch.arange(4))
     assert all(len(attn.impl.given) == 1 for attn in model._attn_layers)
+
+
+def test_a_cache_that_vllm_drops_is_freed() -> None:
+    """vLLM profiles CUDA graphs with a cache of its own and gives it back before the real one is made."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from vllm_dflash.serving.context_kv import ContextKV
+
+    model = make_model(torch.float32, FlashAttentionImpl)
+    kv = ContextKV(model)
+    args = (torch.randn(4, HIDDEN), torch.arange(4), torch.arange(4))
+    kv.store(*args)
+    kv.store(*args)
+    storages = [StorageWeakRef(a.kv_cache.untyped_storage()) for a in model._attn_layers]
+    for attn in model._attn_layers:
+        attn.kv_cache = torch.empty(0)
+    assert all(storage.expired() for storage in storages)
+
+
+def test_scales_are_those_of_the_moment() -> None:
+    """With --calculate-kv-scales vLLM sets them by the first request, after dummy steps have run."""
+    from vllm_dflash.serving.context_kv import ContextKV
+
+    model = make_model(torch.float32, FlashAttentionImpl)
+    for attn in model._attn_layers:
+        attn.kv_cache = torch.zeros(BLOCKS, N, BLOCK, 2 * D, dtype=torch.uint8)
+        attn.impl.kv_cache_dtype = "fp8"
+        attn._k_scale, attn._v_scale = torch.tensor(1.0), torch.tensor(1.0)
+    kv = ContextKV(model)
+    args = (torch.randn(4, HIDDEN), torch.arange(4), torch.arange(4))
+    kv.store(*args)
+
+    def keys() -> Tensor:
+        cache = model._attn_layers[0].kv_cache.view(torch.float8_e4m3fn)
+        return cache.float()[0, :, :4, :D].clone()
+
+    before = keys()
+    model._attn_layers[0]._k_scale.fill_(0.5)
+    kv.store(*args)
+    assert before.any()
+    torch.testing.assert_close(0.5 * keys(), before, rtol=0.13, atol=0.02)  # 3 bits of mantissa

@@ -208,7 +208,7 @@ def test_shown_beside_each_other(tmp_path, warnings) -> None:
     """Drafts of one length and of two: the positions tell what whole drafts would give."""
     drafter = write(tmp_path, {"tau_heldout": held_out(RATES, a=(RATES, 10))})
     expected = read_expectation(drafter, None, 3)
-    made = AcceptanceCollector(["model_name"], {0: ["m"]}, drafter, 3, None, expected)
+    made = AcceptanceCollector(["model_name"], {0: ["m"]}, drafter, 3, {}, expected)
     assert set(samples(made)) == {
         "vllm_dflash:expected_acceptance_length/all",
         "vllm_dflash:expected_acceptance_length/a",
@@ -232,7 +232,7 @@ def test_where_lengths_are_chosen_the_workers_counts_are_shown(tmp_path, warning
     drafter = write(tmp_path, {"tau_heldout": held_out([0.9, 0.9])})
     file = tmp_path / "stats.json"
     expected = read_expectation(drafter, None, 2)
-    made = AcceptanceCollector(["model_name"], {0: ["m"]}, drafter, 2, file, expected)
+    made = AcceptanceCollector(["model_name"], {0: ["m"]}, drafter, 2, {0: file}, expected)
     file.write_text(json.dumps({"compared": [100, 40], "right": [40, 30]}))
     for _ in range(100):
         made.observe(step(10, 2, [0, 0]), 0)

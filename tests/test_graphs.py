@@ -40,8 +40,13 @@ def lengths(module, monkeypatch, chooses: bool, table=None, layers=()) -> set[in
     config = SimpleNamespace(
         speculative_config=spec,
         num_speculative_tokens=K,
+        use_v2_model_runner=True,
+        model_config=SimpleNamespace(is_hybrid=bool(layers)),
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
-        compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
+        compilation_config=SimpleNamespace(
+            static_forward_context=dict(enumerate(layers)),
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+        ),
     )
     vars(manager).update(
         vllm_config=config,
@@ -72,7 +77,7 @@ class Spec(SimpleNamespace):
 
 
 def test_steps_without_drafts_get_graphs(module, monkeypatch) -> None:
-    assert lengths(module, monkeypatch, True) == {1, K + 1}
+    assert lengths(module, monkeypatch, True) == {1, 2, 4, K + 1}
     assert lengths(module, monkeypatch, True, [(1, 8, 5), (9, 16, 2)]) == {1, 3, 6}
 
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.serving import handover, scheduler
+from vllm_dflash.serving import handover, scheduler, speculative_config
+from vllm_dflash.serving.draft_stats import engine_name
 
 
 def config(*, v2=True, asynchronous=True, cls=None, options=None, **changes) -> SimpleNamespace:
@@ -47,6 +48,7 @@ def test_where_it_chooses() -> None:
             {"draft_model_config": SimpleNamespace(architectures=["DFlash2DraftModel"])},
             "drafter class of its own",
         ),
+        ({"enable_adaptive_verification": True}, "adaptive verification"),
         ({"dflash_stats": None}, "not made by EngineArgs"),
     ],
 )
@@ -54,6 +56,33 @@ def test_where_it_does_not(changes, reason) -> None:
     assert scheduler.wanted(config(**changes))
     assert reason in scheduler.unsupported(config(**changes))
     assert not scheduler.chooses(config(**changes))
+
+
+def test_data_parallel_engines_have_names_of_their_own(tmp_path, monkeypatch) -> None:
+    """Those of a dense model share a configuration but for their index; both give before one takes."""
+    monkeypatch.setattr(handover, "stats_file", lambda name: tmp_path / f"{name}.json")
+    engines = [config(), config()]
+    for index, one in enumerate(engines):
+        one.parallel_config.data_parallel_index = index
+    costs = [StepCost([1, 8], [1.0 + i, 2.0 + i], draft=(0.25, 0.0)) for i in range(2)]
+    for one, cost in zip(engines, costs, strict=True):
+        handover.give(engine_name(one), cost)
+    for one, cost in zip(engines, costs, strict=True):
+        got = handover.take(engine_name(one))
+        assert got is not None
+        assert got.as_dict() == cost.as_dict()
+
+
+def test_api_processes_know_the_servers_name(monkeypatch) -> None:
+    """vLLM starts them beside the engines; each makes a configuration of its own."""
+    monkeypatch.setenv(speculative_config._NAME_ENV, "of an earlier server")
+    args = lambda n, rank: SimpleNamespace(_api_process_count=n, _api_process_rank=rank)  # noqa: E731
+    name = speculative_config._server_name
+    one, other = name(args(1, 0)), name(args(1, 0))
+    server = name(args(2, -1))
+    assert len({one, other, server}) == 3
+    assert [name(args(2, 0)), name(args(2, 1))] == [server, server]
+    assert name(args(1, 0)) != server
 
 
 def test_costs_get_there_once(tmp_path, monkeypatch) -> None:

@@ -22,6 +22,7 @@ from vllm_dflash.checkpoint import save_drafter
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, ENV_DISABLE, Options
+from vllm_dflash.serving import metrics as serving_metrics
 from vllm_dflash.serving import seams
 from vllm_dflash.serving.metrics import drafter_metrics_class
 from vllm_dflash.serving.seams import Seam
@@ -683,6 +684,48 @@ def test_metrics(metrics):
     ]
     assert tau == pytest.approx([1 + 6 / 5, 2.0])
     assert len(made.observed) == 5
+
+
+def test_trimmed_drafts_say_nothing_by_position(metrics):
+    """vLLM's adaptive verification counts tokens as drafted that it left out."""
+    config = spec()
+    config.enable_adaptive_verification = True
+    made = drafter_metrics_class(Base)(config, ["model_name"], {0: ["m"]})
+    made.observe(stats(5, 6))
+    labels = {"model_name": "m", "drafter": "org/drafter"}
+    assert metrics.get_sample_value("vllm_dflash:acceptance_length", labels) == 1 + 6 / 5
+    assert metrics.get_sample_value("vllm_dflash:drafter_acceptance_length", labels) is None
+
+
+def test_figures_of_each_engine(metrics, monkeypatch, tmp_path):
+    """Data parallel engines publish their own; one has not begun."""
+    monkeypatch.setattr(serving_metrics, "stats_file", lambda name: tmp_path / f"{name}.json")
+    config = spec()
+    config.dflash_stats = "server"
+    names, values = ["model_name", "engine"], {i: ["m", str(i)] for i in range(3)}
+    drafter_metrics_class(Base)(config, names, values)
+    sources = {"drafter": 4, "lookup": 1}
+    for engine in (0, 2):
+        raw = {
+            "steps": 10 + engine,
+            "drafted_steps": 5,
+            "lengths": [3, 0, engine],
+            "seconds": 2.0,
+            "plain_seconds": 3.0,
+            "compared": [2] * 7,
+            "right": [1] * 7,
+            **dict.fromkeys(("drafts", "proposed", "accepted", "expected"), sources),
+        }
+        (tmp_path / f"server-{engine}.json").write_text(json.dumps(raw))
+
+    def value(name, engine, **labels):
+        labels |= {"model_name": "m", "engine": str(engine)}
+        return metrics.get_sample_value(f"vllm_dflash:{name}", labels)
+
+    assert [value("steps_total", i) for i in range(3)] == [10, None, 12]
+    assert value("draft_length_total", 2, length="2") == 2
+    assert value("accepted_tokens_total", 0, source="lookup") == 1
+    assert value("estimated_speedup", 0) == 1.5
 
 
 def test_metrics_of_a_second_engine_in_the_process(metrics):

@@ -245,3 +245,40 @@ def test_slots_count_in_the_blocks_of_the_tables() -> None:
 def test_block_tables_of_another_unit_are_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"blocks of 16 tokens where 32 .*dflash_ops"):
         prepared(16, block_sizes=[16, 32])
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_draft_vocabulary_is_sampled_inside_itself(greedy) -> None:
+    """Not from logits scattered over the verifier's vocabulary, unless they are needed."""
+    from vllm_dflash.serving.drafter_model import DrafterModel
+
+    class Sampling(Drafting):
+        use_local_argmax_reduction = False
+
+        def sample_draft(
+            self, hidden_states, positions, idx_mapping, temperature, seeds, step, draft_logits
+        ):
+            self.calls.append("logits")
+            return hidden_states.argmax(-1)
+
+    speculator = Sampling()
+    speculator_v2.adopt(speculator, Options(ops=False, greedy_draft_vocab=greedy))
+    model = DrafterModel.__new__(DrafterModel)
+    nn.Module.__init__(model)
+    model.lm_head = None
+    model.logits_processor = lambda head, hidden: hidden
+    model.draft_id_to_target_id = nn.Parameter(torch.tensor([3, 4, 5]), requires_grad=False)
+    speculator.model = model
+    hidden = torch.eye(3)
+    got = speculator.sample_draft(hidden, None, None, None, None, None, draft_logits=None)
+    assert (got.tolist(), speculator.calls) == (
+        ([3, 5, 7], []) if greedy else ([0, 1, 2], ["logits"])
+    )
+    speculator.calls.clear()
+    speculator.sample_draft(hidden, None, None, None, None, None, torch.zeros(3))
+    speculator.acceptance_estimator = object()
+    speculator.sample_draft(hidden, None, None, None, None, None, draft_logits=None)
+    model.draft_id_to_target_id = None
+    speculator.acceptance_estimator = None
+    speculator.sample_draft(hidden, None, None, None, None, None, None)
+    assert speculator.calls == ["logits"] * 3

@@ -143,13 +143,14 @@ def test_too_few_prompts_are_refused_before_any_engine(tmp_path, tokenizer, earl
 
 
 def test_modes(tmp_path):
-    made = config(tmp_path, modes=(*MODES, "stock", "ours-no-lookup"))
+    made = config(tmp_path, modes=(*MODES, "stock", "adaptive", "ours-no-lookup"))
     specs = {mode: made.spec(mode) for mode in made.modes}
     drafter = {"method": "dflash", "model": "some/drafter", "num_speculative_tokens": 7}
     given = {mode: s.speculative_config for mode, s in specs.items()}
     assert given["none"] is None
     assert given["ngram"]["method"] == "ngram"
     assert given["ours"] == given["stock"] == drafter
+    assert given["adaptive"] == drafter | {"enable_adaptive_verification": True}
     assert given["ours-no-lookup"] == drafter | {"dflash_lookup": "off"}
     assert given["k3"] == drafter | {"num_speculative_tokens": 3, "dflash_draft_length": "fixed"}
     table = [[1, 2, 7], [3, 4, 3], [5, 256, 1]]

@@ -483,7 +483,7 @@ def bench(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the report.")] = Path(
         "bench"
     ),
-    modes: Annotated[str, typer.Option(help="Of none, ngram, stock, ours.")] = (
+    modes: Annotated[str, typer.Option(help="Of none, ngram, stock, ours, adaptive.")] = (
         "none,ngram,stock,ours"
     ),
     concurrency: Annotated[str, typer.Option(help="Requests in flight, comma separated.")] = "1,4",

@@ -17,7 +17,13 @@ from rich.table import Table
 from vllm_dflash.files import atomic_path
 
 #: One colour per mode in every picture; distinguishable with red-green blindness.
-MODE_COLORS = {"none": "#8c8c8c", "ngram": "#e69f00", "stock": "#56b4e9", "ours": "#0072b2"}
+MODE_COLORS = {
+    "none": "#8c8c8c",
+    "ngram": "#e69f00",
+    "stock": "#56b4e9",
+    "ours": "#0072b2",
+    "adaptive": "#009e73",
+}
 NO_VALUE = "-"
 LEGEND = """\
 tau: tokens delivered a step with a draft; below "ours" those of the drafter's drafts and of prompt lookup's

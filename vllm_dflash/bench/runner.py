@@ -48,7 +48,9 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.environment import describe_machine, versions
 
 MODES = ("none", "ngram", "stock", "ours")
-DRAFTER_MODES = frozenset({"stock", "ours"})
+#: Stock with vLLM's adaptive verification, for its V2 runner on a GPU.
+ADAPTIVE = "adaptive"
+DRAFTER_MODES = frozenset({"stock", "ours", ADAPTIVE})
 #: Entry point name of the plugin in ``pyproject.toml``; what ``VLLM_PLUGINS`` lists.
 PLUGIN_NAME = "dflash"
 #: Longest and shortest n-gram looked up. vLLM's own default (5, 5) misses most repeats, 1 would
@@ -68,7 +70,7 @@ class BenchConfig:
         verifier: path or hub name of the model that is served.
         drafter: checkpoint folder of the DFlash drafter; needed by ``stock`` and ``ours``.
         num_speculative_tokens: draft tokens a step; None reads the drafter's ``config.json``.
-        modes: some of :data:`MODES`; ratios need ``none``.
+        modes: some of :data:`MODES` and :data:`ADAPTIVE`; ratios need ``none``.
         concurrencies: requests in flight; each is measured by itself.
         num_prompts: how many of the given prompts are used.
         repeats: measured runs per mode and concurrency.
@@ -115,10 +117,11 @@ class BenchConfig:
     run_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        unknown = [m for m in self.modes if m not in MODES]
+        known = (*MODES, ADAPTIVE)
+        unknown = [m for m in self.modes if m not in known]
         if unknown or not self.modes or len(set(self.modes)) != len(self.modes):
             raise ValueError(
-                f"--modes is {','.join(self.modes)!r}; give some of {', '.join(MODES)}, each once"
+                f"--modes is {','.join(self.modes)!r}; give some of {', '.join(known)}, each once"
             )
         flights = self.concurrencies
         if not flights or len(set(flights)) != len(flights) or not all(map(count().holds, flights)):
@@ -177,6 +180,7 @@ def speculative_config(config: BenchConfig, mode: str) -> dict[str, Any] | None:
             "method": "dflash",
             "model": config.drafter,
             "num_speculative_tokens": num_tokens,
+            **({"enable_adaptive_verification": True} if mode == ADAPTIVE else {}),
         }
     return None
 

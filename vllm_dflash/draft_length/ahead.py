@@ -16,11 +16,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_dflash.draft_length.choice import choose
+from vllm_dflash.draft_length.choice import Choice, choose
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import HORIZON, MARGIN, PROBE_SHARE, REST, Policy
+from vllm_dflash.draft_length.policy import (
+    HOPELESS,
+    HORIZON,
+    LEAST_PROBE_SHARE,
+    MARGIN,
+    PROBE_DECAY,
+    PROBE_SHARE,
+    REST,
+    Policy,
+)
 from vllm_dflash.draft_length.totals import DRAFTER
 
+#: Probes of new requests that can be made before any has brought something.
+_PROBES_OWED = 2
 #: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
 _PROBES_KEPT = 6
 #: So many drafts are learned from one by one: arrays are slow for so few.
@@ -69,10 +80,13 @@ class Ahead(Policy):
     Args:
         cost: of steps and draft passes.
         num_tokens: K, the tokens of a draft.
+        even_lengths: draft tokens that there are full CUDA graphs for where all requests have as many, beside
+            0 and all.
     """
 
-    def __init__(self, cost: StepCost, num_tokens: int) -> None:
+    def __init__(self, cost: StepCost, num_tokens: int, even_lengths: Sequence[int] = ()) -> None:
         super().__init__(cost, num_tokens, together=True)
+        self.even_lengths = tuple(even_lengths)
         #: Seconds that a step costs more where requests have different numbers of tokens: vLLM's full CUDA
         #: graphs are for equal ones.
         self.uneven = 0.0
@@ -92,7 +106,7 @@ class Ahead(Policy):
         if not any(min(s.most, s.drafted) > 0 for s in slots):
             return False
         context = float(sum(s.context for s in slots))
-        self._credit += PROBE_SHARE * self.cost.verify_one(B, context, 0)
+        self._credit += self._probe_share * self.cost.verify_one(B, context, 0)
         ids = {s.id for s in slots}
         if self._rests(ids):
             return False
@@ -112,19 +126,28 @@ class Ahead(Policy):
         M = int(verified.sum())
         probe = passed + float(seconds_M[M] - seconds_M[0])
         self._credit = min(self._credit, _PROBES_KEPT * probe)
-        if choose(curves_BK, seconds_M + passed).rate > MARGIN * plain:
+        if self._choose(slots, curves_BK, seconds_M + passed).rate > MARGIN * plain:
+            self._probe_share = PROBE_SHARE
             self._tried.update(s.id for s in slots)
             return True
         if probe <= self._credit:
-            # Tokens that it brings are paid back in observe().
-            self._credit -= probe
+            self._pay(probe)
             self._try(slots)
             return True
         new = [i for i, s in enumerate(slots) if s.id not in self._tried and caps_B[i]]
-        if new and self._worth_trying(slots, new, caps_B, curves_BK, plain, passed, seconds_M, M):
-            self._try([slots[i] for i in new])
-            return True
+        # On credit, but not for ever: each request may promise to be unlike all those before it.
+        if new and self._credit > -_PROBES_OWED * probe:
+            args = (caps_B, curves_BK, plain, passed, seconds_M, M)
+            if self._worth_trying(slots, new, *args):
+                self._pay(probe)
+                self._try([slots[i] for i in new])
+                return True
         return False
+
+    def _pay(self, probe: float) -> None:
+        """For a draft made to see what it brings; :meth:`observe_step` pays that back."""
+        self._credit -= probe
+        self._probe_share = max(PROBE_DECAY * self._probe_share, LEAST_PROBE_SHARE)
 
     def lengths(self, slots: Sequence[Slot]) -> Lengths:
         """How many of their draft tokens go to the verifier.
@@ -138,7 +161,7 @@ class Ahead(Policy):
         caps_B, promised_BK, seconds_M = self._batch(slots)
         curves_BK = promised_BK * self.promises[DRAFTER].share
         passed = self.pass_seconds(B)
-        choice = choose(curves_BK, seconds_M + passed)
+        choice = self._choose(slots, curves_BK, seconds_M + passed)
         chosen = np.array(choice.lengths)
         if choice.rate <= MARGIN * B / float(seconds_M[0] + passed):
             chosen[:] = 0
@@ -149,6 +172,21 @@ class Ahead(Policy):
             self._probing.difference_update(s.id for s in slots)
         chosen = np.minimum(chosen, [s.drafted for s in slots])
         return Lengths(tuple(chosen.tolist()), promised_BK)
+
+    def _choose(
+        self, slots: Sequence[Slot], curves_BK: np.ndarray, seconds_M: np.ndarray
+    ) -> Choice:
+        """The best lengths, or as many for all requests where that comes close."""
+        B, best = len(slots), choose(curves_BK, seconds_M)
+        most = min(s.drafted for s in slots)
+        for length in self.even_lengths:
+            if length >= most:  # all of them are a choice as it is
+                break
+            tokens = B + float(curves_BK[:, :length].sum())
+            seconds = float(seconds_M[B * length]) - self.uneven
+            if MARGIN * tokens / seconds > best.rate:
+                best = Choice((length,) * B, tokens, seconds)
+        return best
 
     def _batch(self, slots: Sequence[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Most tokens of use ``[B]``, probabilities ``[B, K]``, seconds of 0, 1, ... draft tokens in all."""
@@ -264,7 +302,10 @@ class Ahead(Policy):
         passed = self.pass_seconds(B) if drafted else 0.0
         self.totals.add(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
-        self._credit += max(emitted - B, 0) / B * self.cost.verify_one(B, context, 0)
+        brought = max(emitted - B, 0) / B * self.cost.verify_one(B, context, 0)
+        self._credit += brought
+        if brought > HOPELESS * self.pass_seconds(B):
+            self._probe_share = PROBE_SHARE
         if drafted is None:
             return
         step = float(self.cost.verify(B, context, drafts)[-1])

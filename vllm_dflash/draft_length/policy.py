@@ -31,7 +31,7 @@ MATCHES = (2, 3, 4, 5)
 MARGIN = 1.02
 #: Share of the time that may go into drafts made only to see whether drafting pays again. Each of them lowers
 #: it by a factor, down to a least share, while draft passes do not even bring in so much of what they cost.
-PROBE_SHARE, _PROBE_DECAY, _LEAST_PROBE_SHARE, _HOPELESS = 0.005, 0.8, 0.0015, 0.1
+PROBE_SHARE, PROBE_DECAY, LEAST_PROBE_SHARE, HOPELESS = 0.005, 0.8, 0.0015, 0.1
 #: Steps that a request's first draft is taken to be of use for.
 HORIZON = 20
 #: Steps for which a verdict against the drafter stands while nothing is known anew but what steps cost.
@@ -236,7 +236,7 @@ class Policy:
             recovered = max(recovered, 1 + gained / (without.rate * passed)) if passed else 1.0
             if choice.rate > margin * best.rate:
                 best, drafting, margin = choice, chosen.tolist(), 1.0
-        if recovered >= _HOPELESS:
+        if recovered >= HOPELESS:
             self._probe_share = PROBE_SHARE
         caps_B = allowed_BK.sum(axis=1)
         drafting += self._probes(requests, drafting, lookups_BK, caps_B, best, seconds_M)
@@ -265,7 +265,7 @@ class Policy:
         for size, passed in sizes.items():
             drafted = float(drafted_B[:size].sum())
             pays = most + drafted > MARGIN * best.rate * (least + passed)
-            if pays or drafted > _HOPELESS * best.rate * passed:
+            if pays or drafted > HOPELESS * best.rate * passed:
                 return True
         return False
 
@@ -308,7 +308,7 @@ class Policy:
         cost = self.pass_seconds(len(drafting) + len(left)) - before
         if cost <= self._credit:
             self._credit -= cost
-            self._probe_share = max(_PROBE_DECAY * self._probe_share, _LEAST_PROBE_SHARE)
+            self._probe_share = max(PROBE_DECAY * self._probe_share, LEAST_PROBE_SHARE)
             return left
         new = [i for i in left if not self.by_position.seen(requests[i].id)]
         if not new:

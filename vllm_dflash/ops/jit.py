@@ -27,6 +27,8 @@ ENV_JIT = "VLLM_DFLASH_JIT"
 ENV_CACHE = "VLLM_DFLASH_CACHE"
 #: A compiler that takes longer hangs.
 COMPILE_TIMEOUT_S = 1800
+#: How long a failure is remembered: what the compiler lacked may have been installed since.
+FAILURE_STANDS_S = 24 * 3600
 
 
 def cache_root() -> Path:
@@ -87,19 +89,21 @@ def _archs(capabilities: list[tuple[int, int]]) -> tuple[build.Arch, ...] | None
 
 
 def _cached(recipe: build.Recipe) -> Path:
-    """One process compiles, the others wait for it; a failure is theirs too."""
+    """One process compiles, the others wait for it; a failure is theirs too, and for a day everybody's: a
+    compiler that lacks a header would be tried by every process at every start."""
     folder = cache_root() / recipe.key()
     target, failure = folder / recipe.filename, folder / "failed.txt"
     if target.is_file():
         return target
-    asked = time.time()
     # Only this user may write where libraries are loaded from.
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(folder / "lock"):
         if target.is_file():
             return target
-        if failure.is_file() and failure.stat().st_mtime >= asked:
-            raise build.BuildError(failure.read_text())
+        if failure.is_file() and time.time() - failure.stat().st_mtime < FAILURE_STANDS_S:
+            raise build.BuildError(
+                f"{failure.read_text()}\n(remembered; delete {failure} to try again)"
+            )
         logger.info("vllm-dflash: compiling %s into %s (once)", recipe.name, folder)
         temp = folder / "objects"
         shutil.rmtree(temp, ignore_errors=True)

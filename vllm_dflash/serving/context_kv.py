@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ class ContextKV:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._bound: tuple[Tensor, ...] = ()
+        # Views of the caches that are bound, as long as those live: vLLM frees the ones that it profiles
+        # CUDA graphs with, and counts on their memory.
+        self._bound: tuple[weakref.ref[Tensor], ...] = ()
         self._caches: tuple[list[Tensor], list[Tensor]] | None = None
-        self._scales: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def usable(self) -> bool:
         """Whether the weights are there and in a form the fused GEMM can read (not quantised)."""
@@ -67,8 +69,7 @@ class ContextKV:
         if caches is None:
             self._store_by_vllm(kv_TL2ND, positions, per_layer)
             return
-        key_scales, value_scales = self._scales
-        self._run(kv_TL2ND, positions, per_layer, *caches, key_scales, value_scales)
+        self._run(kv_TL2ND, positions, per_layer, *caches, *self._scales(caches))
 
     def _run(
         self,
@@ -113,12 +114,11 @@ class ContextKV:
     def _paged_caches(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Key and value views ``[blocks, kv_block_size, N, D]`` of each layer; None if unknown."""
         attns = self.model._attn_layers
-        bound = tuple(attn.kv_cache for attn in attns)
-        if len(bound) == len(self._bound) and all(
-            a is b for a, b in zip(bound, self._bound, strict=True)
+        if len(attns) == len(self._bound) and all(
+            attn.kv_cache is bound() for attn, bound in zip(attns, self._bound, strict=True)
         ):
             return self._caches
-        self._bound = bound
+        self._bound = tuple(weakref.ref(attn.kv_cache, self._let_go) for attn in attns)
         views = [_paged_views(attn, self.model) for attn in attns]
         whole = [v for v in views if v is not None]
         same = len({(v[0].shape, v[0].dtype) for v in whole}) == 1
@@ -127,17 +127,29 @@ class ContextKV:
             if len(whole) == len(views) and same
             else None
         )
-        self._scales = (None, None)
-        if self._caches is not None and self._caches[0][0].dtype in _FLOAT8.values():
-            self._scales = (
-                torch.stack([a._k_scale.float().reshape(()) for a in attns]),
-                torch.stack([a._v_scale.float().reshape(()) for a in attns]),
-            )
         return self._caches
+
+    def _let_go(self, bound: weakref.ref[Tensor]) -> None:
+        if any(bound is b for b in self._bound):
+            self._bound, self._caches = (), None
+
+    def _scales(
+        self, caches: tuple[list[Tensor], list[Tensor]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of keys and values of float8 caches, ``[L]`` each, as they are now: with
+        ``--calculate-kv-scales`` vLLM sets them by the first request."""
+        if caches[0][0].dtype not in _FLOAT8.values():
+            return None, None
+        attns = self.model._attn_layers
+        return (
+            torch.stack([a._k_scale.float().reshape(()) for a in attns]),
+            torch.stack([a._v_scale.float().reshape(()) for a in attns]),
+        )
 
 
 def _paged_views(attn: Any, model: Any) -> tuple[Tensor, Tensor] | None:
-    cache, impl = attn.kv_cache, attn.impl
+    # .data: a view of the tensor itself would keep it alive.
+    cache, impl = attn.kv_cache.data, attn.impl
     D, N = model._head_dim, model._num_kv_heads
     if type(impl).__name__ not in _PAGED:
         return None

@@ -28,6 +28,26 @@ _LOG_SECONDS = 60.0
 _FILE_SECONDS = 0.2
 
 
+def engine_of(server: str, index: int) -> str:
+    """The name of one of a server's engines."""
+    return f"{server}-{index}"
+
+
+def engine_name(vllm_config: Any) -> str | None:
+    """What an engine's files are called; the same in its core, its workers and the server's API processes.
+
+    Data parallel engines share a configuration but for their index, which they keep when vLLM makes those of
+    dense models independent.
+
+    Returns:
+        None where draft lengths are not chosen, or the configuration was not made by EngineArgs.
+    """
+    name = getattr(vllm_config.speculative_config, "dflash_stats", None)
+    if name is None:
+        return None
+    return engine_of(name, getattr(vllm_config.parallel_config, "data_parallel_index", 0))
+
+
 def stats_file(name: str) -> Path:
     """Where the figures of the engine called ``name`` are."""
     return Path(tempfile.gettempdir()) / f"vllm_dflash_{os.getuid()}_{name}.json"
@@ -98,7 +118,7 @@ class StatsFile:
 def make_stats(vllm_config: Any) -> DraftStats:
     """Of an engine that chooses draft lengths."""
     spec = vllm_config.speculative_config
-    name = getattr(spec, "dflash_stats", None)
+    name = engine_name(vllm_config)
     expectation = read_expectation(
         str(spec.model), getattr(spec, "revision", None), spec.num_speculative_tokens
     )

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_dflash.serving import calibration, handover, scheduler
+from vllm_dflash.serving.draft_stats import engine_name
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -44,7 +45,9 @@ def hand_over(runs: calibration.Runs, path: Path) -> None:
     if not calibration.all_ranks(cost is not None):
         return
     if cost is not None and get_tp_group().rank_in_group == 0:
-        handover.give(runs.vllm_config.speculative_config.dflash_stats, cost)
+        name = engine_name(runs.vllm_config)
+        assert name is not None  # the scheduler would not choose
+        handover.give(name, cost)
 
 
 def _follow(runner: Any, speculator: Any) -> None:

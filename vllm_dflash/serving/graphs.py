@@ -1,4 +1,4 @@
-"""Full CUDA graphs of the V2 runner for steps without draft tokens."""
+"""Full CUDA graphs of the V2 runner for steps with few draft tokens, or none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from vllm_dflash.serving import scheduler
 
 
 def patch_candidates(module: ModuleType) -> None:
-    """Has vLLM capture the verifier's decode graphs for one token a request too.
+    """Has vLLM capture the verifier's decode graphs for one token a request too, and for a few.
 
     With a drafter it captures them for ``num_speculative_tokens + 1`` each, or for the lengths in a
     batch-size table. A step for which nothing was drafted would run without a full graph, slower than
-    without speculation. So where the scheduler chooses, such a table is put in for the while, with a zero;
-    not for verifiers whose layers cannot be captured so (:func:`_all_or_nothing`).
+    without speculation. So where the scheduler chooses, such a table is put in for the while, with a zero
+    and the lengths that choices are rounded to (:func:`~vllm_dflash.serving.scheduler.graph_lengths`); not
+    for verifiers whose layers cannot be captured so (:func:`_all_or_nothing`).
     """
     cls = module.ModelCudaGraphManager
     init = cls._init_candidates
@@ -32,8 +33,9 @@ def patch_candidates(module: ModuleType) -> None:
         ]
         self.vllm_config = copy.copy(config)
         self.vllm_config.speculative_config = spec
+        more = [0, *scheduler.graph_lengths(config)]
         lengths = module.build_dynamic_sd_schedule_lookup
-        module.build_dynamic_sd_schedule_lookup = lambda *a, **k: [*lengths(*a, **k), 0]  # type: ignore[attr-defined]
+        module.build_dynamic_sd_schedule_lookup = lambda *a, **k: [*lengths(*a, **k), *more]  # type: ignore[attr-defined]
         try:
             return init(self)
         finally:

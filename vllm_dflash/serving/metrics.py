@@ -31,25 +31,25 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from vllm_dflash.modeling.acceptance import full_length_tau, rates
-from vllm_dflash.serving.draft_stats import read_stats, stats_file
+from vllm_dflash.serving.draft_stats import engine_of, read_stats, stats_file
 from vllm_dflash.serving.expectation import AcceptanceWatch, Expectation, read_expectation
 
 _PREFIX = "vllm_dflash:"
 
 
 class DraftLengthCollector:
-    """The worker's latest figures, as Prometheus metrics.
+    """The latest figures of a server's engines, as Prometheus metrics.
 
     Args:
-        path: the worker's file.
-        labels: names and values that vLLM gives every metric of the engine.
+        names: labels that vLLM gives every metric.
+        engines: their values, and the file with the engine's figures.
     """
 
     #: As Prometheus' own metrics have it: what :func:`drafter_metrics_class` finds ours by.
     _name = f"{_PREFIX}draft_lengths"
 
-    def __init__(self, path: Path, labels: dict[str, str]) -> None:
-        self.path, self.labels = path, labels
+    def __init__(self, names: Sequence[str], engines: Sequence[tuple[list[str], Path]]) -> None:
+        self.names, self.engines = list(names), engines
 
     def describe(self) -> list[Any]:
         """No names ahead of the figures, which may come late."""
@@ -57,45 +57,47 @@ class DraftLengthCollector:
 
     def collect(self) -> Iterator[Any]:
         """Called by Prometheus for each scrape."""
-        raw = read_stats(self.path)
-        if raw is None:
+        read = [(values, read_stats(path)) for values, path in self.engines]
+        known = [(values, raw) for values, raw in read if raw is not None]
+        if not known:
             return
-        names, values = list(self.labels), [str(v) for v in self.labels.values()]
 
-        def counter(name: str, text: str, rows: dict[str, float], label: str | None = None) -> Any:
-            family = CounterMetricFamily(
-                _PREFIX + name, text, labels=[*names, label] if label else names
-            )
-            for key, value in rows.items():
-                family.add_metric([*values, key] if label else values, value)
+        def counter(key: str, text: str, name: str | None = None, label: str | None = None) -> Any:
+            labels = [*self.names, label] if label else self.names
+            family = CounterMetricFamily(_PREFIX + (name or key), text, labels=labels)
+            for values, raw in known:
+                if label is None:
+                    family.add_metric(values, raw[key])
+                    continue
+                given = raw[key]
+                rows = given.items() if isinstance(given, dict) else enumerate(given)
+                for part, value in rows:
+                    family.add_metric([*values, str(part)], value)
             return family
 
-        yield counter("steps", "Verifier steps without prompt chunks.", {"": raw["steps"]})
+        yield counter("steps", "Verifier steps without prompt chunks.")
+        yield counter("drafted_steps", "Steps before which the drafter ran.")
         yield counter(
-            "drafted_steps", "Steps before which the drafter ran.", {"": raw["drafted_steps"]}
+            "lengths", "How often each draft length was chosen.", "draft_length", "length"
         )
-        lengths = {str(k): n for k, n in enumerate(raw["lengths"])}
-        yield counter("draft_length", "How often each draft length was chosen.", lengths, "length")
-        yield counter("drafts", "Drafts sent to the verifier.", raw["drafts"], "source")
+        yield counter("drafts", "Drafts sent to the verifier.", label="source")
         for key, text in (
             ("proposed", "Draft tokens sent to the verifier."),
             ("accepted", "Draft tokens accepted."),
             ("expected", "Draft tokens expected to be accepted."),
         ):
-            yield counter(f"{key}_tokens", text, raw[key], "source")
-        yield counter("step_seconds", "Spent on those steps.", {"": raw["seconds"]})
-        yield counter(
-            "plain_seconds",
-            "What their tokens would have taken without speculation.",
-            {"": raw["plain_seconds"]},
+            yield counter(key, text, f"{key}_tokens", "source")
+        yield counter("seconds", "Spent on those steps.", "step_seconds")
+        yield counter("plain_seconds", "What their tokens would have taken without speculation.")
+        speedup = GaugeMetricFamily(
+            f"{_PREFIX}estimated_speedup",
+            "Estimated speed over no speculation since start.",
+            labels=self.names,
         )
-        if raw["seconds"]:
-            speedup = GaugeMetricFamily(
-                f"{_PREFIX}estimated_speedup",
-                "Estimated speed over no speculation since start.",
-                labels=names,
-            )
-            speedup.add_metric(values, raw["plain_seconds"] / raw["seconds"])
+        for values, raw in known:
+            if raw["seconds"]:
+                speedup.add_metric(values, raw["plain_seconds"] / raw["seconds"])
+        if speedup.samples:
             yield speedup
 
 
@@ -106,7 +108,7 @@ class AcceptanceCollector:
         names: labels that vLLM gives every metric, ``engines`` their values by engine.
         drafter: folder or hub name.
         num_tokens: K, the most tokens of a draft.
-        path: the worker's file, where draft lengths may be chosen; then its counts are the drafter's own.
+        paths: the engines' files, where draft lengths may be chosen; then their counts are the drafter's own.
         expectation: of the drafter's training.
     """
 
@@ -118,11 +120,11 @@ class AcceptanceCollector:
         engines: Mapping[int, Sequence[object]],
         drafter: str,
         num_tokens: int,
-        path: Path | None,
+        paths: Mapping[int, Path],
         expectation: Expectation | None,
     ) -> None:
         self.names, self.engines = list(names), engines
-        self.drafter, self.path, self.expectation = drafter, path, expectation
+        self.drafter, self.paths, self.expectation = drafter, paths, expectation
         self.watch = AcceptanceWatch(expectation)
         self._counts = {i: ([0] * num_tokens, [0] * num_tokens) for i in engines}
 
@@ -136,7 +138,7 @@ class AcceptanceCollector:
         for k in range(length):
             compared[k] += accepted[k - 1] if k else stats.num_drafts
             right[k] += accepted[k]
-        if self.path is None or not self.path.exists():  # else the worker watches its own counts
+        if not any(p.exists() for p in self.paths.values()):  # else engines watch their own counts
             columns = zip(*self._counts.values(), strict=True)
             self.watch.look(*([sum(c) for c in zip(*rows, strict=True)] for rows in columns))
 
@@ -156,8 +158,8 @@ class AcceptanceCollector:
             "The same on held-out data of the drafter's training.",
             labels=[*self.names, "drafter", "source"],
         )
-        raw = None if self.path is None else read_stats(self.path)
         for engine, values in self.engines.items():
+            raw = read_stats(self.paths[engine]) if engine in self.paths else None
             labels = [*map(str, values), self.drafter]
             compared, right = (raw["compared"], raw["right"]) if raw else self._counts[engine]
             if compared[0]:
@@ -208,12 +210,11 @@ def drafter_metrics_class(base: type) -> type:
             self._tau = {i: tau.labels(*v, drafter) for i, v in per_engine_labelvalues.items()}
             self._totals = dict.fromkeys(per_engine_labelvalues, (0, 0))
             name = getattr(speculative_config, "dflash_stats", None)
-            path = None
-            if name is not None and len(per_engine_labelvalues) == 1:
-                (values,) = per_engine_labelvalues.values()
-                labels = dict(zip(labelnames, values, strict=True))
-                path = stats_file(name)
-                registry.register(DraftLengthCollector(path, labels))
+            engines = per_engine_labelvalues
+            paths = {} if name is None else {i: stats_file(engine_of(name, i)) for i in engines}
+            if paths:
+                rows = [([str(v) for v in engines[i]], path) for i, path in paths.items()]
+                registry.register(DraftLengthCollector(labelnames, rows))
             num_tokens = speculative_config.num_speculative_tokens
             revision = getattr(speculative_config, "revision", None)
             self._acceptance = AcceptanceCollector(
@@ -221,8 +222,13 @@ def drafter_metrics_class(base: type) -> type:
                 per_engine_labelvalues,
                 drafter,
                 num_tokens,
-                path,
+                paths,
                 read_expectation(drafter, revision, num_tokens),
+            )
+            # vLLM's adaptive verification leaves out tokens that its counts have: by position they say
+            # nothing of the drafter.
+            self._by_position = not getattr(
+                speculative_config, "enable_adaptive_verification", False
             )
             registry.register(self._acceptance)
 
@@ -236,6 +242,7 @@ def drafter_metrics_class(base: type) -> type:
             self._totals[engine_idx] = (drafts, accepted)
             if drafts:
                 self._tau[engine_idx].set(1 + accepted / drafts)
-            self._acceptance.observe(spec_decoding_stats, engine_idx)
+            if self._by_position:
+                self._acceptance.observe(spec_decoding_stats, engine_idx)
 
     return DrafterProm

@@ -22,6 +22,7 @@ from vllm_dflash.serving import draft_limits, handover
 from vllm_dflash.serving.draft_stats import (
     DraftStats,
     StatsFile,
+    engine_name,
     make_stats,
     stats_file,
     verified_file,
@@ -30,6 +31,8 @@ from vllm_dflash.serving.seams import DRAFTER_ARCH
 from vllm_dflash.serving.verified import count_by_source, counting
 
 logger = logging.getLogger("vllm.vllm_dflash")
+#: Draft tokens a request with full CUDA graphs of their own: steps of 2, 4 and 8 tokens a request.
+_GRAPH_LENGTHS = (1, 3, 7)
 
 
 def wanted(vllm_config: Any) -> bool:
@@ -47,6 +50,9 @@ def unsupported(vllm_config: Any) -> str | None:
     spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     if DRAFTER_ARCH not in (spec.draft_model_config.architectures or ()):
         return f"vLLM serves {spec.model} with a drafter class of its own"
+    if getattr(spec, "enable_adaptive_verification", False):
+        # The scheduler would count tokens that were not verified as wrong.
+        return "vLLM's adaptive verification chooses what of them is verified"
     if parallel.data_parallel_size > 1:
         return "data parallel engines must draft in step"
     if parallel.pipeline_parallel_size > 1:
@@ -63,6 +69,23 @@ def chooses(vllm_config: Any) -> bool:
     return wanted(vllm_config) and unsupported(vllm_config) is None
 
 
+def graph_lengths(vllm_config: Any) -> tuple[int, ...]:
+    """Draft tokens a request that full CUDA graphs are for on the V2 runner, beside 0 and all.
+
+    Not with recurrent layers, whose graphs are made for all draft tokens, nor beside a batch-size table of
+    the user's, which has lengths of its own.
+    """
+    spec = vllm_config.speculative_config
+    if (
+        not vllm_config.use_v2_model_runner
+        or vllm_config.model_config.is_hybrid
+        or not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        or spec.num_speculative_tokens_per_batch_size
+    ):
+        return ()
+    return tuple(n for n in _GRAPH_LENGTHS if n < spec.num_speculative_tokens)
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step that has been scheduled and is not done.
@@ -74,7 +97,7 @@ class _Step:
             is for requests of which nothing was promised.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
-        even: whether all requests had none or all of their draft tokens.
+        even: whether all requests had none or all of their draft tokens, or as many as there are graphs for.
         drafting: whether it ends with a draft pass.
     """
 
@@ -154,7 +177,7 @@ class EngineLengths:
             promised=self._promised,
             context=float(context),
             tokens=output.total_num_scheduled_tokens,
-            even=even in ({0}, {before}),
+            even=len(even) == 1 and even <= {0, before, *self.policy.even_lengths},
             drafting=drafting,
         )
 
@@ -287,11 +310,12 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
     The costs of steps come from the workers, which have measured them by now. Without, lengths stay fixed.
     """
     spec = vllm_config.speculative_config
-    cost = handover.take(spec.dflash_stats)
+    name = engine_name(vllm_config)
+    cost = None if name is None else handover.take(name)
     if cost is None:
         logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
         return
-    policy = Ahead(cost, scheduler.num_spec_tokens)
+    policy = Ahead(cost, scheduler.num_spec_tokens, graph_lengths(vllm_config))
     stats = make_stats(vllm_config)
     scheduler.__class__ = choosing(type(scheduler))
     limit = draft_limits.position_limit(spec, scheduler.max_model_len)
@@ -313,7 +337,7 @@ def wrap_init(original: Any) -> Any:
             return
         draft_limits.adopt(self, vllm_config)
         if not wanted(vllm_config):
-            name = getattr(spec, "dflash_stats", None)
+            name = engine_name(vllm_config)
             alone = vllm_config.parallel_config.data_parallel_size == 1
             if name is not None and alone:
                 count_by_source(self, StatsFile(verified_file(stats_file(name))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import uuid
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,8 @@ from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
 from vllm_dflash.serving.draft_limits import position_limit
 
 logger = logging.getLogger("vllm.vllm_dflash")
+#: Set by vllm-dflash itself for a server's API processes.
+_NAME_ENV = "VLLM_DFLASH_SERVER_NAME"
 _BLOCK_DROP = "disable_eagle_block_drop"
 
 
@@ -114,6 +117,22 @@ def _check_prefix_caching(engine_args: Any, verifier: Any) -> None:
         )
 
 
+def _server_name(engine_args: Any) -> str:
+    """A name for the server that these arguments are of.
+
+    Several API processes make configurations of their own; they find the name in their environment, where
+    the process that starts them and the engines left it.
+    """
+    rank = getattr(engine_args, "_api_process_rank", 0)
+    several = getattr(engine_args, "_api_process_count", 1) > 1
+    if several and rank >= 0 and _NAME_ENV in os.environ:
+        return os.environ[_NAME_ENV]
+    name = uuid.uuid4().hex
+    if several and rank < 0:
+        os.environ[_NAME_ENV] = name
+    return name
+
+
 def wrap_create_speculative_config(original):
     """Wraps ``EngineArgs.create_speculative_config``; other methods pass through untouched.
 
@@ -187,7 +206,7 @@ def wrap_create_speculative_config(original):
             mend_causality(made.draft_model_config.hf_config, checkpoint.raw, drafter)
         if made is not None and options.draft_length == "auto":
             # Travels to the workers with it; not a field, so it keys no compile cache.
-            made.dflash_stats = uuid.uuid4().hex
+            made.dflash_stats = _server_name(self)
         if made is not None and made.draft_model_config is not None:
             limit = position_limit(made, target_model_config.max_model_len)
             if limit < target_model_config.max_model_len:

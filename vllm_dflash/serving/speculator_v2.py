@@ -34,6 +34,9 @@ def observed(cls: type) -> type:
 
     # Behind self and input_batch. Real steps pass most by position, dummy runs by name.
     names = tuple(inspect.signature(cls.propose).parameters)[2:]  # type: ignore[attr-defined]
+    sampling: tuple[str, ...] = ()
+    if hasattr(cls, "sample_draft"):
+        sampling = tuple(inspect.signature(cls.sample_draft).parameters)[2:]
 
     class Observed(cls):  # type: ignore[valid-type,misc]
         recorder: Any = None
@@ -42,7 +45,10 @@ def observed(cls: type) -> type:
         num_wanted: int | None = None
         dummy_drafts = True
         max_model_len: int
+        model: Any
+        use_local_argmax_reduction: bool
         _use_ops = False
+        _greedy_draft_vocab = False
         _skipping = False
 
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -81,6 +87,20 @@ def observed(cls: type) -> type:
                 _proposing = None
                 self._skipping = False
 
+        def sample_draft(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given = dict(zip(sampling, args, strict=False)) | kwargs
+            model: Any = self.model
+            if (
+                self._greedy_draft_vocab
+                and given["draft_logits"] is None
+                and isinstance(model, DrafterModel)
+                and model.draft_id_to_target_id is not None
+                and not self.use_local_argmax_reduction
+                and getattr(self, "acceptance_estimator", None) is None  # reads the logits
+            ):
+                return model.greedy_draft_tokens(hidden_states)[0]
+            return super().sample_draft(hidden_states, **given)
+
         def _build_uniform_attn_metadata(self, *args: Any, **kwargs: Any) -> Any:
             return None if self._skipping else super()._build_uniform_attn_metadata(*args, **kwargs)
 
@@ -117,6 +137,7 @@ def observed(cls: type) -> type:
 def adopt(speculator: Any, options: Options) -> None:
     """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
     speculator.__class__ = observed(type(speculator))
+    speculator._greedy_draft_vocab = options.greedy_draft_vocab
     speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
 
 
