@@ -126,7 +126,7 @@ def test_arithmetic_of_a_step() -> None:
 
 def test_an_engine_of_the_real_shape(tmp_path) -> None:
     """8.2 B and 1 B parameters in 16 bits, the KV cache of 32 requests, 3 GiB beside."""
-    verifier, drafter = models.write_shapes(tmp_path, rehearse=False)
+    verifier, drafter = models.write_shapes(tmp_path)
     gib = speed.engine_gib(str(verifier), rehearse=False)
     assert gib == pytest.approx((8.19e9 + 1.05e9) * 2 / 2**30 + 4.0 + speed.BESIDE, rel=0.03)
     assert json.loads((drafter / "config.json").read_text())["num_hidden_layers"] == 5

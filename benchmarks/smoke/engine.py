@@ -152,7 +152,7 @@ def start(config: dict[str, Any]) -> tuple[Any, dict[str, Any], list[dict[str, A
 
         calibration.measured = noted
     drafts: list[dict[str, Any]] = []
-    if config.get("record"):
+    if config["record"]:
         recorder = engine_jobs.RecorderV2()
         recorder.recording, drafts = True, recorder.drafts
     engine = LLMEngine.from_engine_args(EngineArgs(**config["engine"]))

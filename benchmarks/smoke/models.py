@@ -104,25 +104,20 @@ def make_drafter(path: Path, verifier: Path) -> Path:
     return path
 
 
-def write_shapes(folder: Path, rehearse: bool) -> tuple[Path, Path]:
+def write_shapes(folder: Path) -> tuple[Path, Path]:
     """Configurations of Qwen3-8B and a drafter for it, to be served with ``load_format="dummy"``."""
-    base = dict(QWEN3_8B)
-    if rehearse:
-        base |= {name: _COMMON[name] for name in _COMMON if name in base}
-    layers = 8 if rehearse else 36
-    taps = [1, 2, 3] if rehearse else [1, 9, 17, 25, 33]
     drafter = {
         "architectures": ["DFlashDraftModel"],
-        "num_hidden_layers": 2 if rehearse else 5,
+        "num_hidden_layers": 5,
         "block_size": 16,
-        "num_target_layers": layers,
-        "dflash_config": {"target_layer_ids": taps, "mask_token_id": 5},
+        "num_target_layers": 36,
+        "dflash_config": {"target_layer_ids": [1, 9, 17, 25, 33], "mask_token_id": 5},
     }
-    verifier = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": layers}
+    verifier = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 36}
     for name, changes in (("verifier", verifier), ("drafter", drafter)):
         path = folder / "shapes" / name
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps({**base, **changes}, indent=2))
+        (path / "config.json").write_text(json.dumps({**QWEN3_8B, **changes}, indent=2))
     return folder / "shapes" / "verifier", folder / "shapes" / "drafter"
 
 
