@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-long test-all test-install test-versions versions lint clean
+.PHONY: setup demo test test-long test-all test-install test-versions versions rehearse lint clean
 
 setup: $(VENV)/.built
 
@@ -44,6 +44,10 @@ test-install: setup
 # What we rely on, in the source of every supported vLLM; pip fetches them once into the user's cache.
 test-versions: setup
 	$(BIN)/python -m pytest -m slow tests/test_contract.py
+
+# What benchmarks/gpu_smoke.py does on a GPU, tiny and on the CPU: that it reaches its end.
+rehearse: setup
+	$(BIN)/python benchmarks/gpu_smoke.py --rehearse
 
 # The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
 versions: setup

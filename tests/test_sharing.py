@@ -248,7 +248,7 @@ def test_engines_started_for_each_turn(tmp_path, tiny_llama: Path) -> None:
     said: list[str] = []
     result = run_bench(config, prompts, said.append, verifier_config=model, device=room)
     assert result["errors"] == {}
-    assert said[0].endswith("one at a time, started anew for each turn")
+    assert "one at a time, started anew for each turn" in said[0]
     assert said.count("none: starting the engine") == 2
     assert result["config"]["max_model_len"] == 6 + 24 + 2 * 4
     for mode in ("none", "ngram"):

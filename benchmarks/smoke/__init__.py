@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/gpu_smoke.py``, and what runs them."""
