@@ -214,7 +214,9 @@ def train(
     ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = 0.0,
     anchors: Annotated[int, typer.Option(help="Random anchors of a sequence.")] = 512,
     sequences: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    autocast: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    autocast: Annotated[
+        str, typer.Option(help="bfloat16 (if the device has instructions for it) or float32.")
+    ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of initial weights, order and anchors.")] = 0,
     max_bad: Annotated[float, typer.Option(help="Share of sequences that may be skipped.")] = 0.1,
     holdout: Annotated[float, typer.Option(help="Share kept back without --eval-data.")] = 0.05,

@@ -470,8 +470,8 @@ class _Run:
             self._cache_dir(),
         )
         self.reporter.say(
-            f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} for {total} steps "
-            f"({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
+            f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} ({info['autocast']}) "
+            f"for {total} steps ({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
             f"{len(held_by_key)} held out"
         )
         ranks, sequences = self.config.engine.ranks, self.config.hparams.sequences

@@ -159,6 +159,7 @@ class TrainingSession:
         return {
             "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
             "device": str(embedding.device),
+            "autocast": self.learner.hparams.autocast,
             "threads": torch.get_num_threads(),
         }
 
