@@ -234,7 +234,8 @@ def test_accepted_counts_the_prefix_only():
     assert learner.step(0, [sample])["accepted"] == want
 
 
-def test_bfloat16_autocast_keeps_fp32_masters():
+def test_bfloat16_autocast_keeps_fp32_masters(monkeypatch):
+    monkeypatch.setattr(learner_module, "cpu_has_bfloat16", lambda: True)
     learner = make_learner(head=make_head(dtype=torch.bfloat16), autocast="bfloat16")
     sample = replace(make_sample(1), features_TF=make_sample(1).features_TF.bfloat16())
     metrics = [learner.step(i, [sample]) for i in range(60)]
@@ -258,6 +259,16 @@ def test_float32_computes_in_float32(monkeypatch):
     monkeypatch.setattr(learner_module, "block_loss", block_loss)
     learner.step(0, [sample])
     assert seen == [(torch.float32, False)]
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch):
+    """Emulated it takes several times as long."""
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(learner_module, "cpu_has_bfloat16", lambda has=has: has)
+        learner = make_learner(autocast="bfloat16", optimizer="muon")
+        assert learner.hparams.autocast == str(dtype).removeprefix("torch.")
+        assert learner.optimizers["muon"].dtype == dtype
+    assert make_learner(optimizer="muon").optimizers["muon"].dtype == torch.float32
 
 
 def test_steps_without_anchors_do_nothing():

@@ -11,9 +11,11 @@ import pytest
 import torch
 from test_learner import make_learner, make_sample, snapshot
 
+from vllm_dflash.training import ranks as module
 from vllm_dflash.training.learner import Learner
+from vllm_dflash.training.loop import save_pause
 from vllm_dflash.training.plan import owner, plan_windows, tokens_by_rank
-from vllm_dflash.training.ranks import Ranks
+from vllm_dflash.training.ranks import Ranks, checksum
 from vllm_dflash.training.session import TrainingSession
 
 SIZE = 2
@@ -23,10 +25,12 @@ class Group:
     """What ``Ranks`` reads of vLLM's ``GroupCoordinator``."""
 
     def __init__(self, rank: int) -> None:
+        self.sizes: list[int] = []
         self.world_size, self.rank_in_group = SIZE, rank
         self.cpu_group = torch.distributed.group.WORLD
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(tensor.numel())
         torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -117,6 +121,69 @@ def test_an_error_of_one_rank_is_one_of_all(tmp_path) -> None:
     ]  # fmt: skip
 
 
+def _sums(ranks: Ranks) -> Any:
+    """Sums in buckets of 10 fp32 elements, those by themselves, and how many elements went at once."""
+    module._BUCKET_BYTES = 40
+    generator = torch.Generator().manual_seed(ranks.rank)
+    shapes = [(3, 2), (), (3,), (4, 4), (2, 5), (1,), (0,), (2,)]
+    made = [torch.randn(s, generator=generator) * 10.0**i for i, s in enumerate(shapes)]
+    made.append(torch.arange(4) + ranks.rank)
+    made.append(torch.randn(3, 4, generator=generator).t())  # gradients need not be contiguous
+    together = [t.clone() for t in made]
+    ranks._group.sizes.clear()
+    ranks.sum(together)
+    sizes = list(ranks._group.sizes)
+    for tensor in made:
+        torch.distributed.all_reduce(whole := tensor.contiguous())
+        tensor.copy_(whole)
+    return sizes, all(map(torch.equal, together, made)), [t.tolist() for t in together]
+
+
+def test_sums_in_buckets_equal_those_one_by_one(tmp_path) -> None:
+    first, second = on_two_ranks("_sums", tmp_path)
+    assert first == second
+    sizes, equal, _ = first
+    assert sizes == [10, 16, 10, 3, 4, 12]
+    assert equal
+
+
+def test_checksum_sees_every_bit_and_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(300, generator=generator),
+        torch.randn(7, 5, generator=generator).bfloat16().t(),
+        torch.randint(0, 9, (40,), generator=generator),
+    ]
+    seen = {checksum(tensors)}
+
+    def new(changed: list[torch.Tensor]) -> None:
+        got = checksum(changed)
+        assert got not in seen
+        seen.add(got)
+
+    for i in (0, 1, 128, 299):
+        for bit in (0, 13, 31):
+            flipped = tensors[0].clone()
+            flipped.view(torch.int32)[i] ^= torch.tensor(-(2**31) if bit == 31 else 1 << bit).int()
+            new([flipped, *tensors[1:]])
+    new([tensors[0].flip(0), *tensors[1:]])
+    new([tensors[1], tensors[0], tensors[2]])
+    new([tensors[0], tensors[1].t(), tensors[2]])
+    new([*tensors, torch.ones(1)])
+    assert checksum([*tensors, tensors[0], torch.empty(0)]) == checksum(tensors)
+    assert checksum(t.clone() for t in tensors) == checksum(tensors)
+    assert checksum([]) == "0" * 16
+
+
+def test_checksum_of_many_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 64)
+    x = torch.arange(1000.0)
+    moved = x.clone()
+    moved[64:128], moved[128:192] = x[128:192], x[64:128]
+    assert checksum([x]) != checksum([moved])
+    assert checksum([x.clone()]) == checksum([x])
+
+
 def _learner(ranks: Ranks | None, **hparams: Any) -> Learner:
     learner = make_learner(**hparams)
     learner.ranks = ranks or Ranks()
@@ -197,6 +264,13 @@ def test_weights_that_drift_apart_are_noticed(tmp_path) -> None:
     for same, differ in on_two_ranks("_drift", tmp_path):
         assert same == "done"
         assert differ.startswith("RuntimeError: the drafter's weights differ between ranks")
+
+
+def test_saving_takes_its_share_of_the_time_at_most() -> None:
+    assert save_pause(300, 2) == 300
+    assert save_pause(300, 30) == pytest.approx(1000)
+    assert save_pause(300, 600) == 3600
+    assert save_pause(0, 5) == 0
 
 
 def test_owners_share_the_sequences_and_windows_fit_every_rank() -> None:

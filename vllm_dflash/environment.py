@@ -59,6 +59,25 @@ def set_cpu_defaults() -> None:
         os.environ.setdefault("LD_PRELOAD", str(openmp))
 
 
+#: Values of oneDNN's variable under which it uses no bfloat16 instructions.
+_ISA_WITHOUT_BFLOAT16 = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
+)  # fmt: skip
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 have instructions here, which ``ONEDNN_MAX_CPU_ISA`` may mask."""
+    # Deferred: it imports torch.
+    import torch
+
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BFLOAT16:
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # torch's check for oneDNN is content with AVX-512 and emulates them.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _dist_version(name: str) -> str | None:
     try:
         return version(name)

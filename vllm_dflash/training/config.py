@@ -44,7 +44,8 @@ class Hyperparameters:
             paper's value for the block size.
         ema: decay of an exponential moving average of the weights, which is then what is exported;
             0 for none.
-        autocast: ``bfloat16`` (fp32 masters) or ``float32``.
+        autocast: ``bfloat16`` (fp32 masters) or ``float32``, which a CPU without bfloat16 instructions takes
+            in any case. Muon orthogonalises in the same.
         max_bad: share of the sequences that may be skipped for non-finite values before training stops.
     """
 

@@ -358,7 +358,8 @@ class VerifierEngine:
         self.engine.engine_core.shutdown()
         del self.engine
         gc.collect()
-        torch.accelerator.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         _restore(self._environment)
 
 

@@ -12,7 +12,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.environment import cpu_has_bfloat16
 from vllm_dflash.files import atomic_path
 from vllm_dflash.modeling.acceptance import Acceptance, walk
 from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.modeling.losses import block_loss, default_gamma
 from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.muon import Muon
 from vllm_dflash.training.ranks import Ranks
 
 #: Anchors whose blocks are drafted in one evaluation pass.
@@ -179,6 +181,9 @@ class Learner:
         verifier_logits: Callable[[Tensor], Tensor] | None = None,
         anchors_in_flight: int | None = None,
     ) -> None:
+        if torch.device(device).type == "cpu" and not cpu_has_bfloat16():
+            # It would be emulated, several times slower than fp32.
+            hparams = replace(hparams, autocast="float32")
         self.config, self.hparams, self.head = config, hparams, head
         self.verifier_logits = verifier_logits
         self.anchors_in_flight = anchors_in_flight
@@ -222,11 +227,11 @@ class Learner:
             )
         }
         if muon:
-            out["muon"] = torch.optim.Muon(
+            out["muon"] = Muon(
                 list(muon.values()),
+                getattr(torch, hp.autocast),
                 lr=hp.lr,
                 weight_decay=hp.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
             )
         self._optimizer_names = {"adamw": list(rest), "muon": list(muon)}
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import signal
 import time
@@ -54,6 +55,9 @@ from vllm_dflash.verifier import Verifier
 
 #: Evaluations take at most this share of the time, and are no closer than so many seconds.
 _EVAL_SHARE, _EVAL_SECONDS = 0.05, 30.0
+#: Of the training's time, what saving may take; where it would take more, it is done up to so many times more
+#: seldom than --save-minutes says.
+_SAVE_SHARE, _MORE_SELDOM = 0.03, 12
 #: Seconds of training between two answers of the worker, so that progress and signals stay alive.
 _CALL_SECONDS = 2.0
 _MAX_CALL_STEPS = 64
@@ -72,6 +76,7 @@ class TrainConfig:
         init_from: a drafter to go on from.
         feature_gib: the host's memory for features of each worker; beyond it they are extracted again. None
             takes half of what is available when a run is first started, shared by the workers.
+        save_minutes: between saved states; up to 12 times as long where saving takes over 3 % of the time.
         max_rejected: share of the rows of the data (and of the held-out data) that may be rejected.
     """
 
@@ -405,6 +410,16 @@ def examples_digest(examples: list[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def save_pause(least: float, took: float) -> float:
+    """Seconds until the next state is saved.
+
+    Args:
+        least: what the user asked for.
+        took: how long the last state took.
+    """
+    return min(max(least, took / _SAVE_SHARE), _MORE_SELDOM * least)
+
+
 class _Run:
     def __init__(
         self,
@@ -420,6 +435,7 @@ class _Run:
         self.examples_digest = ""
         self.step = 0
         self.stop: list[int] = []
+        self.next_save = math.inf
         self.seconds = {"responses": 0.0, "extract": 0.0, "train": 0.0}
 
     def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
@@ -454,8 +470,8 @@ class _Run:
             self._cache_dir(),
         )
         self.reporter.say(
-            f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} for {total} steps "
-            f"({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
+            f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} ({info['autocast']}) "
+            f"for {total} steps ({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
             f"{len(held_by_key)} held out"
         )
         ranks, sequences = self.config.engine.ranks, self.config.hparams.sequences
@@ -586,10 +602,14 @@ class _Run:
         return state["step"]
 
     def _save(self, step: int) -> None:
+        started = time.monotonic()
         self.engine.call("save_state", str(self.folder.new_state_file(step)))
         self.folder.commit_state(
             step,
             {"bad": self.bad, "seconds": self.seconds, "examples": self.examples_digest},
+        )
+        self.next_save = time.monotonic() + save_pause(
+            60 * self.config.save_minutes, time.monotonic() - started
         )
 
     def _extract(self, examples: dict[str, Example], keep: list[str]) -> None:
@@ -638,8 +658,8 @@ class _Run:
     ) -> None:
         every = self.config.eval_every
         first = self.step
-        last_save = time.monotonic()
-        next_eval = last_save + _EVAL_SECONDS
+        next_eval = time.monotonic() + _EVAL_SECONDS
+        self.next_save = time.monotonic() + 60 * self.config.save_minutes
         chunk = 1
         with self.reporter.training(first, total) as report:
             for window in windows:
@@ -676,9 +696,8 @@ class _Run:
                         next_eval = began + took + max(_EVAL_SECONDS, took / _EVAL_SHARE)
                     if self.stop:
                         raise self._stopped()
-                    if time.monotonic() - last_save > 60 * self.config.save_minutes:
+                    if time.monotonic() > self.next_save:
                         self._save(self.step)
-                        last_save = time.monotonic()
         if first < total:
             self._save(total)
 

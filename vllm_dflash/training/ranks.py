@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: Bytes that are summed at once: few enough launches, and little memory beside the gradients.
+_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,19 @@ class Ranks:
         return parts
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sums each tensor over the ranks, in place."""
+        """Sums each tensor over the ranks, in place; all ranks get the same bits.
+
+        Small tensors travel together: each collective costs its latency.
+        """
         if self.size == 1:
             return
         self.gather(None)
-        for tensor in tensors:
-            tensor.copy_(self._group.all_reduce(tensor.contiguous()))
+        for bucket in _buckets(tensors):
+            parts = [t.reshape(-1) for t in bucket]
+            flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+            sums = self._group.all_reduce(flat).split([t.numel() for t in bucket])
+            for tensor, total in zip(bucket, sums, strict=True):
+                tensor.copy_(total.view(tensor.shape))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -87,3 +97,50 @@ class Ranks:
                 with suppress(_PeerFailed):  # our own comes back with the others
                     self.gather(Failure.of(error, self.rank))
             raise
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype, of at most ``_BUCKET_BYTES`` together if they are several."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        more = tensor.numel() * tensor.element_size()
+        if bucket and (size + more > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += more
+    if bucket:
+        yield bucket
+
+
+#: Elements that are looked at together; 32 MiB of int64.
+_CHUNK = 2**22
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """A number that a change of any bit of the tensors changes, computed on their device.
+
+    Their bits as integers, each times an odd number of its position, added modulo 2**64: any order of adding
+    gives the same. Tensors that share memory count once.
+    """
+    sums: list[Tensor] = []
+    seen: set[tuple[int, int]] = set()
+    for tensor in tensors:
+        at = (tensor.data_ptr(), tensor.numel())
+        if at in seen or not tensor.numel():
+            continue
+        seen.add(at)
+        bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
+        for part in bits.split(_CHUNK):
+            odd = torch.arange(1, 2 * len(part), 2, device=part.device)
+            sums.append((part.to(torch.int64) * odd).sum())
+    total = 0
+    for value in torch.stack(sums).tolist() if sums else []:
+        total = (total * _MULTIPLIER + value) % 2**64
+    return f"{total:016x}"
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Odd, so that no chunk's sum is lost (that of splitmix64).
+_MULTIPLIER = 0x9E3779B97F4A7C15

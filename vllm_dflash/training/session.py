@@ -32,7 +32,7 @@ from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 from vllm_dflash.training.plan import content_key, owner
 from vllm_dflash.training.prefixes import Piece, parts, rows_wanted
-from vllm_dflash.training.ranks import Ranks
+from vllm_dflash.training.ranks import Ranks, checksum
 
 #: The driver decides what is kept (``keep``); the store need not.
 _UNBOUNDED = 2**62
@@ -159,6 +159,7 @@ class TrainingSession:
         return {
             "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
             "device": str(embedding.device),
+            "autocast": self.learner.hparams.autocast,
             "threads": torch.get_num_threads(),
         }
 
@@ -323,13 +324,10 @@ class TrainingSession:
         """RuntimeError when the ranks' weights differ in a bit."""
         if self.ranks.size == 1:
             return
-        digest = hashlib.sha256()
-        for tensor in (
-            *self._learner().drafter.state_dict().values(),
-            *self._learner().weights().values(),
-        ):
-            digest.update(tensor.cpu().numpy().tobytes())
-        digests = self.ranks.gather(digest.hexdigest())
+        learner = self._learner()
+        digests = self.ranks.gather(
+            checksum((*learner.drafter.state_dict().values(), *learner.weights().values()))
+        )
         if len(set(digests)) > 1:
             raise RuntimeError(
                 f"the drafter's weights differ between ranks ({', '.join(d[:8] for d in digests)}); "
