@@ -230,6 +230,7 @@ def test_training_and_evaluation(trained, folder) -> None:
     done = tiny.cli(
         "eval", trained.verifier, out, *data, "--engine", "-o", figures,
         "--max-tokens", "48", "--dtype", "float32", "--max-len", "160",
+        "--engine-args", '{"enforce_eager": true}',
     )  # fmt: skip
     assert "conversations are cut to 71 tokens, not 160" in done.stderr
     got = json.loads(figures.read_text())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 
 from vllm_dflash.bench.prompts import load_prompts
-from vllm_dflash.training.config import SamplingOptions
+from vllm_dflash.training.config import EngineOptions, SamplingOptions
 from vllm_dflash.training.conversations import Conversation, Rejected
-from vllm_dflash.training.evaluate import disagreement
+from vllm_dflash.training.evaluate import EvalConfig, disagreement, serving_spec
 from vllm_dflash.training.prepare import prepare_examples
 from vllm_dflash.training.replies import MarkedReplies
 from vllm_dflash.verifier import Verifier
@@ -58,6 +60,20 @@ def test_prompts_are_counted_after_rendering(tmp_path, verifier) -> None:
     prompts = load_prompts(source, str(data), {}, 2, say=said.append)
     assert len(prompts) == 2
     assert said[0] == "1 of 3 rows is rejected:"
+
+
+def test_it_is_served_as_a_server_would() -> None:
+    """Of an engine's many settings only these are not vLLM's own."""
+    given = EngineOptions(dtype="bfloat16", max_len=100, max_num_seqs=3)
+    config = EvalConfig(Verifier("v"), "d", "rows.jsonl", engine=given)
+    spec = serving_spec(config, 7, Path("log"))
+    own = {"dtype": "bfloat16", "max_model_len": 109, "tensor_parallel_size": 1}
+    assert spec.engine_args == {"model": "v", **own}
+    assert set(spec.env) == {"VLLM_CPU_KVCACHE_SPACE"}
+    eager = replace(given, extra={"enforce_eager": True, "tensor_parallel_size": 2})
+    spec = serving_spec(replace(config, engine=eager), 7, Path("log"))
+    assert spec.engine_args["enforce_eager"]
+    assert spec.engine_args["tensor_parallel_size"] == 2
 
 
 class NoTemplate:

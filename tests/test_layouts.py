@@ -48,6 +48,7 @@ def test_trains_and_serves(layout, verifier, prompts_file, prompts, tmp_path, ca
     tiny.cli(
         "eval", verifier, drafter, "--data", prompts_file, "--engine", "-o", tmp_path / "eval.json",
         "--dtype", "float32", "--max-len", "192", "--max-tokens", "96", "--concurrency", "4",
+        "--engine-args", '{"enforce_eager": true}',
     )  # fmt: skip
     got = json.loads((tmp_path / "eval.json").read_text())
     offline, engine = got["offline"], got["engine"]

@@ -189,7 +189,10 @@ def environment(**extra: str | None) -> dict[str, str]:
     return {k: v for k, v in env.items() if extra.get(k, "") is not None}
 
 
-def cli_command(*args: str | Path) -> list[str]:
+def cli_command(*args: str | Path, v2: bool = False) -> list[str]:
+    """``vllm-dflash``, on the V2 runner with interpreted kernels if asked for."""
+    if v2:
+        return [sys.executable, str(Path(__file__).with_name("interpreted_v2.py")), *map(str, args)]
     return [str(Path(sys.executable).with_name("vllm-dflash")), *map(str, args)]
 
 
@@ -198,11 +201,12 @@ def cli(
     code: int = 0,
     timeout: float = 600,
     env: dict[str, str] | None = None,
+    v2: bool = False,
     **popen,
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``vllm-dflash``; its exit code must be ``code``."""
     done = subprocess.run(
-        cli_command(*args),
+        cli_command(*args, v2=v2),
         env=environment(**(env or {})),
         capture_output=True,
         text=True,
