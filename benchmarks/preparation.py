@@ -1,6 +1,6 @@
 """Responses and extraction of the demo's traffic, with this checkout's trainer and an earlier one's.
 
-    python benchmarks/preparation.py VERIFIER --before CHECKOUT [--train 32] [--rounds 3] [-o FILE]
+    python benchmarks/preparation.py VERIFIER --before CHECKOUT [--train 64] [--rounds 2] [-o FILE]
 
 CHECKOUT is a work tree of the earlier commit (git worktree add). Both train a small drafter by ``vllm-dflash
 train`` on the same tickets, in turns; the seconds for responses and extraction are those of their summaries,
@@ -36,7 +36,8 @@ def train(
     command = (
         sys.executable, "-c", "from vllm_dflash.cli import main; main()", "train",
         verifier.resolve(), "--data", data[0], "--eval-data", data[1], "-o", out,
-        "--dtype", "bfloat16", "--max-len", "1024", "--max-tokens", "256", "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
+        "--dtype", "bfloat16", "--max-len", "1024", "--max-tokens", "256",
+        "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
         "--lr", "1.5e-3", "--anchors", "32", "--max-steps", str(steps),
     )  # fmt: skip
     subprocess.run(
@@ -65,9 +66,9 @@ def main() -> None:
     parser.add_argument(
         "--before", type=Path, required=True, help="work tree of the earlier commit"
     )
-    parser.add_argument("--train", type=int, default=32, help="training tickets")
+    parser.add_argument("--train", type=int, default=64, help="training tickets")
     parser.add_argument("--heldout", type=int, default=8, help="held-out tickets")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
