@@ -27,12 +27,15 @@ $(VENV)/.built: $(VENV)/.ready setup.py vllm_dflash/ops/build.py $(filter csrc/%
 demo: setup
 	$(BIN)/python demo/run.py
 
+# A worker for each core: engines of the tests have one thread. Those of a file stay together, on their models.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(PYTEST) -m "not slow and not long"
 
 # What CI runs beside it.
 test-long: setup
-	$(BIN)/python -m pytest -m "long and not slow"
+	$(PYTEST) -m "long and not slow"
 
 test-all: setup
 	$(BIN)/python -m pytest
