@@ -154,7 +154,9 @@ def test_the_line_names_what_is_in_the_way(tmp_path, make, word) -> None:
     assert word in str(info.value)
 
 
-@pytest.mark.parametrize("make", [None, Path.mkdir, earlier_drafter], ids=["absent", "empty", "an earlier one"])
+@pytest.mark.parametrize(
+    "make", [None, Path.mkdir, earlier_drafter], ids=["absent", "empty", "an earlier one"]
+)
 def test_ours_absent_and_empty_are_replaced(tmp_path, make) -> None:
     target = tmp_path / "out"
     if make is not None:
