@@ -72,10 +72,12 @@ def write_features(
 ) -> None:
     """A layer's columns of the buffer of a tapped module."""
     if torch.compiler.is_compiling():
+        # The sum is an expression of the graph, as where vLLM collects it. An op that takes the residual has
+        # it rounded to the model's dtype; Inductor else recomputes it, unrounded, in the kernels that go on
+        # with it, and a tapped verifier in bfloat16 would not say what an untapped one says.
+        value = hidden_states if residual is None else hidden_states + residual
         # The op itself: what the wrapper adds to an error cannot be traced.
-        torch.ops.vllm_dflash.tap_hidden_states(
-            tapped._dflash_features, hidden_states, residual, column
-        )
+        torch.ops.vllm_dflash.tap_hidden_states(tapped._dflash_features, value, None, column)
     else:
         ops.tap_hidden_states(tapped._dflash_features, hidden_states, residual, column=column)
 
