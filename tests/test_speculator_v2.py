@@ -130,7 +130,8 @@ def test_features_without_drafting() -> None:
     speculator.tap = FeatureTap(nn.Module(), torch.rand(8, 6))
     batch = SimpleNamespace(
         num_reqs=2, num_tokens=5, num_draft_tokens=0, req_ids=["b-12345678", "a-12345678"],
-        query_start_loc_np=np.array([0, 2, 5, 5]), positions=torch.tensor([0, 1, 0, 1, 2, 7, 7, 7]),
+        query_start_loc_np=np.array([0, 2, 5, 5]), num_computed_tokens_np=np.array([0, 0]),
+        positions=torch.empty(8, device="meta"),  # nothing is read from a device
     )  # fmt: skip
     given = {"aux_hidden_states": [torch.zeros(8, 1)], "num_rejected": torch.zeros(3)}
     assert speculator.propose(batch, **given).shape == (2, 7)

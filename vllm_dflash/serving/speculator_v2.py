@@ -128,6 +128,8 @@ def observed(cls: type) -> type:
                 positions=batch.positions[:num_tokens],
                 features_TF=torch.cat([h[:num_tokens] for h in aux_hidden_states], dim=-1),
                 num_rejected=num_rejected[: batch.num_reqs] if batch.num_draft_tokens else None,
+                # With drafts in flight this is what it would be if all of them were accepted.
+                num_computed=None if self.drafting else batch.num_computed_tokens_np,
             )
 
     Observed.__name__ = Observed.__qualname__ = cls.__name__
