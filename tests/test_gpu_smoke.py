@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -12,8 +13,8 @@ import pytest
 from vllm_dflash import guard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from smoke import learner, models, run, serving, speed
-from smoke.rows import STATES, Context, Row
+from smoke import learner, models, run, serving, speed, training
+from smoke.rows import STATES, Context, Row, Unavailable
 from smoke.run import Part
 
 #: Stands for gpu_smoke.py: what it does depends on the part.
@@ -105,6 +106,20 @@ def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch) -> None:
         run.main([])
     with pytest.raises(SystemExit):
         run.main(["--parts", "ops,magic"])
+
+
+@pytest.mark.parametrize("part", [serving, training, speed])
+def test_parts_say_that_vllm_is_missing(monkeypatch, tmp_path, part) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    context = Context("a", tmp_path, True, time.monotonic() + 60, lambda line: None)
+    with pytest.raises(Unavailable, match="vllm is not installed"):
+        part.run(context)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_on_the_v2_runner_are_known_by_vllms_log() -> None:
+    log = "12 vllm.x Using V2 Model Runner\n13 vllm.x Using FLASH_ATTN\n14 vllm.y Using V2 Model Runner\n"
+    assert training._V2.findall(log) == ["12", "14"]
 
 
 def test_states_and_ranks() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from smoke.rows import Context, last_line
+from smoke.rows import Context, Unavailable, last_line, need
 
 GPU_OPS = Path(__file__).parents[1] / "gpu_ops.py"
 #: Most tokens of a check in a rehearsal; the big cases take minutes on a CPU.
@@ -43,8 +42,10 @@ def check_ops(context: Context, mode: str) -> None:
 
 def check_seams(context: Context) -> None:
     """Whether the places in vLLM that the plugin needs are there."""
-    if importlib.util.find_spec("vllm") is None:
-        context.say("seams", "unavailable", "vLLM is not installed")
+    try:
+        need("vllm")
+    except Unavailable as reason:
+        context.say("seams", "unavailable", str(reason))
         return
     from vllm_dflash.serving import seams
 

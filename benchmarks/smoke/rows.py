@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -72,6 +73,12 @@ class Context:
 
 class Unavailable(Exception):
     """What a part needs is not here; the message says what."""
+
+
+def need(module: str) -> None:
+    """Raises Unavailable where a package is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise Unavailable(f"{module} is not installed")
 
 
 def last_line(text: str) -> str:

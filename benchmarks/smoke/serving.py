@@ -12,7 +12,7 @@ from typing import Any
 
 from smoke.engine import Engine
 from smoke.models import TINY_DRAFT, VOCAB, make_drafter, make_verifier, random_prompts
-from smoke.rows import Context
+from smoke.rows import Context, need
 
 #: What each mode adds to ``--speculative-config``; None: no speculation.
 MODES: dict[str, dict[str, Any] | None] = {
@@ -42,6 +42,7 @@ NEAR_TIES = 0.01
 
 def run(context: Context) -> None:
     """Per set: a row for each engine and one for drafts."""
+    need("vllm")
     for name, (verifier_name, extra, modes) in SETS.items():
         if context.rehearse and name != "qwen3":
             modes = REHEARSED

@@ -21,7 +21,7 @@ from smoke.models import (
     random_prompts,
     write_shapes,
 )
-from smoke.rows import Context
+from smoke.rows import Context, need
 from vllm_dflash.bench.sharing import Device, kv_bytes_per_token
 
 DRAFT = 15
@@ -42,13 +42,14 @@ _GIB = 2**30
 
 def run(context: Context) -> None:
     """A row for each mode, one for the profile and one for the costs."""
+    need("vllm")
     if context.rehearse:  # vLLM's CPU backend packs weights away before dummy ones are fused
         verifier = make_verifier(context.folder / "qwen3", "qwen3")
         drafter = make_drafter(context.folder / "qwen3-drafter", verifier)
     else:
         verifier, drafter = write_shapes(context.folder)
-    need, device = engine_gib(str(verifier), context.rehearse), Device.here()
-    at_once = max(1, int(0.95 * device.free / _GIB / need)) if not context.rehearse else 2
+    gib, device = engine_gib(str(verifier), context.rehearse), Device.here()
+    at_once = max(1, int(0.95 * device.free / _GIB / gib)) if not context.rehearse else 2
     names, results = list(MODES), {}
     for first in range(0, len(names), at_once):
         group = names[first : first + at_once]
@@ -59,7 +60,7 @@ def run(context: Context) -> None:
                     mode, "unavailable", "vLLM has it on the V2 runner only, V1 is rehearsed"
                 )
                 continue
-            given = config(mode, verifier, drafter, need * _GIB / device.total, context.rehearse)
+            given = config(mode, verifier, drafter, gib * _GIB / device.total, context.rehearse)
             log = context.folder / "logs" / f"speed-{mode.replace(' ', '_')}.log"
             engines[mode] = Engine(mode, given, log)
         try:

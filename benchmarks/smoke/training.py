@@ -17,7 +17,7 @@ from typing import Any
 
 import tiny
 
-from smoke.rows import Context, last_line
+from smoke.rows import Context, last_line, need
 from vllm_dflash.environment import gpu_memory
 
 #: Of the GPU, for each of eval's engines.
@@ -29,6 +29,7 @@ _V2 = re.compile(r"^(\d+) .*Using V2 Model Runner", re.MULTILINE)
 
 def run(context: Context) -> None:
     """A row for each command."""
+    need("vllm")
     folder = context.folder / "training"
     folder.mkdir(exist_ok=True)
     verifier, prompts = folder / "verifier", folder / "prompts.jsonl"
