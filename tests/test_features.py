@@ -282,6 +282,26 @@ def test_final_states_are_cut_with_the_features():
     assert torch.equal(recorder.take("a", 4)[1], rows_of("a", 4, width=2))
 
 
+def test_rows_of_a_cached_prefix_may_be_missing():
+    recorder = watching(a=6, b=6)
+    recorder.final_states = SimpleNamespace(last=torch.cat([rows_of("a", 6, 2)[3:]] * 2))
+    step(recorder, ("a", 3, 3), ("b", 3, 3))
+    features, final = recorder.take("a", 6, start=4)
+    assert torch.equal(features, rows_of("a", 6)[4:])
+    assert torch.equal(final, rows_of("a", 6, width=2)[4:])
+    with pytest.raises(ValueError, match="1 of 4 feature rows of b were not recorded"):
+        recorder.take("b", 6, start=2)
+
+
+def test_tokens_are_those_of_the_rows_wanted():
+    tokens = [1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 7, 7]
+    recorder = watching(a=12)
+    recorder.observe(["a"], np.array([0, 12]), torch.arange(12), torch.ones(12, WIDTH), None)
+    # One token behind row 6: its states may be equal.
+    features, _ = recorder.take("a", 12, token_ids=tokens, start=6)
+    assert len(features) == 6
+
+
 # ---- features that cannot be real ----
 
 

@@ -12,7 +12,7 @@ import torch
 from test_learner import make_learner, make_sample, snapshot
 
 from vllm_dflash.training.learner import Learner
-from vllm_dflash.training.plan import owner, plan_windows, tokens_by_rank
+from vllm_dflash.training.plan import owner, plan_windows, rows_by_rank
 from vllm_dflash.training.ranks import Ranks
 from vllm_dflash.training.session import TrainingSession
 
@@ -200,18 +200,23 @@ def test_weights_that_drift_apart_are_noticed(tmp_path) -> None:
 
 
 def test_owners_share_the_sequences_and_windows_fit_every_rank() -> None:
-    ids = {f"k{i}": [i, i + 1, i * i] for i in range(200)}
+    ids = {f"k{i}": [i, i + 1, i * i, *range(8)] for i in range(200)}
     owners = {k: owner(t, 4) for k, t in ids.items()}
-    tokens = dict.fromkeys(ids, 10)
-    held = tokens_by_rank(tokens, owners)
+    held = rows_by_rank(ids, 16, owners)
     assert sorted(held) == [0, 1, 2, 3]
     assert max(held.values()) < 2 * min(held.values())
     assert {owner(t, 1) for t in ids.values()} == {0}
     windows = plan_windows(
-        list(ids), tokens, sequences=3, seed=0, total_steps=150, max_tokens=100, owners=owners
+        ids,
+        sequences_per_step=3,
+        seed=0,
+        total_steps=150,
+        max_rows=100,
+        block_size=16,
+        owners=owners,
     )
     assert len(windows) > 1
     for window in windows:
-        kept = tokens_by_rank(dict.fromkeys(window.keys, 10), owners)
+        kept = rows_by_rank({k: ids[k] for k in window.keys}, 16, owners)
         assert max(kept.values()) <= 100
         assert sum(kept.values()) > 100 or window is windows[-1]

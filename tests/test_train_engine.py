@@ -44,18 +44,40 @@ engine.call("register", [(k, ids, [True] * len(ids), "test") for k, ids in examp
 problems = dict(engine.extract(examples))
 session = engine.engine.collective_rpc(lambda w: w._vllm_dflash_session)[0]
 out = {}
-for key in examples:
-    sample = session._sample(key)
-    out[key], out["final/" + key] = sample.features_TF.contiguous(), sample.final_TH.contiguous()
+
+def put(name):
+    for key in examples:
+        sample = session._sample(key)
+        out[f"{name}/{key}"] = sample.features_TF.clone()
+        out[f"{name}-final/{key}"] = sample.final_TH.clone()
+
+put("shared")
+kept = sum(len(features) for features, _ in session.features.store._memory.values())
+again = dict(engine.extract(examples))
+put("again")
+# The first sequence cannot be used: what reads its prefix must do without.
+session_take = session.recorder.take
+
+def broken_once(key, *args):
+    features = session_take(key, *args)
+    if key == "row/0" and session._planned["row/3"].parent:
+        raise ValueError("broken")
+    return features
+
+session.recorder.take = broken_once
+retried = dict(engine.extract(examples))
+put("retried")
+del session.recorder.take
 save_file(out, sys.argv[2])
 runner = type(session.runner).__module__
 held = (session, session.verifier, session.learner, session.source, session.source.model, session.source.tap)
 held = {type(x).__name__: weakref.ref(x) for x in (*held, session.runner, session.recorder)}
-del session, sample
+del session, session_take
 engine.close()
 left = [name for name, ref in held.items() if ref() is not None]
 changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
-result = {"problems": problems, "runner": runner, "held": len(held), "left": left, "changed": sorted(changed)}
+result = {"problems": problems, "again": again, "retried": retried, "kept": kept}
+result |= {"runner": runner, "held": len(held), "left": left, "changed": sorted(changed)}
 json.dump(result, open(sys.argv[2] + ".json", "w"))
 """
 
@@ -72,7 +94,9 @@ def conversations(prompts) -> dict[str, list[int]]:
         p + [(7 * i + j * j) % 300 + 6 for j in range(5 + 7 * (i % 5))]
         for i, p in enumerate(prompts)
     ]
-    return {f"row/{i}": ids[:150] for i, ids in enumerate([*rows, rows[0] + [9, 8, 7], [11, 12]])}
+    # One is another's prefix, and one comes twice.
+    more = [rows[0] + [9, 8, 7], [11, 12], rows[3][:65], rows[1]]
+    return {f"row/{i}": ids[:150] for i, ids in enumerate([*rows, *more])}
 
 
 @pytest.mark.parametrize(
@@ -110,10 +134,16 @@ def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budg
         timeout=300,
     )
     result = json.loads(Path(f"{out}.json").read_text())
-    assert set(result["problems"].values()) == {None}
+    assert result["problems"] == result["again"] == dict.fromkeys(conversations)
+    assert result["retried"] == dict.fromkeys(conversations) | {"row/0": "broken"}
+    # Every third begins with the same system message, of more than a block.
+    assert result["kept"] < 0.8 * sum(len(ids) - 1 for ids in conversations.values())
     assert result["runner"] == f"vllm.v1.worker.{runner}"
     assert (result["held"], result["left"], result["changed"]) == (8, [], [])
     got = load_file(out)
+    for key in conversations:
+        # What the cache still held does not matter: the same bits.
+        assert torch.equal(got[f"again/{key}"], got[f"shared/{key}"])
     layers = json.loads((seat / "config.json").read_text())["dflash_config"]["target_layer_ids"]
     assert layers == [0, 2, 3]
     model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32)
@@ -126,9 +156,11 @@ def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budg
             hidden = model(torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states
         states = [before_norm[0] if i == 3 else hidden[i + 1] for i in layers]
         want = torch.cat(states, dim=-1)[0]
-        assert got[key].shape == want.shape
-        torch.testing.assert_close(got[key], want, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(got[f"final/{key}"], hidden[-1][0], rtol=1e-4, atol=1e-4)
+        for name in ("shared", "retried"):
+            features, final = got[f"{name}/{key}"], got[f"{name}-final/{key}"]
+            assert features.shape == want.shape
+            torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(final, hidden[-1][0], rtol=1e-4, atol=1e-4)
 
 
 def test_train_leaves_drafter_and_run_folder(trained, prompts) -> None:

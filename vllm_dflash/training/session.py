@@ -30,8 +30,9 @@ from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
+from vllm_dflash.training.piece_store import PieceStore
 from vllm_dflash.training.plan import content_key, owner
-from vllm_dflash.training.prefixes import Piece, parts, rows_wanted
+from vllm_dflash.training.prefixes import Piece, rows_wanted
 from vllm_dflash.training.ranks import Ranks
 
 #: The driver decides what is kept (``keep``); the store need not.
@@ -79,11 +80,9 @@ class TrainingSession:
         self.examples: dict[str, tuple[list[int], list[bool], str]] = {}
         self._foreign: set[str] = set()
         self.learner: Learner | None = None
-        #: Rows of the sequences' pieces, in memory.
-        self.store = FeatureStore(_UNBOUNDED)
+        self.features = PieceStore(FeatureStore(_UNBOUNDED))
         #: Whole sequences by their tokens, in the cache folder.
         self.cache: FeatureStore | None = None
-        self._pieces: dict[str, Piece] = {}
         self._planned: dict[str, Piece] = {}
         self._watched: dict[str, int] = {}
         self._own_embedding: dict[str, Tensor] = {}
@@ -154,7 +153,7 @@ class TrainingSession:
         folder = Path(cache_dir) if cache_dir else None
         if folder is not None and self.ranks.size > 1:
             folder /= f"rank-{self.ranks.rank}"
-        self.store, self._pieces = FeatureStore(_UNBOUNDED), {}
+        self.features = PieceStore(FeatureStore(_UNBOUNDED))
         self.cache = FeatureStore(0, folder) if folder is not None else None
         return {
             "parameters": sum(p.numel() for p in self.learner.drafter.parameters()),
@@ -204,8 +203,8 @@ class TrainingSession:
                 failed[key] = str(error)
                 continue
             # Recorded under inference mode; autograd needs an ordinary tensor.
-            self.store.put(key, features.clone(), None if final is None else final.clone())
-            self._pieces[key] = piece._replace(end=end)
+            final = None if final is None else final.clone()
+            self.features.put(key, piece._replace(end=end), features.clone(), final)
         return failed
 
     def flush(self) -> None:
@@ -213,50 +212,33 @@ class TrainingSession:
         done = self._own(self._planned)
         for key in done:
             if self._planned[key].start == self._planned[key].end:
-                self._pieces[key] = self._planned[key]
+                self.features.put(key, self._planned[key], None)
         if self.cache is not None:
             for key in done:
-                if self._at_hand(key):
-                    self.cache.put(content_key(self.examples[key][0]), *self._rows(key))
+                if key in self.features:
+                    self.cache.put(self._content(key), *self.features.get(key))
             self.cache.flush()
         self._planned, self._watched = {}, {}
 
     def keep(self, keys: list[str]) -> None:
         """Frees the memory of all features but these."""
-        wanted = rows_wanted(self._pieces, [k for k in self._own(keys) if self._at_hand(k)])
-        self._pieces = {k: p for k, p in self._pieces.items() if k in wanted or k in keys}
-        self.store.keep(wanted)
+        self.features.keep(self._own(keys))
 
     def stored(self, keys: list[str]) -> list[str]:
         """Those of this rank's keys whose features are at hand, in memory or in the cache folder."""
-        return [k for k in self._own(keys) if self._at_hand(k) or self._cached(k)]
+        return [k for k in self._own(keys) if k in self.features or self._cached(k)]
+
+    def _content(self, key: str) -> str:
+        return content_key(self.examples[key][0])
 
     def _cached(self, key: str) -> bool:
-        return self.cache is not None and content_key(self.examples[key][0]) in self.cache
-
-    def _at_hand(self, key: str | None) -> bool:
-        """Whether a sequence's rows are in memory, those that it shares included."""
-        while key is not None:
-            if key not in self._pieces:
-                return False
-            key = self._pieces[key].parent
-        return True
+        return self.cache is not None and self._content(key) in self.cache
 
     def _rows(self, key: str) -> tuple[Tensor, Tensor | None]:
-        """Features ``[T, F]`` and final states ``[T, H]`` of a sequence, put together from its pieces."""
-        if self.cache is not None and not self._at_hand(key):
-            entry = self.cache.get(content_key(self.examples[key][0]))
-            self.store.put(key, *entry)
-            self._pieces[key] = Piece(None, 0, len(entry[0]))
-        features, finals = [], []
-        for at, end in parts(self._pieces, key):
-            feature_rows, final_rows = self.store.get(at)
-            features.append(feature_rows[: end - self._pieces[at].start])
-            if final_rows is not None:
-                finals.append(final_rows[: end - self._pieces[at].start])
-        if len(features) == 1:
-            return features[0], finals[0] if finals else None
-        return torch.cat(features), torch.cat(finals) if finals else None
+        if self.cache is not None and key not in self.features:
+            features, final = self.cache.get(self._content(key))
+            self.features.put(key, Piece(None, 0, len(features)), features, final)
+        return self.features.get(key)
 
     def digest(self, keys: list[str]) -> dict[str, str]:
         """SHA-256 of each sequence's features, to compare bits across runs and ways of recording."""
