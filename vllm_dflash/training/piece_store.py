@@ -48,9 +48,7 @@ class PieceStore:
             features.append(feature_rows[:own])
             if final_rows is not None:
                 finals.append(final_rows[:own])
-        if len(features) == 1:
-            return features[0], finals[0] if finals else None
-        return torch.cat(features), torch.cat(finals) if finals else None
+        return _joined(features), _joined(finals) if finals else None
 
     def keep(self, keys: Iterable[str]) -> None:
         """Frees the memory of all sequences but these and what they share."""
@@ -58,3 +56,12 @@ class PieceStore:
         wanted = rows_wanted(self._pieces, kept)
         self._pieces = {k: p for k, p in self._pieces.items() if k in wanted or k in kept}
         self.store.keep(wanted)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    if len(rows) == 1:
+        return rows[0]
+    # A device reads the whole by itself where it can read the parts so.
+    shape = (sum(map(len, rows)), rows[0].shape[1])
+    out = torch.empty(shape, dtype=rows[0].dtype, pin_memory=rows[0].is_pinned())
+    return torch.cat(rows, out=out)
