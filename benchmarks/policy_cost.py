@@ -64,7 +64,7 @@ def main() -> None:
         from vllm_dflash.environment import describe_machine, versions
 
         data = {"benchmark": "policy_cost", "machine": describe_machine(), "versions": versions()}
-        write_json(args.output, data | {"acceptance": ACCEPTANCE, "rows": rows})
+        write_json(data | {"acceptance": ACCEPTANCE, "rows": rows}, args.output)
 
 
 def checkout(revision: str, folder: Path) -> Path:

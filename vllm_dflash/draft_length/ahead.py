@@ -162,16 +162,15 @@ class Ahead(Policy):
         curves_BK = promised_BK * self.promises[DRAFTER].share
         passed = self.pass_seconds(B)
         choice = self._choose(slots, curves_BK, seconds_M + passed)
-        chosen = np.array(choice.lengths)
+        lengths = choice.lengths
         if choice.rate <= MARGIN * B / float(seconds_M[0] + passed):
-            chosen[:] = 0
+            lengths = (0,) * B
         if self._probing:
             tried_B = np.array([s.id in self._probing for s in slots])
             probed_B = np.minimum(self._probe_length(B), caps_B)
-            chosen = np.where(tried_B, np.maximum(chosen, probed_B), chosen)
+            lengths = tuple(np.where(tried_B, np.maximum(lengths, probed_B), lengths).tolist())
             self._probing.difference_update(s.id for s in slots)
-        chosen = np.minimum(chosen, [s.drafted for s in slots])
-        return Lengths(tuple(chosen.tolist()), promised_BK)
+        return Lengths(tuple(map(min, lengths, [s.drafted for s in slots])), promised_BK)
 
     def _choose(
         self, slots: Sequence[Slot], curves_BK: np.ndarray, seconds_M: np.ndarray

@@ -77,12 +77,16 @@ class StepCost:
         self.machine = 1.0
         self._seen_N = np.full(len(self.tokens_N), _KNOT_WEIGHT)
         self.steps = 0
+        self._asked: tuple[int, int, int] | None = None
+        self._base_M: Any = None
 
     def step(self, num_tokens: Any, num_requests: int, context: float) -> Any:
         """Seconds of steps without drafts with these numbers of tokens (a number or an array of them)."""
+        return self._with_context(self._base(num_tokens), num_tokens, num_requests, context)
+
+    def _with_context(self, base: Any, num_tokens: Any, num_requests: int, context: float) -> Any:
         pairs = num_tokens / max(num_requests, 1) * context
         attention = self.per_context * context + self.per_pair * pairs
-        base = self._base(num_tokens)
         return self.machine * (base + attention) + self.overhead
 
     def _base(self, num_tokens: Any) -> Any:
@@ -109,7 +113,11 @@ class StepCost:
         They do not fall: what was measured may, by noise, and would make useless tokens look welcome.
         """
         tokens_M = np.arange(num_requests, num_requests + max_drafts + 1)
-        seconds_M = self.step(tokens_M, num_requests, context)
+        # A step's two decisions ask for the same numbers of tokens; only steps change what those cost.
+        asked = (num_requests, max_drafts, self.steps)
+        if asked != self._asked:
+            self._asked, self._base_M = asked, self._base(tokens_M)
+        seconds_M = self._with_context(self._base_M, tokens_M, num_requests, context)
         seconds_M[1:] += self.machine * self.check
         return np.maximum.accumulate(seconds_M)
 
