@@ -240,7 +240,7 @@ def _build_block(speculator: Any, given: dict[str, Any]) -> None:
     batch, buffers, tables = given["input_batch"], given["input_buffers"], speculator.block_tables
     groups = speculator.draft_kv_cache_group_ids
     # vLLM 0.31 has tables of the blocks that the attention kernels see, smaller where those are fixed.
-    sizes = getattr(tables, "kernel_block_sizes", tables.block_sizes)
+    sizes = vars(tables).get("kernel_block_sizes", tables.block_sizes)
     if sizes[groups[0]] != given["block_size"]:
         raise RuntimeError(
             f"vLLM's block tables count in blocks of {given['block_size']} tokens where {sizes[groups[0]]} "
