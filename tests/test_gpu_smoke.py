@@ -147,6 +147,26 @@ def test_an_engine_of_the_real_shape(tmp_path) -> None:
     assert json.loads((drafter / "config.json").read_text())["num_hidden_layers"] == 5
 
 
+def test_chosen_lengths_and_costs_are_compared_with_what_was_measured(tmp_path) -> None:
+    lines: list[str] = []
+    context = Context("speed", tmp_path, True, time.monotonic() + 60, lines.append)
+    results = {
+        "none": {1: {"step_ms": 7.0, "tokens_per_s": 140.0}},
+        "ours auto": {1: {"step_ms": 7.2, "tokens_per_s": 133.0}},
+        "ours fixed": {1: {"step_ms": 9.5, "tokens_per_s": 110.0}},
+    }
+    costs = [{"requests": n, "step_ms": 6.8, "draft_ms": 2.0} for n in (1, 8)]
+    speed.compare(context, results, costs)
+    rows = said(lines)
+    assert rows["auto over none"].figures == {"at 1": 0.95}
+    one = {"calibrated_step_ms": 6.8, "calibrated_draft_ms": 2.0}
+    assert rows["costs at 8"].figures == one
+    measured = {"measured_step_ms": 7.0, "measured_drafting_step_ms": 9.5}
+    assert rows["costs at 1"].figures == one | measured
+    speed.compare(context, {"none": {}}, [])
+    assert said(lines)["costs"].state == "unavailable"
+
+
 def said(rows: list[str]) -> dict[str, Row]:
     return {row.case: row for row in (Row(**json.loads(line)) for line in rows)}
 

@@ -50,7 +50,7 @@ def run(context: Context) -> None:
         verifier, drafter = write_shapes(context.folder)
     gib, device = engine_gib(str(verifier), context.rehearse), Device.here()
     at_once = max(1, int(0.95 * device.free / _GIB / gib)) if not context.rehearse else 2
-    names, results = list(MODES), {}
+    names, results, costs = list(MODES), {}, []
     for first in range(0, len(names), at_once):
         group = names[first : first + at_once]
         engines: dict[str, Engine] = {}
@@ -69,10 +69,11 @@ def run(context: Context) -> None:
                 about = {mode: future.result() for mode, future in ready.items()}
             for mode, engine in engines.items():
                 results[mode] = measure(context, mode, engine, about[mode])
+                costs = about[mode].get("costs") or costs
         finally:
             for engine in engines.values():
                 engine.close()
-    compare(context, results)
+    compare(context, results, costs)
 
 
 def engine_gib(verifier: str, rehearse: bool) -> float:
@@ -147,14 +148,14 @@ def _ready(engine: Engine, seconds: float) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def measure(context: Context, mode: str, engine: Engine, about: dict[str, Any]) -> dict[str, Any]:
+def measure(context: Context, mode: str, engine: Engine, about: dict[str, Any]) -> dict[int, Any]:
     """Reports a mode; returns what it said, by number of requests."""
     if "error" in about:
         alone = mode in ("none", "stock", "adaptive")
         context.say(mode, "unavailable" if alone else "failed", about["error"])
         return {}
     figures: dict[str, Any] = {k: about[k] for k in ("start_s", "v2", "async", "graphs")}
-    results: dict[str, Any] = {"costs": about.get("costs")}
+    results: dict[int, Any] = {}
     vocab = VOCAB if context.rehearse else QWEN3_8B["vocab_size"]
     try:
         for batch in (1, 2) if context.rehearse else BATCHES:
@@ -184,7 +185,9 @@ def _profile(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: answer[name] for name in ("step_ms", "busy", "kernels")}
 
 
-def compare(context: Context, results: dict[str, Any]) -> None:
+def compare(
+    context: Context, results: dict[str, dict[int, Any]], costs: list[dict[str, Any]]
+) -> None:
     """Chosen lengths beside no speculation, and calibration's costs beside measured steps."""
     none, auto, fixed = (results.get(m, {}) for m in ("none", "ours auto", "ours fixed"))
     batches = [b for b in none if b in auto]
@@ -193,7 +196,6 @@ def compare(context: Context, results: dict[str, Any]) -> None:
             f"at {b}": round(auto[b]["tokens_per_s"] / none[b]["tokens_per_s"], 3) for b in batches
         }
         context.say("auto over none", "ok", **shares)
-    costs = auto.get("costs") or fixed.get("costs")
     if not costs:
         context.say("costs", "unavailable", "calibration gave none")
         return
