@@ -96,3 +96,21 @@ class ReasoningSplit:
             text(not request.skip_special_tokens), request, model_output_token_ids=list(token_ids)
         )
         return reasoning, content
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; of a character in several tokens the last one has it."""
+    from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
+
+    texts: list[str] = []
+    tokens: list[str] | None = None
+    prefix = read = 0
+    for token_id in token_ids:
+        new, text, prefix, read = detokenize_incrementally(
+            tokenizer, [token_id], tokens, prefix, read
+        )
+        if tokens is None:
+            tokens = []
+        tokens += new
+        texts.append(text)
+    return texts

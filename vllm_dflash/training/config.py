@@ -229,14 +229,6 @@ class EngineOptions:
                 "leave it out"
             )
 
-    def eager(self) -> bool:
-        """Whether the engine runs eager; imports vLLM where that depends on the device."""
-        if self.enforce_eager is not None:
-            return self.enforce_eager
-        from vllm.platforms import current_platform
-
-        return bool(current_platform.is_cpu())
-
     @property
     def ranks(self) -> int:
         """Workers of the engine."""

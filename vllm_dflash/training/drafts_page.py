@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import atomic_write
+from vllm_dflash.serving.chat import token_texts
 from vllm_dflash.training.tokenization import Example
 
 #: Conversations of a page; their text is to be read, not counted.
@@ -113,21 +114,3 @@ def _responses(
             )
             at, step = at + count, step + 1
         yield "</pre>\n"
-
-
-def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; of a character in several tokens the last one has it."""
-    from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
-
-    texts: list[str] = []
-    tokens: list[str] | None = None
-    prefix = read = 0
-    for token_id in token_ids:
-        new, text, prefix, read = detokenize_incrementally(
-            tokenizer, [token_id], tokens, prefix, read
-        )
-        if tokens is None:
-            tokens = []
-        tokens += new
-        texts.append(text)
-    return texts

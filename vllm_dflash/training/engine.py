@@ -192,7 +192,7 @@ class VerifierEngine:
             "max_model_len": options.max_len + num_speculative_tokens + 2,
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": options.max_num_batched_tokens,
-            "enforce_eager": options.eager(),
+            "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
             "tensor_parallel_size": options.tensor_parallel_size,
             # The learner needs room beside the engine.
             "gpu_memory_utilization": 0.6,
