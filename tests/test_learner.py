@@ -15,7 +15,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.modeling.losses import dpace_weights
 from vllm_dflash.training import learner as learner_module
-from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.learner import Learner, Sample, SharedHead, block_targets
 
 VOCAB, HIDDEN, BLOCK = 40, 24, 4
@@ -555,7 +555,7 @@ def test_parts_of_a_step_hold_so_many_anchors_and_lose_none():
     learner = make_learner()
     assert list(learner._parts(samples, anchors)) == [(samples, anchors)]
     for limit in range(1, 11):
-        learner.anchors_in_flight = limit
+        learner.layout = StepLayout(limit)
         parts = list(learner._parts(samples, anchors))
         sizes = [sum(map(len, groups)) for _, groups in parts]
         assert sizes[:-1] == [limit] * (len(sizes) - 1)
@@ -571,7 +571,7 @@ def test_parts_of_a_step_hold_so_many_anchors_and_lose_none():
 def test_a_step_in_parts_is_the_step(loss, in_flight):
     samples = [make_sample(s, length=20, final=True) for s in (1, 2)]
     whole, parts = make_learner(loss=loss), make_learner(loss=loss)
-    parts.anchors_in_flight = in_flight
+    parts.layout = StepLayout(in_flight)
     for i in range(3):
         want, got = whole.step(i, samples), parts.step(i, samples)
         assert got.pop("loss") == pytest.approx(want.pop("loss"), rel=1e-5)
@@ -608,10 +608,36 @@ def test_a_step_is_that_of_the_plain_loss():
 
 def test_a_sequence_that_goes_wrong_in_a_later_part_changes_nothing():
     learner = make_learner()
-    learner.anchors_in_flight = 3
+    learner.layout = StepLayout(3)
     broken = make_sample(2)
     broken.features_TF[2, 3] = math.nan
     before = snapshot(learner)
     assert learner.step(0, [make_sample(1), broken])["bad"] == ["s2"]
     assert_same(snapshot(learner), before)
     assert all(p.grad is None for p in learner.drafter.parameters())
+
+
+@pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
+def test_checkpointed_mlps_change_no_bit_and_keep_nothing(autocast):
+    kept = []
+    wide = 40  # as no other tensor of the drafter
+    config = CONFIG.with_(intermediate_size=wide)
+    learners = [make_learner(config, autocast=autocast) for _ in range(2)]
+    learners[1].drafter.checkpoint_mlps(True)
+    for learner in learners:
+        shapes = []
+
+        def pack(tensor, shapes=shapes):
+            if tensor.shape[-1] == wide and tensor.dim() > 1:
+                shapes.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = learner._forward([make_sample(1)], [[4, 5]])[0]
+        kept.append([s for s in shapes if s[0] != CONFIG.hidden_size])
+        assert hidden.requires_grad
+    assert kept[0]
+    assert not kept[1]
+    for i in range(3):
+        assert learners[0].step(i, [make_sample(1)]) == learners[1].step(i, [make_sample(1)])
+    assert_same(snapshot(learners[0]), snapshot(learners[1]))

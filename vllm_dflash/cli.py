@@ -1,4 +1,4 @@
-"""``vllm-dflash``: train, eval, bench, inspect, convert, env."""
+"""``vllm-dflash``: train, plan, eval, bench, inspect, convert, env."""
 
 from __future__ import annotations
 
@@ -285,6 +285,9 @@ def train(
 ) -> None:
     """Train a drafter for VERIFIER; the same command resumes a stopped run."""
     _quiet_engine()
+    from vllm_dflash.environment import set_gpu_defaults
+
+    set_gpu_defaults()
     from vllm_dflash.training.config import (
         DrafterShape,
         EngineOptions,
@@ -380,6 +383,75 @@ def train(
         ),
     )
     run(config, Reporter())
+
+
+@app.command()
+def plan(
+    verifier: Verifier,
+    gpu: Annotated[float, typer.Option(help="Memory of a GPU in GB, as it is sold.")] = 80,
+    tensor_parallel_size: TensorParallelSize = 1,
+    prompts: Annotated[int, typer.Option(help="Conversations to train on.")] = 10_000,
+    prompt_tokens: Annotated[int, typer.Option(help="Of a conversation, on average.")] = 512,
+    response_tokens: Annotated[int, typer.Option(help="Of a conversation, on average.")] = 512,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 6.0,
+    layers: Annotated[int | None, typer.Option(help="Draft layers. Default: 5.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Draft block, anchor included. Default: 16.")
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(help="How many verifier layers to read. Default: 5.")
+    ] = None,
+    draft_vocab: Annotated[int | None, typer.Option(help="Draft only so many tokens.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Default: the verifier's.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
+    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 for none.")] = 0.0,
+    loss: Annotated[str, typer.Option(help="dpace, ce or kl.")] = "dpace",
+    anchors: Annotated[int, typer.Option(help="Random anchors of a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
+    max_len: MaxLen = 3072,
+    max_num_seqs: Annotated[int, typer.Option(help="Responses generated at once.")] = 256,
+    dtype: Dtype = "auto",
+    tflops: Annotated[float, typer.Option(help="Of a GPU, dense, in bfloat16.")] = 800,
+    bandwidth: Annotated[float, typer.Option(help="Of a GPU's memory, in TB/s.")] = 3.3,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+) -> None:
+    """What training would need of a GPU that is not here: memory and minutes, by arithmetic.
+
+    Exits with 1 where it does not fit. Only VERIFIER's config.json is read, and no GPU is used.
+    """
+    from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters
+    from vllm_dflash.training.durations import Card, Traffic
+    from vllm_dflash.training.planning import print_plan
+
+    source, _ = _verifier(verifier, None, trust_remote_code=trust_remote_code, revision=revision)
+    print_plan(
+        source,
+        DrafterShape(
+            layers=layers,
+            block_size=block_size,
+            features=features,
+            draft_vocab=draft_vocab,
+            intermediate_size=intermediate_size,
+        ),
+        Hyperparameters(
+            optimizer=optimizer,  # type: ignore[arg-type]
+            ema=ema,
+            loss=loss,  # type: ignore[arg-type]
+            anchors=anchors,
+            sequences=sequences,
+        ),
+        EngineOptions(
+            dtype=dtype,
+            max_len=max_len,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+        ),
+        gpu,
+        Traffic(prompts, prompt_tokens, response_tokens, epochs),
+        Card(tflops * 1e12, bandwidth * 1e12),
+        Console(),
+    )
 
 
 @app.command("eval")

@@ -78,6 +78,20 @@ def cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+#: Where torch looks for its allocator's settings, in its order.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def set_gpu_defaults() -> None:
+    """Lets torch's allocator grow its segments, unless the user set it; before torch is imported.
+
+    A step's largest tensors have another size in each step, and would leave gaps between fixed segments.
+    vLLM's sleep mode, which wants fixed ones, switches this off for its own pool; training does not sleep.
+    """
+    if not any(os.environ.get(name) for name in _ALLOCATOR):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def _dist_version(name: str) -> str | None:
     try:
         return version(name)

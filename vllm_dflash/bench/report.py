@@ -33,7 +33,7 @@ tau: tokens delivered a step with a draft; below "ours" those of the drafter's d
 # -- files -------------------------------------------------------------------------------------
 
 
-def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
+def write_json(report: Mapping[str, Any] | list[Any], path: str | Path) -> Path:
     """Writes the report; readers see the old file or the whole new one."""
     path = Path(path)
     # allow_nan: a NaN would make the file unreadable for everything but Python.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.attention import attend
@@ -169,10 +170,16 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpoint_mlp = False
 
     def forward(self, x_ABH: Tensor, *attention_args) -> Tensor:
         x_ABH = x_ABH + self.self_attn(self.input_layernorm(x_ABH), *attention_args)
-        return x_ABH + self.mlp(self.post_attention_layernorm(x_ABH))
+        normed = self.post_attention_layernorm(x_ABH)
+        if self.checkpoint_mlp and torch.is_grad_enabled():
+            return x_ABH + checkpoint(
+                self.mlp, normed, use_reentrant=False, preserve_rng_state=False
+            )
+        return x_ABH + self.mlp(normed)
 
 
 class Drafter(nn.Module):
@@ -214,6 +221,11 @@ class Drafter(nn.Module):
                 nn.init.normal_(module.weight, std=std, generator=generator)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+
+    def checkpoint_mlps(self, enabled: bool) -> None:
+        """Whether training keeps nothing of the MLPs, but computes them again in the backward pass."""
+        for layer in self.layers:
+            layer.checkpoint_mlp = enabled  # type: ignore[assignment]
 
     @torch.no_grad()
     def init_vocab_weights(self, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:

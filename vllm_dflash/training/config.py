@@ -99,6 +99,20 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True)
+class StepLayout:
+    """How a step is run where memory is short. It changes a step's result by rounding only.
+
+    Attributes:
+        anchors_in_flight: anchors whose activations are alive at once; a step of more adds up its parts'
+            gradients. None for all.
+        checkpoint_mlps: compute the layers' MLPs again in the backward pass, and keep nothing of them.
+    """
+
+    anchors_in_flight: int | None = None
+    checkpoint_mlps: bool = False
+
+
+@dataclass(frozen=True)
 class DrafterShape:
     """The drafter to make: sizes and layers.
 

@@ -165,7 +165,17 @@ class VerifierEngine:
         drafter: str | Path,
         options: EngineOptions,
         num_speculative_tokens: int = _SEAT_TOKENS,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
+        """Starts the engine.
+
+        Args:
+            verifier: the model.
+            drafter: folder of the drafter in the seat.
+            options: how the engine runs.
+            num_speculative_tokens: of that drafter.
+            memory: ``EngineArgs`` that say what the engine may take of a GPU; ``options.extra`` wins.
+        """
         self.verifier = Verifier.of(verifier)
         _check_lora(options)
         start_guard()
@@ -195,7 +205,9 @@ class VerifierEngine:
             "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
             "tensor_parallel_size": options.tensor_parallel_size,
             # The learner needs room beside the engine.
-            "gpu_memory_utilization": 0.6,
+            **(memory or {"gpu_memory_utilization": 0.6}),
+            # Only text is read here: no memory for pictures, and no tower.
+            "language_model_only": True,
             # Nothing runs beside the host on a CPU.
             "async_scheduling": False if on_cpu else None,
             "disable_log_stats": True,

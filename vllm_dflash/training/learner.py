@@ -26,8 +26,8 @@ from vllm_dflash.files import atomic_path
 from vllm_dflash.modeling.acceptance import Acceptance, walk
 from vllm_dflash.modeling.blocks import BlockLayout
 from vllm_dflash.modeling.drafter import Drafter
-from vllm_dflash.modeling.losses import block_loss, default_gamma
-from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.modeling.losses import BlockLoss, block_loss, default_gamma
+from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.muon import Muon
 from vllm_dflash.training.ranks import Ranks
 
@@ -166,8 +166,7 @@ class Learner:
         ranks: the workers that train it together.
         verifier_logits: draft-vocabulary logits ``[N, V]`` that the verifier samples from, by its final
             states ``[N, H]``; for the kl loss. lm_head alone does not tell: verifiers cap and scale them.
-        anchors_in_flight: anchors whose activations are alive at once; a step of more adds up its parts'
-            gradients. None for all.
+        layout: how a step is run.
     """
 
     def __init__(
@@ -179,14 +178,14 @@ class Learner:
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
         verifier_logits: Callable[[Tensor], Tensor] | None = None,
-        anchors_in_flight: int | None = None,
+        layout: StepLayout | None = None,
     ) -> None:
         if torch.device(device).type == "cpu" and not cpu_has_bfloat16():
             # It would be emulated, several times slower than fp32.
             hparams = replace(hparams, autocast="float32")
         self.config, self.hparams, self.head = config, hparams, head
         self.verifier_logits = verifier_logits
-        self.anchors_in_flight = anchors_in_flight
+        self.layout = layout or StepLayout()
         self.total_steps = total_steps
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
@@ -194,6 +193,7 @@ class Learner:
         self.num_draft_tokens = self.block_size - (not config.sample_from_anchor)
         self.gamma = hparams.gamma or default_gamma(self.block_size)
         self.drafter = Drafter(config)
+        self.drafter.checkpoint_mlps(self.layout.checkpoint_mlps)
         generator = torch.Generator().manual_seed(hparams.seed)
         self.drafter.init_weights(generator=generator)
         self.drafter.to(self.device, torch.float32)
@@ -304,8 +304,8 @@ class Learner:
     def _parts(
         self, samples: Sequence[Sample], anchors: list[list[int]]
     ) -> Iterator[tuple[list[Sample], list[list[int]]]]:
-        """Cuts a step into parts of ``anchors_in_flight``, sequence by sequence."""
-        limit = self.anchors_in_flight or sum(map(len, anchors))
+        """Cuts a step into parts of ``layout.anchors_in_flight``, sequence by sequence."""
+        limit = self.layout.anchors_in_flight or sum(map(len, anchors))
         some: list[tuple[Sample, list[int]]] = []
         room = limit
         for sample, group in zip(samples, anchors, strict=True):
@@ -318,8 +318,14 @@ class Learner:
         if some:
             yield [s for s, _ in some], [g for _, g in some]
 
-    def _learn(self, samples: Sequence[Sample], anchors: list[list[int]]) -> dict[str, Any]:
-        """Adds the gradients of a part of a step, not yet divided by the step's weight; its figures."""
+    def _backward(
+        self, samples: Sequence[Sample], anchors: list[list[int]]
+    ) -> tuple[BlockLoss, Tensor]:
+        """Adds the gradients of a part of a step, not yet divided by the step's weight.
+
+        Returns:
+            Its loss, and which positions are valid ``[A, K]``.
+        """
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.hparams.autocast == "bfloat16"
         ):
@@ -335,6 +341,11 @@ class Learner:
                 verifier_logits=self._verifier_logits(samples, anchors),
             )
         loss.total.backward()
+        return loss, valid_AK
+
+    def _learn(self, samples: Sequence[Sample], anchors: list[list[int]]) -> dict[str, Any]:
+        """Adds the gradients of a part of a step; its figures."""
+        loss, valid_AK = self._backward(samples, anchors)
         right_AK = loss.right_AK
         owners = [i for i, group in enumerate(anchors) for _ in group]
         return {

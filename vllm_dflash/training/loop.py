@@ -31,6 +31,7 @@ from vllm_dflash.training.config import (
     EngineOptions,
     Hyperparameters,
     SamplingOptions,
+    StepLayout,
 )
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.engine import (
@@ -43,7 +44,9 @@ from vllm_dflash.training.engine import (
 )
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.host_memory import default_feature_gib
+from vllm_dflash.training.memory import MemoryPlan, plan_table
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, rows_by_rank
+from vllm_dflash.training.planning import new_drafter, plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
@@ -222,30 +225,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
     tokenizer = config.verifier.load_tokenizer()
     avoid = [info.pad_token_id] if info.pad_token_id is not None else []
     mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
-    shape: Any = config.shape.with_defaults()
-    try:
-        return DrafterConfig.for_verifier(
-            hf_config,
-            mask_token_id=mask,
-            name=str(config.verifier),
-            num_hidden_layers=shape.layers,
-            draft_block_size=shape.block_size,
-            target_layer_ids=shape.target_layer_ids,
-            num_features=shape.features,
-            draft_vocab_size=shape.draft_vocab,
-            intermediate_size=shape.intermediate_size,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            layer_types=shape.layer_types,
-            sliding_window=shape.sliding_window,
-            causal=shape.causal,
-            sample_from_anchor=shape.sample_from_anchor,
-        )
-    except ValueError as error:
-        given = ", ".join(option_of(name) for name in config.shape.given())
-        raise ValueError(f"{error} (given: {given or 'no option, it is the verifier'})") from error
+    return new_drafter(config.shape, hf_config, mask, str(config.verifier))
 
 
 def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
@@ -338,6 +318,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter))
     check_block(config.engine, drafter)
     check_engine(hf_config, config.engine)
+    plan = plan_of_machine(config.verifier, hf_config, drafter, config.hparams, config.engine)
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
@@ -379,13 +360,18 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     )
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
+    if plan is not None:
+        reporter.table(*plan_table(plan))
     with reporter.stage("starting the verifier"):
         engine = VerifierEngine(
-            config.verifier, write_seat(drafter, folder.path / "seat"), config.engine
+            config.verifier,
+            write_seat(drafter, folder.path / "seat"),
+            config.engine,
+            memory=None if plan is None else plan.engine_args(),
         )
     try:
         keep_date(engine.tokenizer, folder.started)
-        return _Run(config, drafter, folder, engine, reporter).run(
+        return _Run(config, drafter, folder, engine, reporter, plan).run(
             conversations, rejected, held_out, held_rejected
         )
     finally:
@@ -428,7 +414,9 @@ class _Run:
         folder: RunFolder,
         engine: VerifierEngine,
         reporter: Reporter,
+        plan: MemoryPlan | None = None,
     ) -> None:
+        self.layout = StepLayout() if plan is None else plan.layout
         self.config, self.drafter, self.folder = config, drafter, folder
         self.engine, self.reporter = engine, reporter
         self.bad: dict[str, str] = {}
@@ -468,6 +456,7 @@ class _Run:
             total,
             self.config.init_from,
             self._cache_dir(),
+            asdict(self.layout),
         )
         self.reporter.say(
             f"training {info['parameters'] / 1e6:.1f}M parameters on {info['device']} ({info['autocast']}) "

@@ -6,7 +6,7 @@ import importlib.util
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 #: Steps over which the shown loss, accuracy and tau are averaged.
 _WINDOW = 200
@@ -62,6 +63,15 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Rows of text in columns, the last one figures."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        for i in range(len(rows[0])):
+            table.add_column(overflow="fold", justify="right" if i == len(rows[0]) - 1 else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
 
     @contextmanager
     def _lines(self, text: Callable[[], str]) -> Iterator[None]:

@@ -26,7 +26,7 @@ from vllm_dflash.serving.verifier import (
     shared_weights,
     verifier_dtype,
 )
-from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
@@ -107,6 +107,7 @@ class TrainingSession:
         total_steps: int,
         init_from: str | None,
         cache_dir: str | None,
+        layout: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Makes the learner.
 
@@ -117,6 +118,7 @@ class TrainingSession:
             total_steps: steps of the whole run, which the learning rate depends on.
             init_from: checkpoint folder to start from.
             cache_dir: folder for features on disk, or None.
+            layout: ``StepLayout`` as a dict; None for its defaults.
         """
         config = DrafterConfig.from_dict(drafter_config)
         self.layers = sorted(set(config.target_layer_ids))
@@ -146,7 +148,14 @@ class TrainingSession:
             )
         self.recorder.final_states = final
         self.learner = Learner(
-            config, hp, head, total_steps, embedding.device, self.ranks, verifier_logits
+            config,
+            hp,
+            head,
+            total_steps,
+            embedding.device,
+            self.ranks,
+            verifier_logits,
+            StepLayout(**(layout or {})),
         )
         if weights:
             self.learner.load_drafter(weights)
