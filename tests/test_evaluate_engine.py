@@ -19,9 +19,13 @@ from vllm_dflash.training.config import EngineOptions
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.verifier import Verifier
 
-before, seen, held = dict(os.environ), {}, []
+before, seen, held = {}, {}, []
 
 class Engine(evaluate.VerifierEngine):
+    def __init__(self, *args):
+        before.update(os.environ)  # with what importing vLLM sets, which any server has, too
+        super().__init__(*args)
+
     def close(self):
         session = self.engine.collective_rpc(lambda w: w._vllm_dflash_session)[0]
         held.extend(map(weakref.ref, (session.verifier, session.learner, session.store, session.source)))

@@ -14,10 +14,10 @@ from test_train_engine import metric_steps, same_weights, stop_at
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
-STEPS = 24
+STEPS = 120
 ARGS = (
     *tiny.TRAIN_ARGS, "--max-tokens", "16", "--lr", "2e-3", "--anchors", "16", "--sequences", "2",
-    "--max-steps", str(STEPS), "--holdout", "0.25", "--eval-every", "12",
+    "--max-steps", str(STEPS), "--holdout", "0.25", "--eval-every", "60",
 )  # fmt: skip
 
 
