@@ -14,10 +14,10 @@ from test_train_engine import metric_steps, same_weights, stop_at
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
-STEPS = 120
+STEPS = 300  # many more than the steps of one call to the workers
 ARGS = (
     *tiny.TRAIN_ARGS, "--max-tokens", "16", "--lr", "2e-3", "--anchors", "16", "--sequences", "2",
-    "--max-steps", str(STEPS), "--holdout", "0.25", "--eval-every", "60",
+    "--max-steps", str(STEPS), "--holdout", "0.25", "--eval-every", "150",
 )  # fmt: skip
 
 
