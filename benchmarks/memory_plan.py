@@ -30,8 +30,9 @@ COVERS = (
 def row(shape: Shape) -> dict:
     hparams, max_len = Hyperparameters(), EngineOptions().max_len
     plan = shape.plan()
-    planned = learner_memory(shape.drafter, hparams, plan.layout, max_len).peak
-    fake = fake_peak(shape.drafter, hparams, max_len, plan.layout)
+    ranks = shape.ranks
+    planned = learner_memory(shape.drafter, hparams, plan.layout, max_len, ranks=ranks).peak
+    fake = fake_peak(shape.drafter, hparams, max_len, plan.layout, ranks)
     return {
         "shape": shape.name,
         "covers": COVERS,

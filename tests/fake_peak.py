@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -21,6 +22,8 @@ from vllm_dflash.modeling import drafter as drafter_module
 from vllm_dflash.training import learner as learner_module
 from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
+from vllm_dflash.training.ranks import Ranks
+from vllm_dflash.training.sharding import moment_numbers
 
 
 class Live(TorchDispatchMode):
@@ -98,8 +101,12 @@ def fake_peak(
     hparams: Hyperparameters,
     max_len: int,
     layout: StepLayout,
+    ranks: int = 1,
 ) -> int:
-    """Bytes that live together at most: weights, optimizer, a step over a sequence with its anchors last."""
+    """Bytes that live together at most: weights, optimizer, a step over a sequence with its anchors last.
+
+    Of several ranks the one with most optimizer state.
+    """
     with ExitStack() as stack:
         for name in ("init_weights", "init_vocab_weights"):
             stack.enter_context(
@@ -117,7 +124,11 @@ def fake_peak(
             vocab, hidden = config.vocab_size, config.target_hidden_size or config.hidden_size
             shared = torch.empty(vocab, hidden, dtype=torch.bfloat16)
             head = SharedHead(shared, shared[: config.logits_vocab_size], None)
-            learner = Learner(config, hparams, head, 100, layout=layout)
+            held = moment_numbers(
+                Learner(config, hparams, head, 100).drafter, hparams.optimizer, ranks
+            )
+            group = SimpleNamespace(world_size=ranks, rank_in_group=held.index(max(held)))
+            learner = Learner(config, hparams, head, 100, ranks=Ranks(group), layout=layout)
             for optimizer in learner.optimizers.values():
                 names = ("exp_avg", "exp_avg_sq")
                 if isinstance(optimizer, torch.optim.Muon):

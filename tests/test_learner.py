@@ -50,9 +50,11 @@ def make_sample(seed: int, prompt: int = 4, length: int = 14, final: bool = Fals
     return Sample(f"s{seed}", ids, [p >= prompt for p in range(length)], features, states)
 
 
-def make_learner(config=CONFIG, head=None, total_steps: int = 100, **hparams) -> Learner:
+def make_learner(
+    config=CONFIG, head=None, total_steps: int = 100, ranks=None, **hparams
+) -> Learner:
     head = head or make_head()
-    made = Learner(config, replace(HPARAMS, **hparams), head, total_steps)
+    made = Learner(config, replace(HPARAMS, **hparams), head, total_steps, ranks=ranks)
     made.verifier_logits = lambda states: states @ head.verifier_lm_head.T
     return made
 

@@ -51,9 +51,9 @@ SMALL = DrafterConfig(
 )
 def test_the_learner_needs_what_fake_tensors_need(shape):
     layout = shape.plan().layout
-    planned = learner_memory(shape.drafter, Hyperparameters(), layout, 3072).peak
+    planned = learner_memory(shape.drafter, Hyperparameters(), layout, 3072, ranks=shape.ranks).peak
     assert planned == pytest.approx(
-        fake_peak(shape.drafter, Hyperparameters(), 3072, layout), rel=0.1
+        fake_peak(shape.drafter, Hyperparameters(), 3072, layout, shape.ranks), rel=0.1
     )
 
 
@@ -88,9 +88,11 @@ def test_committed_figures_are_those_of_today():
     assert [row["shape"] for row in rows] == [shape.name for shape in SHAPES]
     for row, shape in zip(rows, SHAPES, strict=True):
         layout = StepLayout(row["anchors_in_flight"], row["checkpoint_mlps"])
-        planned = learner_memory(shape.drafter, Hyperparameters(), layout, 3072).peak
+        hparams, ranks = Hyperparameters(), shape.ranks
+        planned = learner_memory(shape.drafter, hparams, layout, 3072, ranks=ranks).peak
         assert round(planned / GIB, 2) == row["planned_gib"]
         assert row["planned_gib"] == pytest.approx(row["fake_tensor_gib"], rel=0.1)
+        assert round(shape.plan().least / GIB, 2) == row["least_gib"]
         assert row["fits"] == (row["least_gib"] <= 0.97 * row["card_gib"])
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import multiprocessing
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_learner import make_learner, make_sample, snapshot
+from safetensors.torch import load_file
+from test_learner import CONFIG, HPARAMS, make_learner, make_sample, snapshot
 
 from vllm_dflash.training import ranks as module
+from vllm_dflash.training.config import StepLayout
 from vllm_dflash.training.learner import Learner
 from vllm_dflash.training.loop import save_pause
+from vllm_dflash.training.memory import learner_memory
 from vllm_dflash.training.plan import owner, plan_windows, rows_by_rank
 from vllm_dflash.training.ranks import Ranks, checksum
 from vllm_dflash.training.session import TrainingSession
+from vllm_dflash.training.sharding import shards
 
 SIZE = 2
 
@@ -24,8 +30,9 @@ SIZE = 2
 class Group:
     """What ``Ranks`` reads of vLLM's ``GroupCoordinator``."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, folder: Path) -> None:
         self.sizes: list[int] = []
+        self.folder = folder  # of the test
         self.world_size, self.rank_in_group = SIZE, rank
         self.cpu_group = torch.distributed.group.WORLD
 
@@ -34,13 +41,18 @@ class Group:
         torch.distributed.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        self.sizes.append(tensor.numel())
+        torch.distributed.broadcast(tensor, src)
+        return tensor
+
 
 def _worker(rank: int, store: str, name: str, answers: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE
     )
-    answers.put((rank, globals()[name](Ranks(Group(rank)))))
+    answers.put((rank, globals()[name](Ranks(Group(rank, Path(store).parent)))))
 
 
 def on_two_ranks(name: str, tmp_path) -> list[Any]:
@@ -185,9 +197,7 @@ def test_checksum_of_many_chunks(monkeypatch) -> None:
 
 
 def _learner(ranks: Ranks | None, **hparams: Any) -> Learner:
-    learner = make_learner(**hparams)
-    learner.ranks = ranks or Ranks()
-    return learner
+    return make_learner(ranks=ranks, **hparams)
 
 
 #: Samples of each step by rank: balanced, lopsided, only the second rank's, none.
@@ -228,6 +238,118 @@ def test_steps_of_two_ranks_equal_those_of_one(tmp_path) -> None:
             torch.testing.assert_close(
                 torch.tensor(weights[name]), value, rtol=0, atol=0.02 * moved
             )
+
+
+#: Every optimizer and its extras, clipped.
+SHARDED: tuple[dict[str, Any], ...] = (
+    {"clip": 0.01, "weight_decay": 0.1},
+    {"optimizer": "muon", "ema": 0.9, "clip": 0.01},
+)
+
+
+def _train(learner: Learner, steps: range) -> list[Any]:
+    rank = learner.ranks.rank
+    return [learner.step(i, [make_sample(s) for s in PARTS[i % len(PARTS)][rank]]) for i in steps]
+
+
+def _digest(learner: Learner) -> str:
+    return checksum((*snapshot(learner).values(), *learner.weights().values()))
+
+
+def _sharded(ranks: Ranks) -> Any:
+    return _same_bits(ranks), _resumed(ranks)
+
+
+def _same_bits(ranks: Ranks) -> Any:
+    """Figures, weights and the parameters with state: sharded, then each rank with all of it."""
+    out = []
+    for hparams in SHARDED:
+        sharded, whole = _learner(ranks, **hparams), _learner(None, **hparams)
+        whole.ranks = ranks  # gradients are summed, the optimizer is as that of one rank
+        rows = [_train(learner, range(7)) for learner in (sharded, whole)]
+        names = dict(sharded.drafter.named_parameters())
+        held = {
+            name: sum(t.nbytes for key, t in optimizer.state[names[name]].items() if key != "step")
+            for kind, optimizer in sharded.optimizers.items()
+            for name in sharded._optimizer_names[kind]
+        }
+        assert sum(len(o.state) for o in sharded.optimizers.values()) == len(held)
+        out.append((rows, _digest(sharded), _digest(whole), held))
+    return out
+
+
+def _resumed(ranks: Ranks) -> Any:
+    out = []
+    for i, hparams in enumerate(SHARDED):
+        file = ranks._group.folder / f"state-{i}.safetensors"
+        straight = _learner(ranks, **hparams)
+        _train(straight, range(3))
+        straight.save_state(file)
+        ranks.gather(None)  # it is there
+        resumed = _learner(ranks, **hparams)
+        _train(resumed, range(2))  # whatever it did before is replaced
+        resumed.load_state(file)
+        rows = [_train(learner, range(3, 7)) for learner in (straight, resumed)]
+        out.append((str(rows[0]) == str(rows[1]), _digest(straight), _digest(resumed)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> tuple[Path, list[Any]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, on_two_ranks("_sharded", folder)
+
+
+def test_sharded_optimizers_give_the_same_bits(sharded) -> None:
+    first, second = (steps for steps, _ in sharded[1])
+    for hparams, one, other in zip(SHARDED, first, second, strict=True):
+        rows, weights, unsharded, held = one
+        assert min(row["grad_norm"] for row in rows[0][:3]) > hparams["clip"]
+        assert str(rows[0]) == str(rows[1]) == str(other[0][0])
+        assert weights == unsharded == other[1]
+        # Each parameter's state is on one rank, and they share as the plan says.
+        parts = (held, other[3])
+        trained = {n for n, p in make_learner().drafter.named_parameters() if p.requires_grad}
+        assert held.keys().isdisjoint(other[3])
+        assert held.keys() | other[3].keys() == trained
+        sizes = [sum(part.values()) for part in parts]
+        hp = replace(HPARAMS, **hparams)
+        alone, planned = (
+            learner_memory(CONFIG, hp, StepLayout(), 64, ranks=n).optimizer for n in (1, 2)
+        )
+        assert max(sizes) == planned < 0.55 * alone
+        assert sum(sizes) == alone
+
+
+def test_state_of_sharded_optimizers_is_saved_whole(sharded) -> None:
+    folder, ((_, first), (_, second)) = sharded
+    assert first == second
+    for i, (hparams, (same, straight, resumed)) in enumerate(zip(SHARDED, first, strict=True)):
+        assert same
+        assert straight == resumed
+        # The file is as one rank writes it: any number of ranks reads it.
+        file, again = folder / f"state-{i}.safetensors", folder / "again.safetensors"
+        alone = make_learner(**hparams)
+        alone.load_state(file)
+        alone.save_state(again)
+        want, got = load_file(file), load_file(again)
+        trained = [n for n, p in alone.drafter.named_parameters() if p.requires_grad]
+        assert all(any(k.endswith(f".{n}.step") or k == f"muon.{n}.momentum_buffer" for k in want)
+                   for n in trained)  # fmt: skip
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_ranks_without_parameters_of_a_kind() -> None:
+    """More ranks than parameters: those left over have no optimizer, and can learn."""
+    drafter = make_learner().drafter
+    parts = shards(drafter, "muon", 40)
+    names = [n for part in parts for n in part]
+    assert len(names) == len(set(names)) < 40
+    assert {} in parts
+    group = SimpleNamespace(world_size=40, rank_in_group=39)
+    assert make_learner(ranks=Ranks(group), optimizer="muon").optimizers == {}
+    assert shards(drafter, "muon", 3) == shards(make_learner(seed=4).drafter, "muon", 3)
 
 
 def _bad(ranks: Ranks) -> Any:

@@ -98,5 +98,6 @@ def step_seconds(
     flops += rows * layers * 14 * (length // 2 + 512) * queries
     # The head is frozen: its own gradient is not computed.
     flops += rows * 4 * hidden * drafter.logits_vocab_size
+    # Ranks share this, and then exchange what they updated, which takes about as long and is not counted.
     optimizer = (numbers["fc"] + layers * numbers["layer"]) * _OPTIMIZER_BYTES / card.bandwidth
     return flops / (card.flops * TRAIN_SHARE) + optimizer

@@ -30,11 +30,10 @@ from vllm_dflash.modeling.losses import BlockLoss, block_loss, default_gamma
 from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.muon import Muon
 from vllm_dflash.training.ranks import Ranks
+from vllm_dflash.training.sharding import freeze, shards
 
 #: Anchors whose blocks are drafted in one evaluation pass.
 _EVAL_ANCHORS = 256
-#: Learned by drafters of another width than the verifier's; AdamW, since each row is a token's.
-_VOCAB_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Learner:
         head: embedding and output projection that drafter and verifier share.
         total_steps: of the whole run, for the learning rate.
         device: where the drafter is.
-        ranks: the workers that train it together.
+        ranks: the workers that train it together; each keeps the optimizer state of some parameters.
         verifier_logits: draft-vocabulary logits ``[N, V]`` that the verifier samples from, by its final
             states ``[N, H]``; for the kl loss. lm_head alone does not tell: verifiers cap and scale them.
         layout: how a step is run.
@@ -198,42 +197,28 @@ class Learner:
         self.drafter.init_weights(generator=generator)
         self.drafter.to(self.device, torch.float32)
         self.drafter.init_vocab_weights(head.embedding[: config.vocab_size], head.lm_head)
-        for name, parameter in self.drafter.named_parameters():
-            # Not trained: stock vLLM's CPU kernel norms the context keys of every layer with the first
-            # layer's weight, so only equal ones draft alike there. q_norm's weight takes its place.
-            if name.endswith("k_norm.weight"):
-                parameter.requires_grad_(False)
+        freeze(self.drafter)
+        self._shards = shards(self.drafter, hparams.optimizer, self.ranks.size)
         self.optimizers = self._make_optimizers()
         self.ema: dict[str, Tensor] | None = None
         if hparams.ema:
             self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Those of this rank's part; a kind that has no parameter in it is absent."""
         hp = self.hparams
-        params = {n: p for n, p in self.drafter.named_parameters() if p.requires_grad}
-        muon = {
-            n: p
-            for n, p in params.items()
-            if hp.optimizer == "muon" and p.dim() == 2 and n not in _VOCAB_WEIGHTS
-        }
-        rest = {n: p for n, p in params.items() if n not in muon}
-        out: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(
-                list(rest.values()),
-                lr=hp.lr,
-                betas=(0.9, 0.95),
-                weight_decay=hp.weight_decay,
-                fused=True,
-            )
-        }
-        if muon:
-            out["muon"] = Muon(
-                list(muon.values()),
-                getattr(torch, hp.autocast),
-                lr=hp.lr,
-                weight_decay=hp.weight_decay,
-            )
-        self._optimizer_names = {"adamw": list(rest), "muon": list(muon)}
+        params = dict(self.drafter.named_parameters())
+        self._optimizer_names: dict[str, list[str]] = {}
+        for name, kind in self._shards[self.ranks.rank].items():
+            self._optimizer_names.setdefault(kind, []).append(name)
+        out: dict[str, torch.optim.Optimizer] = {}
+        for kind, names in self._optimizer_names.items():
+            own = [params[n] for n in names]
+            options: dict[str, Any] = {"lr": hp.lr, "weight_decay": hp.weight_decay}
+            if kind == "muon":
+                out[kind] = Muon(own, getattr(torch, hp.autocast), **options)
+            else:
+                out[kind] = torch.optim.AdamW(own, betas=(0.9, 0.95), fused=True, **options)
         return out
 
     # -- one step --------------------------------------------------------------------------------
@@ -288,11 +273,11 @@ class Learner:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
+            self._share_weights()
             self._update_ema()
         else:
             bad = bad or keys
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        self.drafter.zero_grad(set_to_none=True)
         return {"step": step, "lr": lr, "grad_norm": grad_norm, "bad": bad, **whole}
 
     def _none(self) -> dict[str, Any]:
@@ -447,6 +432,12 @@ class Learner:
 
         return logits
 
+    def _share_weights(self) -> None:
+        """Gives every rank the parameters that the others have updated."""
+        params = {n: p.detach() for n, p in self.drafter.named_parameters()}
+        for rank, names in enumerate(self._shards):
+            self.ranks.broadcast([params[n] for n in names], rank)
+
     def _update_ema(self) -> None:
         if self.ema is None:
             return
@@ -507,22 +498,44 @@ class Learner:
             self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
 
     def save_state(self, file: Path) -> None:
-        """Weights, moving average and optimizer state in one safetensors file."""
+        """Weights, moving average and optimizer state in one safetensors file, whatever the ranks.
+
+        All ranks must call it; the first writes.
+        """
         from safetensors.torch import save_file
 
         tensors = {f"model.{n}": p.detach() for n, p in self.drafter.named_parameters()}
         for n, tensor in (self.ema or {}).items():
             tensors[f"ema.{n}"] = tensor
+        for n, tensor in self._optimizer_tensors():
+            if self.ranks.rank == 0:
+                tensors[n] = tensor.cpu()
+        if self.ranks.rank != 0:
+            return
+        with atomic_path(file) as partial:
+            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, partial)
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer state of all ranks, on each, one tensor at a time."""
+        own = {}
         for kind, optimizer in self.optimizers.items():
             names = self._optimizer_names[kind]
             for i, slot in optimizer.state_dict()["state"].items():
                 for key, value in slot.items():
-                    tensors[f"{kind}.{names[i]}.{key}"] = torch.as_tensor(value)
-        with atomic_path(file) as partial:
-            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, partial)
+                    own[f"{kind}.{names[i]}.{key}"] = torch.as_tensor(value, device=self.device)
+        kinds = self.ranks.gather([(n, t.shape, t.dtype) for n, t in own.items()])
+        for rank, part in enumerate(kinds):
+            for n, shape, dtype in part:
+                mine = rank == self.ranks.rank
+                tensor = own[n] if mine else torch.empty(shape, dtype=dtype, device=self.device)
+                self.ranks.broadcast([tensor], rank)
+                yield n, tensor
 
     def load_state(self, file: Path) -> None:
-        """Inverse of :meth:`save_state`; ValueError when the file is not of this drafter."""
+        """Inverse of :meth:`save_state`; ValueError when the file is not of this drafter.
+
+        Each rank takes its part.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -17,8 +17,10 @@ import torch
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.blocks import MAX_CHUNK_QUERIES
+from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.modeling.losses import chunk_anchors, logit_bytes
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, StepLayout
+from vllm_dflash.training.sharding import freeze, moment_numbers
 from vllm_dflash.training.verifier_memory import VerifierSizes, kv_bytes
 
 GIB = 2**30
@@ -30,11 +32,11 @@ _FEWEST_ANCHORS = 64
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """Bytes of the learner on one rank.
+    """Bytes of the learner on one rank, that with most of the optimizer's moments.
 
     Attributes:
         parameters: of the drafter, a number.
-        masters, optimizer, average: fp32 weights, the optimizer's moments, the moving average.
+        masters, optimizer, average: fp32 weights, this rank's moments, the moving average.
         gradients: all of them, as they are at the end of a step's backward pass.
         copies: of the weights in autocast's dtype.
         activations: what autograd keeps of a part of a step, and the step's features.
@@ -76,6 +78,7 @@ def learner_memory(
     layout: StepLayout,
     max_len: int,
     verifier_itemsize: int = 2,
+    ranks: int = 1,
 ) -> LearnerMemory:
     """Follows a step over sequences of ``max_len`` tokens with their anchors at the end: the worst case."""
     numbers = drafter_parameters(config)
@@ -83,7 +86,7 @@ def learner_memory(
     total = numbers["fc"] + layers * numbers["layer"] + numbers["vocabulary"] + 2 * hidden
     frozen = layers * config.head_dim  # k_norm's weights are not trained
     matrices = layers * numbers["matrices"] + numbers["fc"]
-    moments = 2 * (total - frozen) - (matrices if hparams.optimizer == "muon" else 0)
+    moments = max(_moments(config, hparams.optimizer, ranks))
     size = 2 if hparams.autocast == "bfloat16" else 4
     copies = 0 if size == 4 else 2 * matrices
     block = config.known_block_size("a step's memory depends on it")
@@ -157,6 +160,13 @@ def learner_memory(
         activations=activations,
         peak=states + max(loss_point, back_point, end_point),
     )
+
+
+def _moments(config: DrafterConfig, optimizer: str, ranks: int) -> list[int]:
+    with torch.device("meta"):
+        drafter = Drafter(config)
+    freeze(drafter)
+    return moment_numbers(drafter, optimizer, ranks)
 
 
 @dataclass(frozen=True)
@@ -289,7 +299,7 @@ def _plan(
 ) -> MemoryPlan:
     ranks = engine.ranks
     itemsize = 4 if engine.dtype in ("float32", "float") else 2
-    learner = learner_memory(drafter, hparams, layout, engine.max_len, itemsize)
+    learner = learner_memory(drafter, hparams, layout, engine.max_len, itemsize, ranks)
     budget = int(engine.extra.get("max_num_batched_tokens", engine.max_num_batched_tokens))
     most = int(engine.extra.get("max_num_seqs", engine.max_num_seqs))
     hidden = drafter.target_hidden_size or drafter.hidden_size

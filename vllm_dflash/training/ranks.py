@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -69,15 +69,22 @@ class Ranks:
 
         Small tensors travel together: each collective costs its latency.
         """
+        self._exchange(tensors, lambda flat: self._group.all_reduce(flat))
+
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Gives each tensor the values that it has on rank ``owner``, in place; small ones together."""
+        self._exchange(tensors, lambda flat: self._group.broadcast(flat, owner))
+
+    def _exchange(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
         if self.size == 1:
             return
         self.gather(None)
         for bucket in _buckets(tensors):
             parts = [t.reshape(-1) for t in bucket]
             flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-            sums = self._group.all_reduce(flat).split([t.numel() for t in bucket])
-            for tensor, total in zip(bucket, sums, strict=True):
-                tensor.copy_(total.view(tensor.shape))
+            results = collective(flat).split([t.numel() for t in bucket])
+            for tensor, result in zip(bucket, results, strict=True):
+                tensor.copy_(result.view(tensor.shape))
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -326,10 +326,9 @@ class TrainingSession:
             )
 
     def save_state(self, file: str) -> None:
-        """Writes what a resumed run needs; one rank does, since all hold the same."""
+        """Writes what a resumed run needs; one rank does, with the optimizer state of all."""
         self._check_ranks()
-        if self.ranks.rank == 0:
-            self._learner().save_state(Path(file))
+        self._learner().save_state(Path(file))
 
     def load_state(self, file: str) -> None:
         self._learner().load_state(Path(file))
