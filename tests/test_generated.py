@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dflash.serving.features import FeatureRecorder
+from vllm_dflash.training.config import EngineOptions
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.generated import GeneratedFeatures
+from vllm_dflash.training.loop import TrainConfig
 from vllm_dflash.training.plan import content_key
 from vllm_dflash.training.run_folder import RunFolder
+from vllm_dflash.verifier import Verifier
 
 BLOCK = 4
 
@@ -123,12 +126,27 @@ def test_the_run_folder_knows_them(tmp_path) -> None:
     assert len(FeatureStore(0, again.features)._index) == 0
 
 
-@pytest.mark.parametrize("option", ["--on-policy", "--tensor-parallel-size=2"])
-def test_what_cannot_be_recorded_is_refused(option, verifier, tmp_path, prompts_file) -> None:
-    args = ("--data", prompts_file, "-o", tmp_path / "out", "--features-from", "generation")
-    done = tiny.cli("train", verifier, *args, option, code=1)
-    assert "--features-from generation" in done.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"on_policy": True},
+        {"engine": EngineOptions(tensor_parallel_size=2)},
+        {"features_from": "elsewhere"},
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(options) -> None:
+    options = {"features_from": "generation"} | options
+    with pytest.raises(ValueError, match="--features-from"):
+        TrainConfig(Verifier("v"), "prompts.jsonl", Path("out"), **options)
+
+
+def test_it_is_part_of_a_run_s_identity() -> None:
+    plain, recorded = (
+        TrainConfig(Verifier("v"), "absent.jsonl", Path("out"), features_from=where).identity()
+        for where in ("extraction", "generation")
+    )
+    assert recorded == plain | {"features_from": "generation"}
+    assert "features_from" not in plain
 
 
 # -- the real engine ------------------------------------------------------------------------------
