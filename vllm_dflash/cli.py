@@ -265,6 +265,10 @@ def train(
     cache_features: Annotated[
         Path | None, training_option(help="Keep features on disk for later epochs and runs.")
     ] = None,
+    features_from: Annotated[
+        str,
+        training_option(help="extraction, or generation: recorded while responses are generated."),
+    ] = "extraction",
     eval_every: Annotated[
         int | None,
         training_option(help="Steps between evaluations. Default: by time, 5 % of it at most."),
@@ -328,6 +332,7 @@ def train(
         fmt=checkpoint_format,  # type: ignore[arg-type]
         feature_gib=feature_gib,
         cache_features=cache_features,
+        features_from=features_from,
         eval_every=eval_every,
         save_minutes=save_minutes,
         tensorboard=tensorboard,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_dflash.serving.verifier import FinalStates
+
+#: Features ``[T, F]`` and, where they are recorded, final states ``[T, H]``.
+Rows = tuple[Tensor, Tensor | None]
 
 
 class FeatureRecorder:
@@ -25,6 +28,11 @@ class FeatureRecorder:
         self._finals: dict[str, Tensor] = {}
         #: Set to record the verifier's final hidden states too (for the kl loss).
         self.final_states: FinalStates | None = None
+        #: Called at a request's first rows with its key and their first position; gives the rows of a cached
+        #: prefix before them, None where there are none.
+        self.started: Callable[[str, int], Rows | None] | None = None
+        #: Keeps rows in the host's memory as they come, for more requests at once than a device has room for.
+        self.on_host = False
 
     def watch(self, lengths: dict[str, int]) -> None:
         """Asks for the first ``lengths[key]`` rows of the request that is submitted as ``key``."""
@@ -73,6 +81,10 @@ class FeatureRecorder:
             firsts = num_computed.tolist()
         rejected = num_rejected.tolist() if num_rejected is not None else [0] * len(keys)
         finals = self.final_states.last if self.final_states is not None else None
+        if self.on_host:
+            features_TF = features_TF.cpu()
+            finals = finals.cpu() if finals is not None else None
+        new = []
         for i, key in enumerate(keys):
             if key is None:
                 continue
@@ -83,6 +95,7 @@ class FeatureRecorder:
             if key not in self._buffers:
                 self._buffers[key] = features_TF.new_empty(length, features_TF.shape[-1])
                 self._filled[key] = torch.zeros(length, dtype=torch.bool)
+                new.append((first, key))
             rows, to = slice(starts[i], starts[i] + num_rows), slice(first, first + num_rows)
             self._buffers[key][to] = features_TF[rows]
             self._filled[key][to] = True
@@ -90,6 +103,26 @@ class FeatureRecorder:
                 if key not in self._finals:
                     self._finals[key] = finals.new_empty(length, finals.shape[-1])
                 self._finals[key][to] = finals[rows]
+        if self.started is not None:
+            # A prefix may be another's of this same step, which itself goes on from a shorter one.
+            for first, key in sorted(new):
+                if (prefix := self.started(key, first)) is not None:
+                    self._fill(key, first, *prefix)
+
+    def _fill(self, key: str, end: int, features_TF: Tensor, final_TH: Tensor | None) -> None:
+        self._buffers[key][:end] = features_TF
+        self._filled[key][:end] = True
+        if final_TH is not None:
+            self._finals[key][:end] = final_TH
+
+    def rows(self, key: str, end: int) -> Rows | None:
+        """The first ``end`` rows of a request that is still recorded; None where one is missing."""
+        if key not in self._buffers or end > len(self._filled[key]):
+            return None
+        if not self._filled[key][:end].all():
+            return None
+        final = self._finals.get(key)
+        return self._buffers[key][:end], None if final is None else final[:end]
 
     def take(
         self,

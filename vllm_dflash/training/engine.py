@@ -226,6 +226,7 @@ class VerifierEngine:
         if on_cpu:
             _set_prefix_caching(engine_args)
         self.engine = LLMEngine.from_engine_args(engine_args)
+        self._recording = False
         self.draft(False)
 
     @cached_property
@@ -270,6 +271,29 @@ class VerifierEngine:
         cache = self.engine.vllm_config.cache_config
         return int(getattr(cache, "hash_block_size", None) or cache.block_size)
 
+    def record_responses(
+        self, folder: Path, layers: Sequence[int], final_states: bool, max_len: int
+    ) -> None:
+        """From now on features are recorded while responses are generated, and kept in a folder.
+
+        Args:
+            folder: keeps what a killed run recorded, too.
+            layers: the verifier layers of the features.
+            final_states: whether to record those too, for the kl loss.
+            max_len: to which examples are cut.
+        """
+        cache = self.engine.vllm_config.cache_config
+        self.call(
+            "record_responses",
+            str(folder),
+            sorted(set(layers)),
+            final_states,
+            max_len,
+            self.kv_block_size,
+            int(cache.num_gpu_blocks or 0),
+        )
+        self._recording = True
+
     def _run(self, requests: Iterable[tuple[str, Sequence[int], Any]]) -> Iterator[Any]:
         pending = set()
         for key, token_ids, params in requests:
@@ -306,7 +330,17 @@ class VerifierEngine:
                     output.request_id, list(done.token_ids), str(done.finish_reason)
                 )
 
-        return generate
+        def generate_recorded(requests: list[GenerationRequest]) -> Iterator[GenerationResult]:
+            prompts = {r.key: list(r.prompt_token_ids) for r in requests}
+            self.call("watch_responses", prompts, sampling.max_tokens)
+            try:
+                for result in generate(requests):
+                    self.call("take_response", result.key, result.token_ids)
+                    yield result
+            finally:
+                self.call("end_responses")
+
+        return generate_recorded if self._recording else generate
 
     def extract(self, examples: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str | None]]:
         """Runs whole conversations through the verifier once; their features go to the worker's store.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.bounds import SHARE, Bound, check_bounds, count, option_of
+from vllm_dflash.bounds import SHARE, Bound, check_bounds, check_choice, count, option_of
 from vllm_dflash.checkpoint import (
     TRAINING_FILE,
     check_computable,
@@ -79,6 +79,7 @@ class TrainConfig:
         init_from: a drafter to go on from.
         feature_gib: the host's memory for features of each worker; beyond it they are extracted again. None
             takes half of what is available when a run is first started, shared by the workers.
+        features_from: ``extraction``, or ``generation`` to record them while responses are generated.
         save_minutes: between saved states; up to 12 times as long where saving takes over 3 % of the time.
         max_rejected: share of the rows of the data (and of the held-out data) that may be rejected.
     """
@@ -98,6 +99,7 @@ class TrainConfig:
     fmt: CheckpointFormat = "zlab"
     feature_gib: float | None = None
     cache_features: Path | None = None
+    features_from: str = "extraction"
     eval_every: int | None = None
     save_minutes: float = 5.0
     tensorboard: bool = False
@@ -121,6 +123,23 @@ class TrainConfig:
             "max_rejected": SHARE,
         }
         check_bounds(self, bounds)
+        check_choice("features_from", self.features_from, ("extraction", "generation"))
+        if not self.records:
+            return
+        if self.on_policy:
+            raise ValueError(
+                "--features-from generation records while responses are generated, but --on-policy generates "
+                "none; leave one out"
+            )
+        if self.engine.ranks > 1:
+            raise ValueError(
+                f"--features-from generation records on one rank, not {self.engine.ranks}; leave it out"
+            )
+
+    @property
+    def records(self) -> bool:
+        """Whether features are recorded while responses are generated."""
+        return self.features_from == "generation"
 
     @property
     def run_path(self) -> Path:
@@ -147,6 +166,8 @@ class TrainConfig:
             "chat_template_kwargs limit feature_gib"
         ).split():
             out[name] = getattr(self, name)
+        if self.records:  # runs of before there was a choice can be resumed without
+            out["features_from"] = self.features_from
         for name in ("data", "eval_data"):
             files = data_files(getattr(self, name) or [])
             if files:
@@ -430,6 +451,13 @@ class _Run:
         started = time.monotonic()
         if self.config.hparams.loss == "kl":
             self.engine.call("check_kl", self.drafter.vocab_size)
+        if self.config.records:
+            self.engine.record_responses(
+                self.folder.features,
+                self.drafter.target_layer_ids,
+                self.config.hparams.loss == "kl",
+                self.config.engine.max_len,
+            )
         examples = self._prepare("responses", conversations, rejected, self.folder.responses)
         if held_out:
             held = self._prepare(
@@ -476,11 +504,15 @@ class _Run:
                 for key, e in (by_key | held_by_key).items()
             ],
         )
+        if self.config.records:
+            self._report_recorded(list(by_key | held_by_key))
         with _stop_flag() as self.stop:
             self.step = self._resume()
             self._extract(held_by_key, keep=[])
             owners = {k: owner(e.token_ids, ranks) for k, e in (by_key | held_by_key).items()}
-            block_size = self.engine.kv_block_size
+            # What was recorded comes from the disk as whole sequences.
+            whole = self.config.engine.max_len + 1
+            block_size = whole if self.config.records else self.engine.kv_block_size
             held_ids = {k: e.token_ids for k, e in held_by_key.items()}
             held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
@@ -513,6 +545,15 @@ class _Run:
                 say=self.reporter.say,
             )
         return examples
+
+    def _report_recorded(self, keys: list[str]) -> None:
+        folder = self.folder.features
+        recorded = len(self.engine.call("recorded", keys))
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        self.reporter.say(
+            f"features of {recorded} of {len(keys)} sequences were recorded while generating "
+            f"({size / 2**30:.2f} GiB in {folder}); the others' are extracted"
+        )
 
     def _keep_back(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
         """Held-out examples by whole conversations, so that no turn leaks."""
@@ -604,12 +645,15 @@ class _Run:
     def _extract(self, examples: dict[str, Example], keep: list[str]) -> None:
         """Features of the given examples, all of them together or (all at hand) none.
 
+        Those recorded while generating count as never asked for, so that a resumed run extracts the same.
         Features of other examples than these and ``keep`` are freed first.
         """
         wanted = {k: e.token_ids for k, e in examples.items() if k not in self.bad}
+        self.engine.call("keep", [*wanted, *keep])
+        for key in self.engine.call("recorded", list(wanted)):
+            del wanted[key]
         if sum(map(len, self.engine.call_ranks("stored", list(wanted)))) == len(wanted):
             return
-        self.engine.call("keep", [*wanted, *keep])
         started = time.monotonic()
         tokens = 0
         with self.reporter.progress("extracting features", unit="tokens") as update:

@@ -8,7 +8,7 @@ the same.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -48,14 +48,21 @@ class PrefixTree:
         same = self._whole.setdefault(blake2b(rows.tobytes(), digest_size=16).digest(), key)
         if same != key:
             return Piece(same, end, end)
-        parent, start, digest = None, 0, b""
-        for at in range(size, end + 1, size):
-            block = rows[at - size : at].tobytes()
-            digest = blake2b(digest + block, digest_size=16).digest()
+        parent, start = None, 0
+        for at, digest in prefix_digests(rows, size):
             first = self._first.setdefault(digest, key)
             if first != key and at < end:
                 parent, start = first, at
         return Piece(parent, start, end)
+
+
+def prefix_digests(token_ids: Sequence[int], block_size: int) -> Iterator[tuple[int, bytes]]:
+    """Every prefix of whole blocks: its length, and a digest of its tokens."""
+    rows, digest = array("q", token_ids), b""
+    for at in range(block_size, len(rows) + 1, block_size):
+        block = rows[at - block_size : at].tobytes()
+        digest = blake2b(digest + block, digest_size=16).digest()
+        yield at, digest
 
 
 def pieces_of(sequences: Mapping[str, Sequence[int]], block_size: int | None) -> dict[str, Piece]:

@@ -23,6 +23,7 @@ from vllm_dflash.files import (
     remove_own,
     writing,
 )
+from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.responses import check_log
 
 _STATE_FILE = re.compile(r"state-\d{8,}\.safetensors")
@@ -31,6 +32,7 @@ _SEAT_FILES = {"config.json", "model.safetensors"}
 _OWN_FILES = (
     rf"(run|state)\.json|{_STATE_FILE.pattern}|metrics\.jsonl|curves\.png"
     r"|(responses|rejected)(-heldout)?\.jsonl"
+    r"|features/(index\.json|features-\d{5,}\.safetensors)"
     rf"|seat/(config\.json|model\.safetensors|{re.escape(MARK)})|tensorboard/events\.out\.tfevents\..*"
 )
 
@@ -97,6 +99,8 @@ class RunFolder:
             _check_state_file(path / state["file"])
         for name in ("responses.jsonl", "responses-heldout.jsonl"):
             check_log(path / name, _DISCARD)
+        if (index := path / "features" / "index.json").is_file():
+            read_index(index)
 
     @staticmethod
     def setting(path: Path, key: str) -> Any:
@@ -125,6 +129,11 @@ class RunFolder:
     @property
     def responses(self) -> Path:
         return self.path / "responses.jsonl"
+
+    @property
+    def features(self) -> Path:
+        """Features recorded while the responses were generated."""
+        return self.path / "features"
 
     @property
     def rejected(self) -> Path:

@@ -27,7 +27,8 @@ from vllm_dflash.serving.verifier import (
     verifier_dtype,
 )
 from vllm_dflash.training.config import Hyperparameters, StepLayout
-from vllm_dflash.training.feature_store import FeatureStore
+from vllm_dflash.training.feature_store import SHARD_BYTES, FeatureStore
+from vllm_dflash.training.generated import GeneratedFeatures
 from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 from vllm_dflash.training.piece_store import PieceStore
@@ -48,6 +49,11 @@ class TrainingSession:
 
     COMMANDS = (
         "begin",
+        "record_responses",
+        "watch_responses",
+        "take_response",
+        "end_responses",
+        "recorded",
         "check_kl",
         "drafting",
         "register",
@@ -83,6 +89,8 @@ class TrainingSession:
         self.features = PieceStore(FeatureStore(_UNBOUNDED))
         #: Whole sequences by their tokens, in the cache folder.
         self.cache: FeatureStore | None = None
+        #: Those recorded while responses were generated.
+        self.generated: GeneratedFeatures | None = None
         self._planned: dict[str, Piece] = {}
         self._watched: dict[str, int] = {}
         self._own_embedding: dict[str, Tensor] = {}
@@ -142,7 +150,7 @@ class TrainingSession:
         head = SharedHead(embedding, lm_head, ids, own_lm_head, self._mask_embedding)
         final = verifier_logits = None
         if hp.loss == "kl":
-            final = FinalStates(self.runner)
+            final = self.recorder.final_states or FinalStates(self.runner)
             verifier_logits = VerifierLogits(
                 self.verifier, head.verifier_lm_head, head.draft_token_ids
             )
@@ -172,6 +180,49 @@ class TrainingSession:
         }
 
     # -- features --------------------------------------------------------------------------------
+
+    def record_responses(
+        self,
+        folder: str,
+        layers: list[int],
+        final_states: bool,
+        max_len: int,
+        block_size: int,
+        num_blocks: int,
+    ) -> None:
+        """From now on features are recorded while responses are generated (:class:`GeneratedFeatures`).
+
+        Args:
+            folder: keeps them.
+            layers: the verifier layers, ascending.
+            final_states: whether to record those too, for the kl loss.
+        """
+        if final_states:
+            self.recorder.final_states = FinalStates(self.runner)
+        store = FeatureStore(SHARD_BYTES, Path(folder))
+        self.generated = GeneratedFeatures(
+            self.recorder, store, layers, max_len, block_size, num_blocks
+        )
+
+    def _generated(self) -> GeneratedFeatures:
+        if self.generated is None:
+            raise ValueError("responses are not recorded: call record_responses first")
+        return self.generated
+
+    def watch_responses(self, prompts: dict[str, list[int]], max_tokens: int) -> None:
+        self._generated().watch(prompts, max_tokens)
+
+    def take_response(self, key: str, response: list[int]) -> None:
+        self._generated().take(key, response)
+
+    def end_responses(self) -> None:
+        self._generated().end()
+
+    def recorded(self, keys: list[str]) -> list[str]:
+        """Those of the keys whose features were recorded while their responses were generated."""
+        if self.generated is None:
+            return []
+        return [k for k in keys if self._content(k) in self.generated.store]
 
     def register(self, examples: list[tuple[str, list[int], list[bool], str]]) -> None:
         """Tells the session about examples: key, token ids, loss mask, source."""
@@ -236,17 +287,19 @@ class TrainingSession:
 
     def stored(self, keys: list[str]) -> list[str]:
         """Those of this rank's keys whose features are at hand, in memory or in the cache folder."""
-        return [k for k in self._own(keys) if k in self.features or self._cached(k)]
+        return [k for k in self._own(keys) if k in self.features or self._on_disk(k) is not None]
 
     def _content(self, key: str) -> str:
         return content_key(self.examples[key][0])
 
-    def _cached(self, key: str) -> bool:
-        return self.cache is not None and self._content(key) in self.cache
+    def _on_disk(self, key: str) -> FeatureStore | None:
+        stores = (self.generated.store if self.generated is not None else None, self.cache)
+        content = self._content(key)
+        return next((s for s in stores if s is not None and content in s), None)
 
     def _rows(self, key: str) -> tuple[Tensor, Tensor | None]:
-        if self.cache is not None and key not in self.features:
-            features, final = self.cache.get(self._content(key))
+        if key not in self.features and (store := self._on_disk(key)) is not None:
+            features, final = store.get(self._content(key))
             self.features.put(key, Piece(None, 0, len(features)), features, final)
         return self.features.get(key)
 
