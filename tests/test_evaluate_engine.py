@@ -28,8 +28,9 @@ class Engine(evaluate.VerifierEngine):
 
     def close(self):
         session = self.engine.collective_rpc(lambda w: w._vllm_dflash_session)[0]
-        held.extend(map(weakref.ref, (session.verifier, session.learner, session.store, session.source)))
-        del session
+        parts = (session.verifier, session.learner, session.features, session.source)
+        held.extend(map(weakref.ref, parts))
+        del session, parts
         super().close()
 
 class Child(engine_process.EngineProcess):

@@ -289,9 +289,11 @@ def test_resumed_tomorrow_nothing_is_asked_again_and_a_changed_template_is_notic
     tiny.cli(*train, env={"TZ": "Pacific/Kiritimati"})
     first = keys()
     assert len(first) == len(set(first)) == 7  # the log's head, and a response for each
+    shutil.rmtree(tmp_path / "out")  # else the run is finished
     done = tiny.cli(*train, env={"TZ": "Etc/GMT+12"})
     assert "resuming at step 2" in done.stderr
     assert keys() == first
+    shutil.rmtree(tmp_path / "out")
 
     edit_json(
         run / "run.json", started="2024-02-29T12:00:00"
