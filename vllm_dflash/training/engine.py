@@ -269,7 +269,8 @@ class VerifierEngine:
     def kv_block_size(self) -> int:
         """Tokens in a block of the KV cache: what cached prefixes are made of."""
         cache = self.engine.vllm_config.cache_config
-        return int(getattr(cache, "hash_block_size", None) or cache.block_size)
+        # vLLM 0.31 has no blocks of another size for cached prefixes.
+        return int(vars(cache).get("hash_block_size") or cache.block_size)
 
     def record_responses(
         self, folder: Path, layers: Sequence[int], final_states: bool, max_len: int
