@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_learner import make_sample
 
+from vllm_dflash.environment import available_bytes
 from vllm_dflash.training import host_memory
 from vllm_dflash.training.host_memory import (
     HostMemory,
-    available_bytes,
     default_feature_gib,
     on_device,
     one_ahead,

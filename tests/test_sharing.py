@@ -17,6 +17,7 @@ from vllm_dflash import environment
 from vllm_dflash.bench import engine_process, runner, sharing
 from vllm_dflash.bench.runner import BenchConfig, plan_run, run_bench
 from vllm_dflash.bench.sharing import Device, Sharing, plan_sharing
+from vllm_dflash.checkpoint import weight_bytes
 
 __all__ = ["fake_engine", "tiny_llama"]  # fixtures
 GIB = 2**30
@@ -92,10 +93,10 @@ def test_what_is_asked_for_wins_where_it_is_possible(monkeypatch) -> None:
 
 
 def test_weights_on_disk(tmp_path) -> None:
-    assert sharing.weight_bytes(tmp_path) is None
+    assert weight_bytes(tmp_path) is None
     for name, size in (("model-1.safetensors", 100), ("model-2.safetensors", 50), ("x.bin", 7)):
         (tmp_path / name).write_bytes(bytes(size))
-    assert sharing.weight_bytes(tmp_path) == 150
+    assert weight_bytes(tmp_path) == 150
 
 
 def test_lengths_follow_from_the_prompts(tmp_path) -> None:

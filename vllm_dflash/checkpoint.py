@@ -36,6 +36,28 @@ _OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 _DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
+def weight_bytes(model: str | Path) -> int | None:
+    """Size of a model's weights on this machine, by their index or files; None if there are none (yet)."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(model), local_files_only=True))
+        except (OSError, ValueError):  # not fetched yet, or no name of the hub
+            return None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        total = json.loads(index.read_text()).get("metadata", {}).get("total_size")
+        if total:
+            return int(total)
+    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
+        sizes = [file.stat().st_size for file in folder.glob(pattern)]
+        if sizes:
+            return sum(sizes)
+    return None
+
+
 def read_config(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Parsed ``config.json`` of a checkpoint folder or hub name.
 

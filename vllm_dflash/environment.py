@@ -38,7 +38,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": _num_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(total_bytes() / 2**30, 1),
         "gpus": _gpu_names(),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -148,20 +148,47 @@ def gpu_memory() -> list[tuple[int, int]]:
     return [(pair[0], pair[1]) for pair in sizes if len(pair) == 2]
 
 
-def available_memory() -> tuple[int, int]:
-    """Bytes of host memory in all, and available; within the limits of the control group."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    available = page * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        available = int(found[1]) * 1024 if found else available
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        used = int((group / "memory.current").read_text())
-        total, available = min(total, limit), min(available, max(limit - used, 0))
-    return total, available
+def total_bytes() -> int:
+    """The machine's memory, whatever its control groups allow."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that a process can still have: the machine's, or its control group's where that is less."""
+    meminfo = dict(
+        line.split(":", 1)
+        for line in (root / "proc/meminfo").read_text().splitlines()
+        if ":" in line
+    )
+    least = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the group is often mounted as the root; limits of groups above count too.
+        folder = base / path.strip("/")
+        for group in (folder, *folder.parents):
+            if (group / limit).is_file() and (group / used).is_file():
+                text = (group / limit).read_text().strip()
+                if text != "max":
+                    cache = _reclaimable(group / "memory.stat")
+                    least = min(least, int(text) - int((group / used).read_text()) + cache)
+            if group == base:
+                break
+    return max(least, 0)
+
+
+def _reclaimable(stat: Path) -> int:
+    """File pages that the kernel drops before it refuses memory."""
+    if not stat.is_file():
+        return 0
+    rows = dict(line.split() for line in stat.read_text().splitlines())
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
 def _gpu_names() -> list[str]:

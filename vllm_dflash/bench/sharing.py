@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.environment import available_memory, gpu_memory
+from vllm_dflash.checkpoint import weight_bytes
+from vllm_dflash.environment import available_bytes, gpu_memory, total_bytes
 
 #: All engines at once; weights in host memory between turns (vLLM's sleep mode); one process a turn.
 KINDS = ("together", "sleep", "restart")
@@ -46,12 +47,11 @@ class Device:
     @classmethod
     def here(cls) -> Device:
         """The GPU with the least free memory of those that this process may use; else the CPU."""
-        total, free = available_memory()
-        gpus = gpu_memory()
+        free, gpus = available_bytes(), gpu_memory()
         if gpus:
             most, least = min(gpus, key=lambda gpu: gpu[1])
             return cls("GPU", most, least, free, True)
-        return cls("CPU", total, free, free, False)
+        return cls("CPU", total_bytes(), free, free, False)
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,6 @@ def needed_model_len(
     needed = longest_prompt + max_tokens + 2 * (draft_tokens + 1)
     limit = getattr(verifier_config.get_text_config(), "max_position_embeddings", None)
     return needed if limit is None or needed <= limit else None
-
-
-def weight_bytes(model: str | Path) -> int | None:
-    """Size of a model's weight files on this machine; None if there are none (yet)."""
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(model), local_files_only=True))
-        except (OSError, ValueError):  # not fetched yet, or no name of the hub
-            return None
-    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-        sizes = [file.stat().st_size for file in folder.glob(pattern)]
-        if sizes:
-            return sum(sizes)
-    return None
 
 
 def kv_bytes_per_token(verifier_config: Any, dtype: str, kv_cache_dtype: str = "auto") -> int:

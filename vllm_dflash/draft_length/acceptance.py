@@ -310,9 +310,8 @@ class Promises:
 
     def add(self, promised: Any, kept: Any) -> None:
         """Counts one verified draft, or some, the oldest first: accepted tokens expected, and accepted."""
-        after = np.cumsum(np.atleast_1d(promised)[::-1])[
-            ::-1
-        ]  # each one and what was promised after it
+        # Each one and what was promised after it.
+        after = np.flip(np.cumsum(np.flip(np.atleast_1d(promised))))
         weights = 0.5 ** ((after - promised) / _PROMISE_HALF_LIFE)
         decay = float(0.5 ** (after[0] / _PROMISE_HALF_LIFE))
         prior = (1 - decay) * _PROMISE_PRIOR

@@ -140,13 +140,14 @@ def _patch_worker(module: ModuleType) -> None:
 
     @functools.wraps(warm_up)
     def compile_or_warm_up_model(self):
-        runner, left = self.model_runner, ["to do"]
+        runner, chosen = self.model_runner, False
 
         def choose_lengths() -> None:
+            nonlocal chosen
             drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
             choose = getattr(drafter, "choose_lengths", None)
-            if left and choose is not None:
-                left.clear()
+            if choose is not None and not chosen:
+                chosen = True
                 # Dummy steps are no load that experts are to be balanced by.
                 with getattr(getattr(runner, "eplb", None), "suppress", nullcontext)():
                     choose(runner)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_dflash.environment import available_bytes
 from vllm_dflash.training.learner import Sample
 
 #: A power of two: torch rounds page-locked memory up to one, and pieces by themselves would waste up to half.
@@ -23,44 +23,6 @@ SLAB_BYTES = 256 * 2**20
 _ALIGNMENT = 256
 #: Of what is available; the rest is the verifier's (on a CPU), the learner's, and the page cache's.
 _SHARE = 0.5
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that a process can still have: the machine's, or its control group's where that is less."""
-    meminfo = dict(
-        line.split(":", 1)
-        for line in (root / "proc/meminfo").read_text().splitlines()
-        if ":" in line
-    )
-    least = int(meminfo["MemAvailable"].split()[0]) * 1024
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the group is often mounted as the root; limits of groups above count too.
-        folder = base / path.strip("/")
-        for group in (folder, *folder.parents):
-            if (group / limit).is_file() and (group / used).is_file():
-                text = (group / limit).read_text().strip()
-                if text != "max":
-                    cache = _reclaimable(group / "memory.stat")
-                    least = min(least, int(text) - int((group / used).read_text()) + cache)
-            if group == base:
-                break
-    return max(least, 0)
-
-
-def _reclaimable(stat: Path) -> int:
-    """File pages that the kernel drops before it refuses memory."""
-    if not stat.is_file():
-        return 0
-    rows = dict(line.split() for line in stat.read_text().splitlines())
-    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
 def default_feature_gib(ranks: int) -> float:

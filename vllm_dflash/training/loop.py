@@ -358,7 +358,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         check_prompts(config.verifier, held_out, config.engine.extra)
     config = config.with_feature_gib()
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
-    if (summary := finished(config, folder)) is not None:
+    if (summary := finished(config.output, folder)) is not None:
         reporter.say(
             f"this run is finished: {summary['steps']} steps; the same command with --restart trains anew, "
             "another -o beside it"
@@ -399,13 +399,13 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         engine.close()
 
 
-def finished(config: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
+def finished(output: Path, folder: RunFolder) -> dict[str, Any] | None:
     """The summary of a run whose drafter stands in the output as the run wrote it, else None."""
-    state, file = folder.state(), config.output / TRAINING_FILE
+    state, file = folder.state(), output / TRAINING_FILE
     if state is None or not file.is_file():
         return None
     summary = json.loads(file.read_text())
-    same = summary.get("config") == json.loads(json.dumps(config.identity()))
+    same = summary.get("config") == folder.config
     return summary if same and summary.get("steps") == state["step"] else None
 
 
@@ -765,7 +765,7 @@ class _Run:
             "minutes": {name: s / 60 for name, s in self.seconds.items()},
             "tau_heldout": held,
             "versions": versions(),
-            "config": json.loads(json.dumps(self.config.identity())),
+            "config": self.folder.config,
         }
         extra = {TRAINING_FILE: json.dumps(summary, indent=2) + "\n"}
         self.engine.call("export", str(self.config.output), self.config.fmt, extra)

@@ -22,7 +22,7 @@ from vllm_dflash.training.durations import (
 from vllm_dflash.training.engine import check_block, fit_max_len
 from vllm_dflash.training.memory import MemoryPlan, card_bytes, plan_memory, plan_table
 from vllm_dflash.training.reporting import Reporter
-from vllm_dflash.training.verifier_memory import verifier_sizes
+from vllm_dflash.training.verifier_memory import VerifierSizes, verifier_sizes
 from vllm_dflash.verifier import Verifier
 
 #: Engine arguments by which a user sizes the engine.
@@ -61,6 +61,11 @@ def new_drafter(
         ) from error
 
 
+def _sizes(verifier: Verifier, hf_config: Any, engine: EngineOptions) -> VerifierSizes:
+    remote = verifier.trust_remote_code
+    return verifier_sizes(hf_config, Path(verifier.model), engine.dtype, trust_remote_code=remote)
+
+
 def plan_of_machine(
     verifier: Verifier,
     hf_config: Any,
@@ -78,12 +83,7 @@ def plan_of_machine(
     cards = gpu_memory() if torch.version.cuda else []
     if not cards or not engine.extra.keys().isdisjoint(_SIZES_ENGINE):
         return None
-    sizes = verifier_sizes(
-        hf_config,
-        Path(verifier.model),
-        engine.dtype,
-        trust_remote_code=verifier.trust_remote_code,
-    )
+    sizes = _sizes(verifier, hf_config, engine)
     text = hf_config.get_text_config()
     card = min(total for total, _ in cards)
     plan = plan_memory(text, sizes, drafter, hparams, engine, card)
@@ -117,12 +117,7 @@ def print_plan(
     drafter = new_drafter(shape, hf_config, mask, str(verifier))
     engine = fit_max_len(engine, hf_config, drafter)
     check_block(engine, drafter)
-    sizes = verifier_sizes(
-        hf_config,
-        Path(verifier.model),
-        engine.dtype,
-        trust_remote_code=verifier.trust_remote_code,
-    )
+    sizes = _sizes(verifier, hf_config, engine)
     text = hf_config.get_text_config()
     plan = plan_memory(text, sizes, drafter, hparams, engine, card_bytes(gpu_gb))
     reporter = Reporter(console)

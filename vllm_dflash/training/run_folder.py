@@ -62,7 +62,8 @@ class RunFolder:
             if restart:
                 remove_own(path, _OWN_FILES)
             file = path / "run.json"
-            config = json.loads(json.dumps(config))
+            #: As JSON has it.
+            self.config = config = json.loads(json.dumps(config))
             if file.is_file():
                 self._compare(config, _read_run(file)["config"])
             mark_folder(path, "run")

@@ -6,12 +6,13 @@ meta device) is built to count them. Neither reads a weight.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_dflash.checkpoint import weight_bytes
 
 #: Weights of a quantised checkpoint that are stored as they are: what the drafter learns through, and what is
 #: no matrix. Bits of a weight and of what belongs to it, by the names that configurations use.
@@ -85,7 +86,7 @@ def verifier_sizes(
     stored = (matrices * bits / 8 if bits else matrices * itemsize) + others * itemsize
     weights = int(stored) + sum(vocabulary.values()) * itemsize
     source = f"{matrices / 1e9:.1f} B weights of {bits or 8 * itemsize:g} bits"
-    on_disk = _bytes_on_disk(folder)
+    on_disk = weight_bytes(folder) if folder is not None and folder.is_dir() else None
     if on_disk is not None and bits:
         # The files know what is left unquantised and how large scales are; a tower counts with them.
         weights, source = on_disk, "size of the checkpoint"
@@ -129,18 +130,6 @@ def _quantised_bits(hf_config: Any) -> float | None:
             "engine may have: --engine-args '{\"gpu_memory_utilization\": 0.6}'"
         )
     return _BITS[method]
-
-
-def _bytes_on_disk(folder: Path | None) -> int | None:
-    if folder is None or not folder.is_dir():
-        return None
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        total = json.loads(index.read_text()).get("metadata", {}).get("total_size")
-        if total:
-            return int(total)
-    files = list(folder.glob("*.safetensors"))
-    return sum(f.stat().st_size for f in files) if files else None
 
 
 def _setting(text: Any, *names: str) -> int:
