@@ -1,6 +1,6 @@
 """Which verifiers work? A tiny random model of each architecture, served and trained; one row each.
 
-    python benchmarks/architectures.py [MODEL_TYPE ...] [-o FILE] [--docs docs/verifiers.md]
+    python benchmarks/architectures.py [MODEL_TYPE ...] [-o FILE] [--docs docs/user/verifiers.md]
 
 Compares the features of vLLM's engine with Hugging Face's hidden states (fp32, prompts in chunks, several
 requests a step), greedy output with the drafter against output without it, and runs 20 training steps.

@@ -1,4 +1,4 @@
-"""The memory plans of docs/training.md beside what fake tensors need: nothing is allocated or computed.
+"""The memory plans of docs/user/training.md beside what fake tensors need: nothing is allocated or computed.
 
     python benchmarks/memory_plan.py [-o benchmarks/results/memory-plan.json]
 
