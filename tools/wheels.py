@@ -3,8 +3,8 @@
     make wheels                     # or: python tools/wheels.py [--cuda | --no-cuda] [--serve] [-o dist]
 
 The sdist comes first, and the wheels are built from it. ``dist/`` gets the sdist, ``dist/cpu`` the wheel with
-the C++ extension. Where there is an nvcc, ``dist/cu<major>`` gets the wheel with the CUDA kernels, too; neither a
-GPU nor a torch with CUDA is needed. Both wheels have the same name and are for different indices. Each is checked:
+the C++ extension. Where there is an nvcc, ``dist/cu<major>`` gets the one with CUDA kernels, too; it takes
+neither a GPU nor a torch with CUDA. Both wheels have the same name, for different indices. Each is checked:
 
 * ``auditwheel`` gives it the oldest manylinux tag that it fits; torch's libraries are not bundled.
 * ``torch-abi-audit`` and ``abi3audit``: only the stable ABIs of torch and Python.
