@@ -70,7 +70,7 @@ $(VENV)/.docs: $(VENV)/.ready
 
 # The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
 versions: setup
-	$(BIN)/python benchmarks/versions.py --changelog CHANGELOG.md
+	$(BIN)/python tools/versions.py --changelog CHANGELOG.md
 
 lint: setup
 	$(BIN)/ruff check .

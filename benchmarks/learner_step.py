@@ -124,7 +124,7 @@ def main() -> None:
     }
     Console().print(result["shapes"])
     if args.output:
-        write_json(args.output, result)
+        write_json(result, args.output)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 A point is a number of requests in flight, a kind of traffic and a length of context:
 
-* own: what the drafter was trained for; foreign: something else (``make_chat.py`` writes some); mixed: the
-  two in turn, so that requests of both kinds share a batch;
+* own: what the drafter was trained for; foreign: something else (``tools/make_chat.py`` writes some);
+  mixed: the two in turn, so that requests of both kinds share a batch;
 * short: the prompts as they are; long: behind earlier turns of at least --context-tokens tokens, about
   other things (benchmarks/data/earlier.jsonl). They are the same for all requests, and prefix caching is on
   in all modes, so that a run is decoding over a long context rather than prefill, where speculation changes

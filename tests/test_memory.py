@@ -25,7 +25,7 @@ from vllm_dflash.training.memory import GIB, card_bytes, learner_memory
 from vllm_dflash.training.verifier_memory import kv_bytes, verifier_sizes
 from vllm_dflash.verifier import Verifier
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "memory-plan.json"
+RESULTS = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("memory-plan_*.json"))
 QWEN_8B, GEMMA = SHAPES[1], SHAPES[2]
 SMALL = DrafterConfig(
     hidden_size=32,

@@ -1,6 +1,6 @@
 """Free-chat prompts for the second parity workload (benchmarks/data/chat.jsonl holds out others).
 
-python benchmarks/make_chat.py OUT.jsonl [--num 320] [--seed 0]
+python tools/make_chat.py OUT.jsonl [--num 320] [--seed 0]
 """
 
 from __future__ import annotations

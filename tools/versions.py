@@ -1,6 +1,6 @@
 """Which versions of vLLM does this plugin fit? One row for each supported release and for the newest.
 
-    python benchmarks/versions.py [VERSION ...] [--source-only] [-o FILE] [--changelog CHANGELOG.md]
+    python tools/versions.py [VERSION ...] [--source-only] [-o FILE] [--changelog CHANGELOG.md]
 
 By source: what we rely on (tests/contract.py), and what of it is not as in the installed vLLM. By running,
 where there is a CPU wheel: an environment of its own with the plugin's wheel, in which chosen tests of this

@@ -1,6 +1,6 @@
 """Which verifiers work? A tiny random model of each architecture, served and trained; one row each.
 
-    python benchmarks/architectures.py [MODEL_TYPE ...] [-o FILE] [--docs docs/user/verifiers.md]
+    python tools/architectures.py [MODEL_TYPE ...] [-o FILE] [--docs docs/user/verifiers.md]
 
 Compares the features of vLLM's engine with Hugging Face's hidden states (fp32, prompts in chunks, several
 requests a step), greedy output with the drafter against output without it, and runs 20 training steps.
@@ -10,7 +10,7 @@ has stay. Uses the checkout's tests/.
 vLLM imports torchvision for Qwen3.5, which beside a CPU torch takes a detour:
 
     pip install --no-deps --target TV torchvision==0.28.0
-    PYTHONPATH=tests/torchvision_on_cpu:TV python benchmarks/architectures.py
+    PYTHONPATH=tests/torchvision_on_cpu:TV python tools/architectures.py
 """
 
 from __future__ import annotations
