@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-long test-all test-install test-versions versions rehearse lint clean
+.PHONY: setup demo test test-fast test-long test-all test-install test-versions versions rehearse
+.PHONY: lint docs wheels clean
 
 setup: $(VENV)/.built
 
@@ -32,6 +33,10 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: setup
 	$(PYTEST) -m "not slow and not long"
+
+# The loop of somebody who edits: nothing that starts an engine or compiles; a minute on two cores.
+test-fast: setup
+	$(PYTEST) -m "not engine and not slow and not long" $(FAST)
 
 # What CI runs beside it.
 test-long: setup
@@ -62,7 +67,7 @@ $(VENV)/.release: $(VENV)/.built
 
 # The pages of docs/ in build/site; a link or a name that leads nowhere is an error.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/pip install -q 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.30'
