@@ -33,9 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_dflash import guard
+from vllm_dflash.bench.config import MODES, BenchConfig
 from vllm_dflash.bench.engine_process import DEFAULT_ENV, EngineSpec
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.bench.runner import MODES, BenchConfig, engine_spec, plan_run, rotate
+from vllm_dflash.bench.runner import engine_spec, plan_run, rotate
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 from vllm_dflash.processes import start_guard
 from vllm_dflash.verifier import Verifier

@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from vllm_dflash.bench.config import BenchConfig
 from vllm_dflash.bench.engine_process import EngineProcess
 from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.bench.runner import BenchConfig, engine_spec
+from vllm_dflash.bench.runner import engine_spec
 from vllm_dflash.environment import describe_machine, versions
 
 

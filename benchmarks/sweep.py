@@ -62,10 +62,10 @@ from sweep_figures import (
 )
 from sweep_report import show, write_png
 
+from vllm_dflash.bench.config import BenchConfig
 from vllm_dflash.bench.engine_process import EngineProcess, EngineSpec, RunResult
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.bench.runner import (
-    BenchConfig,
     EngineFactory,
     Progress,
     await_engine,

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vllm_dflash import guard
 from vllm_dflash.bench import engine_process, report, runner
+from vllm_dflash.bench.config import ADAPTIVE, MODES, BenchConfig
 from vllm_dflash.bench.engine_process import (
     ChosenLengths,
     EngineProcess,
@@ -24,7 +25,7 @@ from vllm_dflash.bench.engine_process import (
     RunResult,
     SpecCounters,
 )
-from vllm_dflash.bench.runner import BenchConfig, engine_spec, run_bench
+from vllm_dflash.bench.runner import engine_spec, run_bench
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8], [9]]
 CPU_ENV = {
@@ -224,7 +225,7 @@ def test_differing_prompts_are_counted_for_greedy_only():
 
 def test_modes_differ_in_speculation_and_plugin_only(tmp_path):
     config = bench_config(tmp_path, env={"A": "1"}, engine_args={"seed": 5})
-    specs = {mode: engine_spec(config, mode) for mode in (*runner.MODES, runner.ADAPTIVE)}
+    specs = {mode: engine_spec(config, mode) for mode in (*MODES, ADAPTIVE)}
     assert len({json.dumps(dict(s.engine_args), sort_keys=True) for s in specs.values()}) == 1
     assert specs["none"].engine_args["max_num_seqs"] == 2
     assert specs["none"].engine_args["seed"] == 5

@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dflash.serving.features import FeatureRecorder
-from vllm_dflash.training.config import EngineOptions
+from vllm_dflash.training.config import EngineOptions, TrainConfig
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.generated import GeneratedFeatures
-from vllm_dflash.training.loop import TrainConfig
 from vllm_dflash.training.plan import content_key
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.verifier import Verifier

@@ -410,19 +410,21 @@ class Learner:
         They are as it samples from them. The drafter's have neither cap nor scale: vLLM samples drafts from
         what its lm_head gives, also where that is the verifier's.
         """
-        if self.hparams.loss != "kl":
+        if not self.hparams.loss_kind.needs_final_states:
             return None
         num_draft = self.num_draft_tokens
         rows = []
         for sample, group in zip(samples, anchors, strict=True):
             if sample.final_TH is None:
-                raise ValueError(f"the kl loss needs the verifier's final states of {sample.key}")
+                raise ValueError(
+                    f"the {self.hparams.loss} loss needs the verifier's final states of {sample.key}"
+                )
             # Token p + 1 + k is predicted by the final state of position p + k.
             at = torch.tensor(group).unsqueeze(1) + torch.arange(num_draft)
             rows.append(sample.final_TH[at.clamp_max(sample.final_TH.shape[0] - 1)])
         of_states = self.verifier_logits
         if of_states is None:
-            raise ValueError("the kl loss needs the verifier's logits")
+            raise ValueError(f"the {self.hparams.loss} loss needs the verifier's logits")
         final_AKH = torch.cat(rows)
 
         def logits(part: slice) -> Tensor:
