@@ -90,7 +90,7 @@ def main() -> None:
     examples = sequences(prompts, args.num, args.min_len, args.max_len)
     tokens = sum(map(len, examples.values()))
     config = TrainConfig(
-        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(layers=1)
+        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(num_layers=1)
     )
     drafter = drafter_config(config, Verifier(args.verifier).load_config())
     with tempfile.TemporaryDirectory() as scratch:

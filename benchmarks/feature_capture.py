@@ -45,7 +45,7 @@ def main() -> None:
 
     prompts = load_prompts(args.verifier, args.data, {}, args.num)
     config = TrainConfig(
-        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(layers=1)
+        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(num_layers=1)
     )
     drafter = drafter_config(config, Verifier(args.verifier).load_config())
     longest = max(map(len, prompts)) + args.max_tokens

@@ -60,8 +60,8 @@ def main() -> None:
     common = ("--dtype", "bfloat16", "--max-len", "1024", "--max-tokens", "256")
     call(
         "train", verifier, "--data", train_data, "-o", drafter, "--eval-data", heldout, *common,
-        "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
-        "--lr", "1.5e-3", "--anchors", "32", "--max-steps", str(args.steps),
+        "--num-layers", "2", "--block-size", "8", "--draft-vocab", "8192",
+        "--lr", "1.5e-3", "--num-anchors", "32", "--max-steps", str(args.steps),
     )  # fmt: skip
     call("eval", verifier, drafter, "--data", heldout, "--engine", "-o", out / "eval.json", *common)
     call(
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def summarize(bench: dict, evaluation: dict, training: dict, total_minutes: float) -> dict:
-    """The demo's figures; ``speedup`` is ours over no speculation at concurrency 1."""
+    """The demo's figures; ``speedup`` is the plugin over no speculation at concurrency 1."""
     figures = {
         mode: {
             concurrency: {
@@ -103,7 +103,7 @@ def summarize(bench: dict, evaluation: dict, training: dict, total_minutes: floa
         "tau_offline": evaluation["offline"]["tau"],
         "tau_engine": evaluation["engine"]["tau"],
         "position_rates": evaluation["offline"]["position_rates"],
-        "speedup": figures["ours"]["1"]["over_none"]["ratio"],
+        "speedup": figures["plugin"]["1"]["over_none"]["ratio"],
         "modes": figures,
         "machine": describe_machine(),
         "versions": versions(),

@@ -55,8 +55,8 @@ def prompts_file(models) -> Path:
 def trained(models, verifier, prompts_file) -> Trained:
     """Two layers, block 8, a draft vocabulary; learned its 24 prompts by heart."""
     out = models / "drafter"
-    args = (*tiny.TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48")
-    args += ("--sequences", "2", "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150")
+    args = (*tiny.TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--num-anchors", "48")
+    args += ("--batch-size", "2", "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150")
     done = tiny.cli("train", verifier, "--data", prompts_file, "-o", out, *args)
     return Trained(verifier, prompts_file, out, models / "drafter-run", args, done.stderr)
 

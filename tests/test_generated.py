@@ -244,7 +244,7 @@ def test_recorded_features_are_the_extracted_ones(verifier, dialogues, tmp_path)
 
 def train(verifier: Path, data: Path, out: Path) -> list[str]:
     args = ("--data", data, "-o", out, *tiny.TRAIN_ARGS[:4], *tiny.TRAIN_ARGS[6:])
-    args += ("--max-len", "300", "--max-num-seqs", "2", "--max-steps", "60", "--anchors", "16")
+    args += ("--max-len", "300", "--max-num-seqs", "2", "--max-steps", "60", "--num-anchors", "16")
     args += ("--features-from", "generation", "--save-minutes", "0")
     return tiny.cli_command("train", verifier, *args)
 

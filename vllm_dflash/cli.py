@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vllm_dflash.bench.config import BenchConfig
 from vllm_dflash.bounds import json_object
+from vllm_dflash.renamed import OldFlags
 from vllm_dflash.settings import build, parsed, takes
 from vllm_dflash.training.config import (
     DrafterShape,
@@ -88,7 +89,7 @@ def _facts() -> Table:
     return table
 
 
-@app.command()
+@app.command(cls=OldFlags)
 @takes(TrainConfig, DrafterShape, Hyperparameters, SamplingOptions, EngineOptions, Verifier)
 def train(
     verifier: VerifierName,
@@ -119,11 +120,11 @@ def train(
     run(config, Reporter())
 
 
-@app.command()
+@app.command(cls=OldFlags)
 @takes(
     (EngineOptions, "tensor_parallel_size", "max_len", "max_num_seqs", "dtype"),
     (DrafterShape, *_PLANNED_SHAPE),
-    (Hyperparameters, "optimizer", "ema", "loss", "anchors", "sequences"),
+    (Hyperparameters, "optimizer", "ema_decay", "loss", "num_anchors", "batch_size"),
     (TrainConfig, "epochs"),
     (Verifier, "trust_remote_code", "revision"),
 )

@@ -77,29 +77,29 @@ class Hyperparameters:
     """What decides the trained weights, given the examples. Sent to the worker as a plain dict.
 
     Attributes:
-        lr, anchors: the paper's.
-        warmup: linear, before a cosine down to ``min_lr``.
+        lr, num_anchors: the paper's.
+        warmup_ratio: linear, before a cosine down to ``min_lr``.
         loss, gamma, alpha: see :func:`vllm_dflash.modeling.losses.block_loss`; gamma None takes the
             paper's value for the block size.
-        ema: the averaged weights are then what is exported.
+        ema_decay: the averaged weights are then what is exported.
         autocast: ``bfloat16`` keeps fp32 masters. Muon orthogonalises in the same.
-        max_bad: more sequences with non-finite values than this stop the training.
+        max_skipped: more sequences with non-finite values than this stop the training.
     """
 
     lr: float = _training(6e-4, "Peak learning rate.", bound=Bound(above=0, high=10))
     weight_decay: float = _training(
         0.0, "Decay of the matrices, times the rate.", bound=Bound(low=0, high=100)
     )
-    warmup: float = _training(0.04, "Share of the steps.", bound=SHARE)
+    warmup_ratio: float = _training(0.04, "Share of the steps.", bound=SHARE)
     min_lr: float = _training(0.0, "End of the cosine, share of --lr.", bound=SHARE)
-    clip: float = _training(1.0, "Largest norm of the gradient.", bound=POSITIVE)
+    max_grad_norm: float = _training(1.0, "Largest norm of the gradient.", bound=POSITIVE)
     optimizer: str = _training("adamw", "adamw or muon.", choices=("adamw", "muon"))
-    anchors: int = _training(512, "Random anchors of a sequence.", bound=count())
-    sequences: int = _training(1, "Sequences of a step.", bound=count())
+    num_anchors: int = _training(512, "Random anchors of a sequence.", bound=count())
+    batch_size: int = _training(1, "Sequences of a step.", bound=count())
     loss: str = _training("dpace", "dpace, ce or kl.", choices=tuple(LOSSES))
     gamma: float | None = _training(None, "Decay of ce and kl.", bound=POSITIVE)
     alpha: float = _training(0.5, "Smoothing of dpace.", bound=SHARE)
-    ema: float = _training(
+    ema_decay: float = _training(
         0.0, "Decay of averaged weights; 0 for none.", bound=Bound(low=0, below=1)
     )
     autocast: str = _training(
@@ -108,7 +108,7 @@ class Hyperparameters:
         choices=("bfloat16", "float32"),
     )
     seed: int = _training(0, "Of initial weights, order and anchors.", bound=count(0))
-    max_bad: float = _training(0.1, "Share of sequences that may be skipped.", bound=SHARE)
+    max_skipped: float = _training(0.1, "Share of sequences that may be skipped.", bound=SHARE)
 
     def __post_init__(self) -> None:
         check(self)
@@ -168,11 +168,11 @@ class DrafterShape:
         sample_from_anchor: whether the anchor's own output predicts.
     """
 
-    layers: int | None = _drafter(None, "Draft layers. Default: 5.", bound=count(1, 512))
+    num_layers: int | None = _drafter(None, "Draft layers. Default: 5.", bound=count(1, 512))
     block_size: int | None = _drafter(
         None, "Draft block, anchor included. Default: 16.", bound=count(1, 4096)
     )
-    features: int | None = _drafter(
+    num_target_layers: int | None = _drafter(
         None, "How many verifier layers to read. Default: 5.", bound=count(1, 512)
     )
     target_layer_ids: tuple[int, ...] | None = _drafter(
@@ -190,8 +190,8 @@ class DrafterShape:
         "Default: the verifier's, whose embedding is then shared.",
         bound=count(8, 2**17),
     )
-    heads: int | None = _drafter(None, "Default: the verifier's.", bound=count(1, 2**12))
-    kv_heads: int | None = _drafter(None, "Default: the verifier's.", bound=count(1, 2**12))
+    num_heads: int | None = _drafter(None, "Default: the verifier's.", bound=count(1, 2**12))
+    num_kv_heads: int | None = _drafter(None, "Default: the verifier's.", bound=count(1, 2**12))
     head_dim: int | None = _drafter(None, "Default: the verifier's.", bound=count(2, 2**12))
     sliding_window: int | None = _drafter(
         None, "In tokens, of the layers that --layer-types calls sliding.", bound=count()
@@ -226,9 +226,9 @@ class DrafterShape:
         """The same with the paper's values where none are given."""
         return dataclasses.replace(
             self,
-            layers=5 if self.layers is None else self.layers,
+            num_layers=5 if self.num_layers is None else self.num_layers,
             block_size=16 if self.block_size is None else self.block_size,
-            features=5 if self.features is None else self.features,
+            num_target_layers=5 if self.num_target_layers is None else self.num_target_layers,
         )
 
 
@@ -351,7 +351,7 @@ class TrainConfig:
         0.05, "Share kept back without --eval-data.", bound=Bound(low=0, below=1)
     )
     max_holdout: int = option(64, bound=count(0))
-    init_from: str | None = _drafter(None, "Fine-tune this drafter.", "--from")
+    init_from: str | None = _drafter(None, "Fine-tune this drafter.")
     epochs: float = _training(6.0, "Passes over the data.", bound=Bound(above=0, high=100_000))
     max_steps: int | None = _training(
         None, "Steps in all, whatever --epochs says.", bound=count(1, 100_000_000)

@@ -21,6 +21,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.environment import versions
 from vllm_dflash.files import ANY_FILES, claim_file, claim_folder, mark_folder, writing
 from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
+from vllm_dflash.renamed import run_config
 from vllm_dflash.training.config import (
     StepLayout,
     TrainConfig,
@@ -94,7 +95,7 @@ def claim_outputs(config: TrainConfig) -> None:
     """
     inputs = {
         "the verifier": str(config.verifier),
-        "the drafter of --from": config.init_from,
+        "the drafter of --init-from": config.init_from,
         "the data": config.data,
         "the held-out data": config.eval_data,
     }
@@ -203,7 +204,7 @@ def finished(output: Path, folder: RunFolder) -> dict[str, Any] | None:
     if state is None or not file.is_file():
         return None
     summary = json.loads(file.read_text())
-    same = summary.get("config") == folder.config
+    same = run_config(summary.get("config") or {}) == folder.config
     return summary if same and summary.get("steps") == state["step"] else None
 
 
@@ -274,7 +275,7 @@ class Trainer:
         held_by_key = {f"heldout/{e.id}": e for e in held}
         self.examples_digest = examples_digest([*examples, *held])
         draft_ids = self._draft_vocab(examples)
-        steps_per_epoch = len(epoch_steps(list(by_key), self.config.hparams.sequences, 0, 0))
+        steps_per_epoch = len(epoch_steps(list(by_key), self.config.hparams.batch_size, 0, 0))
         total = self.config.max_steps or max(1, round(self.config.epochs * steps_per_epoch))
         info = self.engine.call(
             "begin",
@@ -291,10 +292,10 @@ class Trainer:
             f"for {total} steps ({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
             f"{len(held_by_key)} held out"
         )
-        ranks, sequences = self.config.engine.ranks, self.config.hparams.sequences
+        ranks, sequences = self.config.engine.ranks, self.config.hparams.batch_size
         if ranks > 1:
             self.reporter.say(
-                f"{ranks} ranks share each step by sequence, {sequences} a step (--sequences)"
+                f"{ranks} ranks share each step by sequence, {sequences} a step (--batch-size)"
                 + ("; with fewer than ranks some idle" if sequences < ranks else "")
             )
         self.engine.call(
@@ -317,7 +318,7 @@ class Trainer:
             held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
                 {k: e.token_ids for k, e in by_key.items()},
-                sequences_per_step=self.config.hparams.sequences,
+                sequences_per_step=self.config.hparams.batch_size,
                 seed=self.config.hparams.seed,
                 total_steps=total,
                 max_rows=self._feature_tokens() - max(held_rows.values(), default=0),
@@ -470,10 +471,10 @@ class Trainer:
     def _ban(self, key: str, reason: str, of: int) -> None:
         self.bad[key] = reason
         self.reporter.say(f"skipping {key}: {reason}")
-        if len(self.bad) > max(1, self.config.hparams.max_bad * of):
+        if len(self.bad) > max(1, self.config.hparams.max_skipped * of):
             raise ValueError(
                 f"{len(self.bad)} of {of} sequences had to be skipped, the last because {reason}; "
-                f"training stops (--max-bad {self.config.hparams.max_bad})"
+                f"training stops (--max-skipped {self.config.hparams.max_skipped})"
             )
 
     def _stopped(self) -> Interrupted:

@@ -36,12 +36,12 @@ from vllm_dflash.verifier import Verifier
 _SIZES_ENGINE = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 #: Fields of a shape that the drafter's configuration calls otherwise.
 _IN_CONFIG = {
-    "layers": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
     "block_size": "draft_block_size",
-    "features": "num_features",
+    "num_target_layers": "num_features",
     "draft_vocab": "draft_vocab_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
 }
 
 
@@ -50,14 +50,14 @@ def new_drafter(
 ) -> DrafterConfig:
     """A drafter of the given shape for a verifier; ValueError where the two do not go together."""
     info = VerifierInfo.from_hf_config(hf_config, name)
-    ids, features = given.target_layer_ids, given.features
-    if ids is not None and features not in (None, len(ids)):
+    ids, num = given.target_layer_ids, given.num_target_layers
+    if ids is not None and num not in (None, len(ids)):
         raise ValueError(
-            f"--features is {features}, but --target-layer-ids names {len(ids)} layers; leave one out"
+            f"--num-target-layers is {num}, but --target-layer-ids names {len(ids)} layers; leave one out"
         )
-    if features is not None and features > info.num_hidden_layers:
+    if num is not None and num > info.num_hidden_layers:
         raise ValueError(
-            f"--features is {features}, but the verifier has {info.num_hidden_layers} layers to read"
+            f"--num-target-layers is {num}, but the verifier has {info.num_hidden_layers} layers to read"
         )
     shape = given.with_defaults()
     try:
@@ -95,7 +95,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
 def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
     """ValueError when the user gives a shape that the drafter to go on from does not have."""
     for field_name, value in shape.given().items():
-        if field_name == "features":
+        if field_name == "num_target_layers":
             has: Any = len(drafter.target_layer_ids)
         elif field_name == "draft_vocab":
             has = drafter.logits_vocab_size
@@ -103,8 +103,8 @@ def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) ->
             has = getattr(drafter, _IN_CONFIG.get(field_name, field_name))
         if value != has:
             raise ValueError(
-                f"{option_of(field_name)} is {value!r}, but the drafter --from {name} has {has!r}, and a "
-                "drafter keeps its shape; leave the option out"
+                f"{option_of(field_name)} is {value!r}, but the drafter --init-from {name} has {has!r}, and "
+                "a drafter keeps its shape; leave the option out"
             )
 
 
