@@ -185,7 +185,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("drafter")
     parser.add_argument("--data", help="conversations; without it the client makes its own prompts")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench-serve"))
-    parser.add_argument("--modes", default="none,stock,ours", help=f"some of {', '.join(MODES)}")
+    parser.add_argument("--modes", default="none,stock,plugin", help=f"some of {', '.join(MODES)}")
     parser.add_argument("--concurrency", default="1,8", help="requests in flight, comma separated")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256, help="of prompts from --data")

@@ -42,7 +42,7 @@ def main() -> None:
         config = BenchConfig(
             verifier=args.verifier,
             drafter=args.drafter,
-            modes=("none", "ours"),
+            modes=("none", "plugin"),
             concurrencies=(args.concurrency,),
             dtype="bfloat16",
             max_model_len=max(map(len, prompts)) + args.max_tokens + 32,
@@ -58,7 +58,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.verifier, dtype=torch.float32)
     differences = []
-    for i, (plain, ours) in enumerate(zip(outputs["none"], outputs["ours"], strict=True)):
+    for i, (plain, ours) in enumerate(zip(outputs["none"], outputs["plugin"], strict=True)):
         if plain == ours:
             continue
         pairs = zip(plain, ours, strict=False)

@@ -54,7 +54,6 @@ from sweep_figures import (
     CONTEXTS,
     FIXED,
     OUR_MODES,
-    OURS,
     TRAFFIC,
     Point,
     finish,
@@ -168,7 +167,7 @@ class SweepConfig:
     def spec(self, mode: str) -> EngineSpec:
         """The engine of a mode; they differ in speculation and the plugin alone."""
         plugin = mode not in STOCK_MODES
-        base = {"table": "stock"}.get(mode, OURS if plugin else mode)
+        base = {"table": "stock"}.get(mode, "plugin" if plugin else mode)
         speculative = speculative_config(self.bench, base)
         if mode == "table":
             speculative = {

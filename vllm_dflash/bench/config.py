@@ -10,15 +10,20 @@ from typing import Any
 from vllm_dflash.bench.sharing import KINDS
 from vllm_dflash.bounds import DTYPES, POSITIVE, Bound, count, int_list, words
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.renamed import bench_modes
 from vllm_dflash.settings import check, option
 from vllm_dflash.training.config import speculative_tokens
 
-MODES = ("none", "ngram", "stock", "ours")
+MODES = ("none", "ngram", "stock", "plugin")
 #: Stock with vLLM's adaptive verification, for its V2 runner on a GPU.
 ADAPTIVE = "adaptive"
-DRAFTER_MODES = frozenset({"stock", "ours", ADAPTIVE})
+DRAFTER_MODES = frozenset({"stock", "plugin", ADAPTIVE})
 
 _engine = partial(option, panel="Engine")
+
+
+def _modes(name: str, text: str) -> tuple[str, ...]:
+    return bench_modes(words(name, text))
 
 
 @dataclass
@@ -27,7 +32,7 @@ class BenchConfig:
 
     Attributes:
         verifier: path or hub name of the model that is served.
-        drafter: checkpoint folder of the DFlash drafter; needed by ``stock`` and ``ours``.
+        drafter: checkpoint folder of the DFlash drafter; needed by ``stock`` and ``plugin``.
         num_speculative_tokens: None reads the drafter's ``config.json``.
         modes: some of :data:`MODES` and :data:`ADAPTIVE`; ratios need ``none``.
         concurrencies: each is measured by itself.
@@ -49,7 +54,7 @@ class BenchConfig:
     verifier: str
     drafter: str | None = None
     out_dir: Path = option(Path("bench"), "Folder of the report.", "-o", "--output")
-    modes: tuple[str, ...] = option(MODES, f"Of {', '.join((*MODES, ADAPTIVE))}.", parse=words)
+    modes: tuple[str, ...] = option(MODES, f"Of {', '.join((*MODES, ADAPTIVE))}.", parse=_modes)
     concurrencies: tuple[int, ...] = option(
         (1, 4), "Requests in flight, comma separated.", "--concurrency", parse=int_list
     )

@@ -11,7 +11,7 @@ Modes:
 * ``none``: no speculation, plugin off: the baseline of every ratio.
 * ``ngram``: vLLM's prompt lookup with as many draft tokens as the drafter gives, plugin off.
 * ``stock``: the drafter in vLLM's own ``dflash``, plugin off.
-* ``ours``: the drafter in ``dflash``, plugin on.
+* ``plugin``: the drafter in ``dflash``, plugin on.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def speculative_config(config: BenchConfig, mode: str) -> dict[str, Any] | None:
 def engine_spec(config: BenchConfig, mode: str) -> EngineSpec:
     """The engine of one mode; the modes differ in speculation and in the plugin only."""
     speculative = speculative_config(config, mode)
-    return make_spec(config, mode, speculative, mode == "ours", len(config.modes))
+    return make_spec(config, mode, speculative, mode == "plugin", len(config.modes))
 
 
 def make_spec(
@@ -110,7 +110,7 @@ def make_spec(
         engine_args["max_model_len"] = config.max_model_len
     # VLLM_PLUGINS is the list of allowed plugins. An empty one (which vLLM reads as one nameless
     # plugin, not as "unset") turns all groups off, stat loggers included; naming ours alone makes
-    # our plugin the one difference between stock and ours.
+    # our plugin the one difference between stock and plugin.
     return EngineSpec(
         mode=mode,
         model=config.verifier,
@@ -286,7 +286,7 @@ class _Engines:
         engine = self.alive[mode] = self.factory(replace(spec, engine_args=args))
         self._stack.callback(engine.close)
         engine.start()
-        startup_s = await_engine(self.config, engine, plugin=mode == "ours")
+        startup_s = await_engine(self.config, engine, plugin=mode == "plugin")
         entry = self.report["modes"][mode]
         if entry["startup_s"] is None:
             entry["startup_s"] = startup_s
