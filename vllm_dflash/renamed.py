@@ -1,4 +1,4 @@
-"""Names of 0.1 that are still taken; to be removed with the release after the next."""
+"""Names of 0.1 that 0.2 still takes; to be removed after it."""
 
 from __future__ import annotations
 
