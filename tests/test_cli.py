@@ -87,7 +87,7 @@ def test_drafter_of_another_verifier(refused, tmp_path, prompts_file, drafter) -
     data = ("--data", prompts_file)
     for command in (
         ("eval", other, drafter, *data),
-        ("train", other, *data, "-o", tmp_path / "out", "--from", drafter),
+        ("train", other, *data, "-o", tmp_path / "out", "--init-from", drafter),
         ("inspect", drafter, other),
     ):
         line = refused(*command)
@@ -103,7 +103,7 @@ def test_broken_checkpoints(refused, tmp_path, verifier, prompts_file, drafter) 
     data = ("--data", prompts_file)
     for command in (
         ("eval", verifier, half, *data),
-        ("train", verifier, *data, "-o", tmp_path / "out", "--from", half),
+        ("train", verifier, *data, "-o", tmp_path / "out", "--init-from", half),
         ("inspect", half),
         ("convert", half, "-o", tmp_path / "out", "--to", "zlab"),
     ):

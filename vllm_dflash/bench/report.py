@@ -21,12 +21,12 @@ MODE_COLORS = {
     "none": "#8c8c8c",
     "ngram": "#e69f00",
     "stock": "#56b4e9",
-    "ours": "#0072b2",
+    "plugin": "#0072b2",
     "adaptive": "#009e73",
 }
 NO_VALUE = "-"
 LEGEND = """\
-tau: tokens delivered a step with a draft; below "ours" those of the drafter's drafts and of prompt lookup's
+tau: tokens delivered a step with a draft; below "plugin" those of the drafter's drafts and of prompt lookup's
 (- where it sent none). differ: prompts whose output is not that of mode none (in bf16 near ties do that)"""
 
 
