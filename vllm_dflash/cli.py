@@ -205,7 +205,17 @@ def eval_(
     result = evaluate(config, Reporter())
     if output is not None:
         atomic_write(output, json.dumps(result, indent=2) + "\n")
-    table = Table("", "tau", "drafts", "accepted", "acceptance by position")
+    table = Table(
+        "",
+        "tau",
+        "drafts",
+        "tokens accepted",
+        "drafts accepted up to token 1, 2, ...",
+        caption=f"tau: tokens that a step of the verifier yields, 1 without a drafter and at most "
+        f"{result['num_speculative_tokens'] + 1} here, over {result['conversations']} conversations; "
+        "offline by teacher forcing, engine by vLLM's counters",
+        caption_justify="left",
+    )
     rows = [("offline", result["offline"])]
     rows += [(f"  {name}", r) for name, r in result["offline"]["sources"].items()]
     if "engine" in result:

@@ -83,7 +83,11 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         with reporter.stage("starting the verifier"):
             engine = VerifierEngine(config.verifier, config.drafter, config.engine, tokens)
         try:
-            with reporter.progress("responses", "responses") as update:
+
+            def generated(requests: int) -> tuple[int, float]:
+                return engine.generated.expected(requests, config.max_tokens)
+
+            with reporter.progress("responses", "responses", generated) as update:
                 examples, rejected = prepare_examples(
                     engine,
                     config.verifier,
@@ -189,6 +193,7 @@ def _offline(
     failed = {}
     with reporter.progress("extracting features", "sequences") as update:
         token_ids = {k: e.token_ids for k, e in by_key.items()}
+        update(0, len(by_key))
         for done, (key, problem) in enumerate(engine.extract(token_ids), start=1):
             update(done, len(by_key))
             if problem:
@@ -225,7 +230,7 @@ def serving_spec(config: EvalConfig, tokens: int, log: Path) -> EngineSpec:
     from vllm_dflash.bench.engine_process import EngineSpec
 
     return EngineSpec(
-        mode="ours",
+        mode="plugin",
         model=str(config.verifier),
         engine_args={
             "dtype": config.engine.dtype,

@@ -28,6 +28,7 @@ from vllm_dflash.training.config import (
     TrainConfig,
 )
 from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.curves import draw_curves
 from vllm_dflash.training.engine import (
     VerifierEngine,
     check_block,
@@ -175,7 +176,8 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
             f"this run is finished: {summary['steps']} steps; the same command with --restart trains anew, "
             "another -o beside it"
         )
-        reporter.finished(config.output, summary, None)
+        curves = folder.curves if folder.curves.is_file() else None
+        reporter.finished(config.output, summary, curves)
         return summary
     if config.cache_features is not None:
         with writing(config.cache_features):
@@ -187,9 +189,15 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if config.eval_data:
         report_rejected(held_rejected, num_held_rows, folder.rejected_heldout, allowed, say)
     reporter.say(
-        f"{len(conversations)} conversations ({len(rejected)} rejected), drafter of "
-        f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "
-        f"{list(drafter.target_layer_ids)}, mask token {drafter.mask_token_id}"
+        f"{len(conversations)} conversations ({len(rejected)} rejected); drafter of "
+        f"{drafter.num_hidden_layers} layers, blocks of {drafter.draft_block_size} tokens, reads the "
+        f"verifier's layers {', '.join(map(str, drafter.target_layer_ids))}, mask token "
+        f"{drafter.mask_token_id}"
+    )
+    reporter.say(
+        "to do: start the verifier, "
+        + ("" if config.on_policy else "have it write the responses, ")
+        + f"extract its features, train; {folder.path} keeps what is done, and the same command resumes there"
     )
     if sentence := float32_sentence(given, config.engine.dtype):
         reporter.say(sentence)
@@ -307,6 +315,8 @@ class Trainer:
             f"for {total} steps ({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
             f"{len(held_by_key)} held out"
         )
+        assert self.drafter.num_speculative_tokens is not None
+        self.reporter.terms(self.drafter.num_speculative_tokens, len(held_by_key))
         ranks, sequences = self.config.engine.ranks, self.config.hparams.batch_size
         if ranks > 1:
             self.reporter.say(
@@ -323,8 +333,8 @@ class Trainer:
         if self.config.records:
             self._report_recorded(list(by_key | held_by_key))
         with _stop_flag() as self.stop:
-            self.step = self._resume()
-            self._extract(held_by_key, keep=[])
+            self.step = self._resume(total)
+            self._extract(held_by_key, keep=[], what="extracting held-out features")
             owners = {k: owner(e.token_ids, ranks) for k, e in (by_key | held_by_key).items()}
             # What was recorded comes from the disk as whole sequences.
             whole = self.config.engine.max_len + 1
@@ -345,7 +355,12 @@ class Trainer:
         return self._finish(total, held_keys, len(by_key))
 
     def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
-        with self.reporter.progress(what, unit="responses") as update:
+        most = self.config.sampling.max_tokens
+
+        def generated(requests: int) -> tuple[int, float]:
+            return self.engine.generated.expected(requests, most)
+
+        with self.reporter.progress(what, "responses", generated) as update:
             examples, _ = prepare_examples(
                 self.engine,
                 self.config.verifier,
@@ -429,7 +444,7 @@ class Trainer:
         assert self.config.feature_gib is not None
         return int(self.config.feature_gib * 2**30) // width
 
-    def _resume(self) -> int:
+    def _resume(self, total: int) -> int:
         state = self.folder.state()
         if state is None:
             self.folder.cut_metrics(0)
@@ -444,7 +459,7 @@ class Trainer:
         self.bad = dict(state.get("bad", {}))
         self.seconds |= state.get("seconds", {})
         self.folder.cut_metrics(state["step"])
-        self.reporter.say(f"resuming at step {state['step']}")
+        self.reporter.say(f"resuming at step {state['step']} of {total}")
         return state["step"]
 
     def _save(self, step: int) -> None:
@@ -458,7 +473,9 @@ class Trainer:
             60 * self.config.save_minutes, time.monotonic() - started
         )
 
-    def _extract(self, examples: dict[str, Example], keep: list[str]) -> None:
+    def _extract(
+        self, examples: dict[str, Example], keep: list[str], what: str = "extracting features"
+    ) -> None:
         """Features of the given examples, all of them together or (all at hand) none.
 
         Those recorded while generating count as never asked for, so that a resumed run extracts the same.
@@ -472,8 +489,9 @@ class Trainer:
             return
         started = time.monotonic()
         tokens = 0
-        with self.reporter.progress("extracting features", unit="tokens") as update:
+        with self.reporter.progress(what, unit="tokens") as update:
             total = sum(len(ids) for ids in wanted.values())
+            update(0, total)
             for key, problem in self.engine.extract(wanted):
                 tokens += len(wanted[key])
                 update(tokens, total)
@@ -494,6 +512,7 @@ class Trainer:
 
     def _stopped(self) -> Interrupted:
         """Saves what a resumed run needs."""
+        self.reporter.say("stopping: the state is saved")
         self._save(self.step)
         name = signal.Signals(self.stop[0]).name
         return Interrupted(f"stopped by {name} at step {self.step}", self.stop[0])
@@ -570,6 +589,18 @@ class Trainer:
         }
 
     def _finish(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
+        with self.reporter.stage("last evaluation and export"):
+            summary = self._export(total, held_keys, num_train)
+        curves = draw_curves(
+            self.folder.read_metrics(),
+            summary["tau_heldout"],
+            f"{self.config.output.name}, a drafter for {Path(summary['verifier']).name}",
+            self.folder.curves,
+        )
+        self.reporter.finished(self.config.output, summary, curves)
+        return summary
+
+    def _export(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
         held = self._evaluate(total, held_keys) if held_keys else None
         if held is not None:
             held |= self._workload()
@@ -585,6 +616,4 @@ class Trainer:
         }
         extra = {TRAINING_FILE: json.dumps(summary, indent=2) + "\n"}
         self.engine.call("export", str(self.config.output), self.config.checkpoint_format, extra)
-        curves = self.folder.draw_curves()
-        self.reporter.finished(self.config.output, summary, curves)
         return summary
