@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -66,3 +68,14 @@ def test_a_run_made_with_old_names_is_the_same_run(tmp_path) -> None:
     summary = {"config": old, "steps": 3}
     (tmp_path / "d" / loop.TRAINING_FILE).write_text(json.dumps(summary))
     assert loop.finished(tmp_path / "d", folder) == summary
+
+
+def test_the_chart_reads_reports_with_the_old_mode() -> None:
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root / "tools"))
+    import demo_chart
+
+    for file in (root / "benchmarks" / "results").glob("demo_*.json"):
+        report = json.loads(file.read_text())
+        assert "ours" in report["modes"]
+        assert "vllm-dflash, same drafter" in demo_chart.draw(report)
