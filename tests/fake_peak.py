@@ -181,15 +181,15 @@ def fake_peak(
                 for p in group["params"]:
                     for name in names:
                         optimizer.state[p][name] = torch.zeros_like(p)
-        generated = hparams.anchors + 1
-        samples = [_sample(config, f"s{i}", max_len, generated) for i in range(hparams.sequences)]
+        generated = hparams.num_anchors + 1
+        samples = [_sample(config, f"s{i}", max_len, generated) for i in range(hparams.batch_size)]
         live.leave_out(shared)  # the verifier's
         live.add(*learner.drafter.parameters(), *(learner.ema or {}).values())
         for optimizer in learner.optimizers.values():
             live.add(*(t for slot in optimizer.state.values() for t in slot.values()))
         live.add(*(s.features_TF for s in samples))
         groups = [s.anchor_candidates() for s in samples]
-        assert all(len(g) == hparams.anchors for g in groups)
+        assert all(len(g) == hparams.num_anchors for g in groups)
         with live:
             for part in learner._parts(samples, groups):
                 learner._backward(*part)

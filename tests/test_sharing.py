@@ -15,7 +15,8 @@ from transformers import LlamaConfig, Qwen3Config
 
 from vllm_dflash import environment
 from vllm_dflash.bench import engine_process, runner, sharing
-from vllm_dflash.bench.runner import BenchConfig, plan_run, run_bench
+from vllm_dflash.bench.config import BenchConfig
+from vllm_dflash.bench.runner import plan_run, run_bench
 from vllm_dflash.bench.sharing import Device, Sharing, plan_sharing
 from vllm_dflash.checkpoint import weight_bytes
 
@@ -108,6 +109,14 @@ def test_what_fits_decides(monkeypatch, gib, device, kind) -> None:
 def test_tensor_parallel_ranks_share_the_weights(monkeypatch) -> None:
     assert plan(monkeypatch, 30, h100(), 2).kind == "sleep"
     assert plan(monkeypatch, 30, h100(), 2, tensor_parallel_size=2).kind == "together"
+
+
+def test_weights_in_float32_take_twice_their_file(monkeypatch) -> None:
+    device = Device("CPU", 23 * GIB, 20 * GIB, 20 * GIB, False)
+    assert plan(monkeypatch, 2.0, device, dtype="bfloat16").kind == "together"
+    made = plan(monkeypatch, 2.0, device, dtype="float32")
+    assert made.kind == "restart"
+    assert "weights 4.0" in made.sentence
 
 
 def test_what_is_asked_for_wins_where_it_is_possible(monkeypatch) -> None:
