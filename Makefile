@@ -25,8 +25,10 @@ $(VENV)/.built: $(VENV)/.ready setup.py vllm_dflash/ops/build.py $(filter csrc/%
 	VLLM_DFLASH_BUILD=require $(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
+# It fits itself into so many minutes: make demo MINUTES=15
+MINUTES ?= 25
 demo: setup
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py --minutes $(MINUTES)
 
 # A worker for each core: engines of the tests have one thread. Those of a file stay together, on their models.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

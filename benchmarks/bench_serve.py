@@ -203,7 +203,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if not describe_machine()["gpus"]:
-        set_cpu_defaults()
+        set_cpu_defaults(kv_gib=1)
     start_guard()
     args.output.mkdir(parents=True, exist_ok=True)
     verifier, file, prompts = Verifier.of(args.verifier), None, None

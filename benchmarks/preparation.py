@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    set_cpu_defaults()  # the same for both
+    set_cpu_defaults(kv_gib=1)  # the same for both
     seconds: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     taus: dict[str, list[float]] = {"before": [], "after": []}
     texts = {}
@@ -96,7 +96,7 @@ def main() -> None:
         "verifier": args.verifier.name,
         "tickets": {"train": args.train, "heldout": args.heldout},
         "steps": args.steps,
-        "threads": os.environ["OMP_NUM_THREADS"],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "before_commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "seconds": seconds,
         "before_s": median(totals["before"]),

@@ -539,7 +539,7 @@ def make_config(args: argparse.Namespace, logs: Path) -> SweepConfig:
 
 def main() -> int:
     args = parse()
-    set_cpu_defaults()
+    set_cpu_defaults(kv_gib=1)
     console = Console(stderr=True)
 
     def say(text: str) -> None:

@@ -272,6 +272,7 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
         ({"concurrencies": (4, 4)}, "--concurrency"),
         ({"dtype": "fp8"}, "--dtype"),
         ({"repeats": 0}, "--repeats is 0"),
+        ({"minutes": 0}, "--minutes is 0"),
         ({"temperature": -1.0}, "--temperature"),
         ({"temperature": float("nan")}, "--temperature"),
         ({"settle_s": -1.0}, "settle_s"),
@@ -349,6 +350,31 @@ def test_run_alternates_and_reports(tmp_path, fake_engine):
     assert result["machine"]["cores"] >= 1
     assert len(said) == 3 + 3 * 2 * 2
     json.dumps(result)
+
+
+@pytest.mark.parametrize(("minutes", "repeats"), [(None, 5), (14, 4), (11, 3), (4, 1), (0.1, 1)])
+def test_repeats_fit_the_minutes(tmp_path, fake_engine, monkeypatch, minutes, repeats):
+    """Starting takes a minute, a repeat of both concurrencies three."""
+    clock = [0.0]
+    measure, start = runner._measure, fake_engine.start
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
+
+    def starting(self) -> None:
+        clock[0] += 60
+        start(self)
+
+    def measuring(*args: Any) -> None:
+        clock[0] += 180
+        measure(*args)
+
+    monkeypatch.setattr(fake_engine, "start", starting)
+    monkeypatch.setattr(runner, "_measure", measuring)
+    config = bench_config(tmp_path, modes=("none",), repeats=5, minutes=minutes)
+    said: list[str] = []
+    result = run_bench(config, PROMPTS, said.append, engine_factory=fake_engine)
+    for figures in result["modes"]["none"]["concurrency"].values():
+        assert len(figures["output_tokens_per_s"]["raw"]) == repeats
+    assert (f"{repeats} of 5 repeats" in said[-1]) == (repeats < 5)
 
 
 def test_mode_that_does_not_start_is_left_out(tmp_path, fake_engine):

@@ -82,6 +82,14 @@ def test_tensor_parallel_ranks_share_the_weights(monkeypatch) -> None:
     assert plan(monkeypatch, 30, h100(), 2, tensor_parallel_size=2).kind == "together"
 
 
+def test_weights_in_float32_take_twice_their_file(monkeypatch) -> None:
+    device = Device("CPU", 23 * GIB, 20 * GIB, 20 * GIB, False)
+    assert plan(monkeypatch, 2.0, device, dtype="bfloat16").kind == "together"
+    made = plan(monkeypatch, 2.0, device, dtype="float32")
+    assert made.kind == "restart"
+    assert "weights 4.0" in made.sentence
+
+
 def test_what_is_asked_for_wins_where_it_is_possible(monkeypatch) -> None:
     assert plan(monkeypatch, 58.5, h100(), wanted="together").kind == "together"
     assert plan(monkeypatch, 1.2, h100(), wanted="restart").kind == "restart"

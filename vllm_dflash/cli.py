@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -72,7 +73,12 @@ ReasoningParser = Annotated[
         "Default: at the markers that tokenizer and template show."
     ),
 ]
-Dtype = Annotated[str, engine_option(help="The verifier's dtype, as vLLM's --dtype.")]
+Dtype = Annotated[
+    str,
+    engine_option(
+        help="The verifier's, as vLLM's --dtype; on a CPU without bfloat16 instructions auto is float32."
+    ),
+]
 MaxLen = Annotated[int, data_option(help="Longest conversation in tokens.")]
 TemplateKwargs = Annotated[
     str | None,
@@ -289,8 +295,9 @@ def train(
 ) -> None:
     """Train a drafter for VERIFIER; the same command resumes a stopped run."""
     _quiet_engine()
-    from vllm_dflash.environment import set_gpu_defaults
+    from vllm_dflash.environment import set_cpu_defaults, set_gpu_defaults
 
+    set_cpu_defaults()
     set_gpu_defaults()
     from vllm_dflash.training.config import (
         DrafterShape,
@@ -495,6 +502,9 @@ def eval_(
 ) -> None:
     """Acceptance of DRAFTER on held-out conversations, teacher-forced and (--engine) served."""
     _quiet_engine()
+    from vllm_dflash.environment import set_cpu_defaults
+
+    set_cpu_defaults()
     from vllm_dflash.files import atomic_write, claim_file, is_json_with
     from vllm_dflash.training.config import EngineOptions, response_limit
     from vllm_dflash.training.drafts_page import is_page
@@ -573,6 +583,10 @@ def bench(
     concurrency: Annotated[str, typer.Option(help="Requests in flight, comma separated.")] = "1,4",
     num_prompts: Annotated[int, typer.Option(help="Prompts of a run.")] = 16,
     repeats: Annotated[int, typer.Option(help="Measured runs of each mode.")] = 3,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Fewer repeats, at least one, where they would take longer."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest response.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[
@@ -605,9 +619,13 @@ def bench(
     max_rejected: MaxRejected = 0.5,
 ) -> None:
     """Output speed with and without DRAFTER, alternating in one run: table, JSON, PNG."""
+    from vllm_dflash.environment import set_cpu_defaults
+
+    set_cpu_defaults()
     from vllm_dflash.bench.prompts import load_prompts
     from vllm_dflash.bench.report import print_report, write_json, write_png
     from vllm_dflash.bench.runner import BenchConfig, check_prompts, failed_modes, run_bench
+    from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
     from vllm_dflash.files import claim_file, claim_folder, mark_folder, writing
     from vllm_dflash.training.engine import check_engine_args
     from vllm_dflash.training.rows import holds_rejects
@@ -628,6 +646,7 @@ def bench(
         concurrencies=_int_list("--concurrency", concurrency),
         num_prompts=num_prompts,
         repeats=repeats,
+        minutes=minutes,
         max_tokens=max_tokens,
         temperature=temperature,
         ignore_eos=ignore_eos,
@@ -657,6 +676,10 @@ def bench(
     used = check_prompts(config, prompts)
     _check_bench_drafter(config, source)
     check_engine_args(extra, asynchronous=True)
+    hf_config = source.load_config()
+    config = replace(config, dtype=verifier_dtype(dtype, source, hf_config, extra))
+    if sentence := float32_sentence(dtype, config.dtype):
+        console.print(sentence, highlight=False, soft_wrap=True)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         mark_folder(output, "bench")
@@ -664,7 +687,7 @@ def bench(
         config,
         used,
         lambda text: console.print(text, highlight=False, soft_wrap=True),
-        verifier_config=source.load_config(),
+        verifier_config=hf_config,
     )
     write_json(report, output / "report.json")
     print_report(report)

@@ -74,6 +74,8 @@ class BenchConfig:
         concurrencies: requests in flight; each is measured by itself.
         num_prompts: how many of the given prompts are used.
         repeats: measured runs per mode and concurrency.
+        minutes: after which no further repeat begins that would end later, starting the engines included;
+            None for no limit. There is one repeat at least.
         max_tokens: output tokens a prompt at most.
         temperature: 0 is greedy.
         ignore_eos: generate ``max_tokens`` always. Text after its end tends to repeat, which
@@ -101,6 +103,7 @@ class BenchConfig:
     concurrencies: tuple[int, ...] = (1, 4)
     num_prompts: int = 16
     repeats: int = 3
+    minutes: float | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     ignore_eos: bool = False
@@ -134,6 +137,7 @@ class BenchConfig:
             "num_speculative_tokens": count(),
             "num_prompts": count(),
             "repeats": count(),
+            "minutes": POSITIVE,
             "max_tokens": count(),
             "max_model_len": count(),
             "temperature": Bound(low=0, high=100),
@@ -284,8 +288,18 @@ def run_bench(
         log = engine_spec(config, mode).log_path
         report["modes"][mode] = {"log": str(log), "startup_s": None}
         runs[mode] = {c: [] for c in config.concurrencies}
+    started = time.monotonic()
     with _Engines(config, prompts, sharing, engine_factory, report, say) as engines:
-        _measure(config, prompts, engines, runs, report, say)
+        for repeat in range(config.repeats):
+            began = time.monotonic()
+            _measure(config, prompts, engines, repeat, runs, report, say)
+            now = time.monotonic()
+            fits = config.minutes is None or 2 * now - began - started <= 60 * config.minutes
+            if repeat + 1 < config.repeats and not fits:
+                say(
+                    f"{repeat + 1} of {config.repeats} repeats, to end in {config.minutes:g} minutes"
+                )
+                break
     for mode in config.modes:
         report["modes"][mode]["concurrency"] = {
             str(c): summarize(results, runs.get("none", {}).get(c), config.temperature)
@@ -474,12 +488,13 @@ def _measure(
     config: BenchConfig,
     prompts: Sequence[Sequence[int]],
     engines: _Engines,
+    repeat: int,
     runs: dict[str, dict[int, list[RunResult]]],
     report: dict[str, Any],
     say: Progress,
 ) -> None:
-    """The alternating runs; appends to ``runs``."""
-    for repeat, mode, concurrencies in turns(config, engines.sharing.kind):
+    """The alternating runs of a repeat; appends to ``runs``."""
+    for mode, concurrencies in turns(config, engines.sharing.kind, repeat):
         if mode in report["errors"]:
             continue
         with engines.leaving_out(mode), engines.turn(mode) as engine:
@@ -490,16 +505,15 @@ def _measure(
                 runs[mode][concurrency].append(result)
 
 
-def turns(config: BenchConfig, kind: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Who is measured when: repeat, mode, and what the turn measures. In turn, each mode goes first.
+def turns(config: BenchConfig, kind: str, repeat: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Who is measured when in a repeat: mode, and what the turn measures. In turn, each mode goes first.
 
     An engine that is started for its turn measures all concurrencies in it.
     """
     parts = [config.concurrencies] if kind == "restart" else [(c,) for c in config.concurrencies]
-    for repeat in range(config.repeats):
-        for i, concurrencies in enumerate(parts):
-            for mode in rotate(config.modes, repeat + i):
-                yield repeat, mode, concurrencies
+    for i, concurrencies in enumerate(parts):
+        for mode in rotate(config.modes, repeat + i):
+            yield mode, concurrencies
 
 
 def rotate(modes: Sequence[str], turn: int) -> list[str]:

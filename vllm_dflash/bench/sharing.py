@@ -24,7 +24,7 @@ SET_ASIDE = 0.25
 #: What an engine that sleeps keeps on the device: its context and its graphs.
 ASLEEP_BYTES = 3 * 2**30
 _GIB = 2**30
-_BYTES = {"float32": 4, "float16": 2, "half": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,14 @@ def kv_bytes_per_token(verifier_config: Any, dtype: str, kv_cache_dtype: str = "
     return 2 * text.num_hidden_layers * kv_heads * size * width
 
 
-def _dtype_bytes(verifier_config: Any, dtype: str) -> int:
+def _stored_bytes(verifier_config: Any) -> int:
     own = str(getattr(verifier_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    return _BYTES.get(own, 2)
+
+
+def _dtype_bytes(verifier_config: Any, dtype: str) -> int:
     # vLLM serves what was saved in float32 in 16 bits, unless told otherwise.
-    return _BYTES.get(dtype, min(_BYTES.get(own, 2), 2))
+    return _BYTES.get(dtype, min(_stored_bytes(verifier_config), 2))
 
 
 def plan_sharing(
@@ -125,9 +129,14 @@ def plan_sharing(
     ranks = int(engine_args.get("tensor_parallel_size", 1))
     count = len(models)
     sizes = [[weight_bytes(model) for model in engine] for engine in models]
-    known = [sum(s for s in engine if s is not None) for engine in sizes if None not in engine]
+    dtype = engine_args.get("dtype", "auto")
+    # float32 weights take twice what a file of 16 bits has.
+    wider = max(1, _dtype_bytes(verifier_config, dtype) // _stored_bytes(verifier_config))
+    known = [
+        wider * sum(s for s in engine if s is not None) for engine in sizes if None not in engine
+    ]
     per_token = kv_bytes_per_token(
-        verifier_config, engine_args.get("dtype", "auto"), engine_args.get("kv_cache_dtype", "auto")
+        verifier_config, dtype, engine_args.get("kv_cache_dtype", "auto")
     )
     kv = tokens_in_flight * per_token // ranks
     # Free of what others hold, so that the shares of all are really there.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_dflash.bounds import SHARE, check_bounds, count
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.files import claim_file
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
@@ -122,6 +123,11 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     total = len(conversations) + len(rejected)
     report_rejected(rejected, total, rejected_path, config.max_rejected, reporter.say)
     check_prompts(config.verifier, conversations, config.engine.extra)
+    given = config.engine.dtype
+    dtype = verifier_dtype(given, config.verifier, hf_config, config.engine.extra)
+    config = replace(config, engine=replace(config.engine, dtype=dtype))
+    if sentence := float32_sentence(given, dtype):
+        reporter.say(sentence)
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         responses = config.responses or Path(scratch) / "responses.jsonl"
         with reporter.stage("starting the verifier"):
@@ -306,7 +312,7 @@ def _served(
         EngineProcess(spec) as process,
     ):
         process.start()
-        process.wait_ready()
+        startup_s = process.wait_ready()["startup_s"]
         result = process.run(
             [ids for ids, _ in requests],
             # As long as the responses that the offline walk went over.
@@ -320,6 +326,7 @@ def _served(
         "num_drafts": counters.num_drafts,
         "num_accepted": counters.num_accepted_tokens,
         "position_rates": counters.acceptance_per_position or [],
+        "startup_s": startup_s,
         "output_tokens": result.num_output_tokens,
         "output_tokens_per_s": result.output_tokens_per_s,
     }

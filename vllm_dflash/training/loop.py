@@ -23,6 +23,7 @@ from vllm_dflash.checkpoint import (
     save_drafter,
 )
 from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
+from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.environment import versions
 from vllm_dflash.files import ANY_FILES, claim_file, claim_folder, mark_folder, writing
 from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
@@ -157,6 +158,16 @@ class TrainConfig:
             return self
         before = None if self.restart else RunFolder.setting(self.run_path, "feature_gib")
         return replace(self, feature_gib=before or default_feature_gib(self.engine.ranks))
+
+    def with_dtype(self, hf_config: Any) -> TrainConfig:
+        """The same with the dtype that ``auto`` is here: that of the run to resume, where there is one."""
+        given = self.engine.dtype
+        before = None if self.restart else RunFolder.setting(self.run_path, "engine.dtype")
+        if given == "auto" and before in ("auto", "float32"):
+            dtype = before
+        else:
+            dtype = verifier_dtype(given, self.verifier, hf_config, self.engine.extra)
+        return replace(self, engine=replace(self.engine, dtype=dtype))
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights, flat: a run is resumed only with the same."""
@@ -356,7 +367,8 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     check_prompts(config.verifier, conversations, config.engine.extra)
     if held_out:
         check_prompts(config.verifier, held_out, config.engine.extra)
-    config = config.with_feature_gib()
+    given = config.engine.dtype
+    config = config.with_feature_gib().with_dtype(hf_config)
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
     if (summary := finished(config.output, folder)) is not None:
         reporter.say(
@@ -379,6 +391,8 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "
         f"{list(drafter.target_layer_ids)}, mask token {drafter.mask_token_id}"
     )
+    if sentence := float32_sentence(given, config.engine.dtype):
+        reporter.say(sentence)
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
     if plan is not None:
