@@ -137,7 +137,7 @@ def fake_peak(
                     for p in group["params"]:
                         for name in names:
                             optimizer.state[p][name] = torch.zeros_like(p)
-            generated = hparams.anchors + 1
+            generated = hparams.num_anchors + 1
             samples = [
                 Sample(
                     f"s{i}",
@@ -145,7 +145,7 @@ def fake_peak(
                     [False] * (max_len - generated) + [True] * generated,
                     torch.empty(max_len - 1, config.num_features, dtype=torch.bfloat16),
                 )
-                for i in range(hparams.sequences)
+                for i in range(hparams.batch_size)
             ]
             live.leave_out(shared)  # the verifier's
             live.add(*learner.drafter.parameters(), *(learner.ema or {}).values())
@@ -153,7 +153,7 @@ def fake_peak(
                 live.add(*(t for slot in optimizer.state.values() for t in slot.values()))
             live.add(*(s.features_TF for s in samples))
             groups = [s.anchor_candidates() for s in samples]
-            assert all(len(g) == hparams.anchors for g in groups)
+            assert all(len(g) == hparams.num_anchors for g in groups)
             with live:
                 for part in learner._parts(samples, groups):
                     learner._backward(*part)

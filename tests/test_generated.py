@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dflash.serving.features import FeatureRecorder
-from vllm_dflash.training.config import EngineOptions
+from vllm_dflash.training.config import EngineOptions, TrainConfig
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.generated import GeneratedFeatures
-from vllm_dflash.training.loop import TrainConfig
 from vllm_dflash.training.plan import content_key
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.verifier import Verifier
@@ -245,7 +244,7 @@ def test_recorded_features_are_the_extracted_ones(verifier, dialogues, tmp_path)
 
 def train(verifier: Path, data: Path, out: Path) -> list[str]:
     args = ("--data", data, "-o", out, *tiny.TRAIN_ARGS[:4], *tiny.TRAIN_ARGS[6:])
-    args += ("--max-len", "300", "--max-num-seqs", "2", "--max-steps", "60", "--anchors", "16")
+    args += ("--max-len", "300", "--max-num-seqs", "2", "--max-steps", "60", "--num-anchors", "16")
     args += ("--features-from", "generation", "--save-minutes", "0")
     return tiny.cli_command("train", verifier, *args)
 
@@ -292,7 +291,9 @@ def test_killed_runs_go_on_with_the_same_features(verifier, dialogues, tmp_path)
     # Those whose features the first kill lost are extracted, and nothing else.
     assert of == 40
     assert of - generated - 2 <= recorded < of
-    tokens = map(int, re.findall(r"extracting features: (\d+) tokens in", done.stderr))
+    tokens = map(
+        int, re.findall(r"extracting (?:held-out )?features: (\d+) tokens in", done.stderr)
+    )
     assert 0 < sum(tokens) < 300 * (of - recorded)
 
     again = tiny.cli(*train(verifier, dialogues, tmp_path / "other")[1:])

@@ -62,9 +62,9 @@ def test_the_learner_needs_what_fake_tensors_need(shape):
     ("changes", "hparams", "layout"),
     [
         ({}, {"autocast": "float32"}, StepLayout()),
-        ({}, {"optimizer": "muon", "ema": 0.9}, StepLayout(128)),
+        ({}, {"optimizer": "muon", "ema_decay": 0.9}, StepLayout(128)),
         ({"draft_vocab_size": 32768}, {}, StepLayout(None, True)),
-        ({}, {"anchors": 128, "sequences": 3}, StepLayout()),
+        ({}, {"num_anchors": 128, "batch_size": 3}, StepLayout()),
         (
             {
                 "layer_types": ("sliding_attention", "full_attention"),
@@ -110,7 +110,7 @@ def test_parameters_are_counted(config):
     assert got.parameters == sum(p.numel() for p in drafter.parameters())
     trained = sum(p.numel() for n, p in drafter.named_parameters() if "k_norm" not in n)
     assert (got.masters, got.optimizer, got.average) == (4 * got.parameters, 8 * trained, 0)
-    assert learner_memory(config, Hyperparameters(ema=0.9), StepLayout(), 64).average > 0
+    assert learner_memory(config, Hyperparameters(ema_decay=0.9), StepLayout(), 64).average > 0
 
 
 # ---- the verifier ----
@@ -243,12 +243,12 @@ def test_a_refusal_has_the_figures_and_the_ways_out_in_order():
     assert (
         f"needs {plan.least / GIB:.1f} GiB of each GPU, which has {plan.card / GIB:.1f}" in message
     )
-    order = ["--layers 3", "--layers 1", "--optimizer muon", "--tensor-parallel-size 2"]
+    order = ["--num-layers 3", "--num-layers 1", "--optimizer muon", "--tensor-parallel-size 2"]
     assert [message.index(way) for way in order] == sorted(message.index(way) for way in order)
     # What is named does what is said.
     ways = dict(plan.ways_out)
     assert all(size < plan.least for size in ways.values())
-    assert SHAPES[-1].plan(num_hidden_layers=1).fits == (ways["--layers 1"] <= plan.card)
+    assert SHAPES[-1].plan(num_hidden_layers=1).fits == (ways["--num-layers 1"] <= plan.card)
     assert "4 bits" not in message  # it has
     assert "a verifier of 4 bits" in replace(GEMMA, gigabytes=48).plan().refusal()
 

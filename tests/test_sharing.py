@@ -15,7 +15,8 @@ from transformers import LlamaConfig
 
 from vllm_dflash import environment
 from vllm_dflash.bench import engine_process, runner, sharing
-from vllm_dflash.bench.runner import BenchConfig, plan_run, run_bench
+from vllm_dflash.bench.config import BenchConfig
+from vllm_dflash.bench.runner import plan_run, run_bench
 from vllm_dflash.bench.sharing import Device, Sharing, plan_sharing
 from vllm_dflash.checkpoint import weight_bytes
 

@@ -18,7 +18,7 @@ from vllm_dflash.environment import versions
 #: Results kept, of the sources they were last used with: a branch or two beside main.
 KEPT = 4
 ARGS = (
-    *tiny.TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48", "--sequences", "2",
+    *tiny.TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--num-anchors", "48", "--batch-size", "2",
     "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150",
 )  # fmt: skip
 

@@ -91,16 +91,16 @@ def learner_memory(
     copies = 0 if size == 4 else 2 * matrices
     block = config.known_block_size("a step's memory depends on it")
     drafted = block - (not config.sample_from_anchor)
-    wanted = hparams.anchors * hparams.sequences
+    wanted = hparams.num_anchors * hparams.batch_size
     anchors = min(layout.anchors_in_flight or wanted, wanted)
     parts = -(-wanted // anchors)
-    sequences = -(-anchors // hparams.anchors)
+    sequences = -(-anchors // hparams.num_anchors)
     rows, context = anchors * block, sequences * max_len
 
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     per_chunk = max(1, MAX_CHUNK_QUERIES // block)
-    chunks = sequences * -(-min(anchors, hparams.anchors) // per_chunk)
+    chunks = sequences * -(-min(anchors, hparams.num_anchors) // per_chunk)
     chunk_rows = min(per_chunk, anchors) * block
     chunk_keys = -(-(max_len + chunk_rows) // 16) * 16
     # The norms' inputs are kept in fp32 and their outputs in the matrices' dtype; the queries' once more as
@@ -145,7 +145,7 @@ def learner_memory(
         + (mlp if layout.checkpoint_mlps else 0)
     )
     before = gradients if parts > 1 else 0
-    states = masters + moments * 4 + (masters if hparams.ema else 0)
+    states = masters + moments * 4 + (masters if hparams.ema_decay else 0)
     loss_point = before + copies + activations + logits
     back_point = before + copies + activations + hidden_grads + own_head * 4 + going_back
     # Layer by layer gradients take the place of activations and copies.
@@ -154,7 +154,7 @@ def learner_memory(
         parameters=total,
         masters=masters,
         optimizer=moments * 4,
-        average=masters if hparams.ema else 0,
+        average=masters if hparams.ema_decay else 0,
         gradients=gradients,
         copies=copies,
         activations=activations,
@@ -246,7 +246,7 @@ def plan_memory(
         card: bytes of one GPU.
     """
     card = int(card * (1 - _SPARE))
-    wanted = hparams.anchors * hparams.sequences
+    wanted = hparams.num_anchors * hparams.batch_size
     layouts = [StepLayout(wanted), StepLayout(wanted, True)]
     while (fewer := -(-(layouts[-1].anchors_in_flight or 1) // 2)) >= _FEWEST_ANCHORS:
         layouts.append(StepLayout(fewer, True))
@@ -271,7 +271,7 @@ def plan_memory(
     for layers in (3, 1):
         if layers < drafter.num_hidden_layers and drafter.layer_types is None:
             ways.append(
-                (f"--layers {layers}", least(drafter=drafter.with_(num_hidden_layers=layers)))
+                (f"--num-layers {layers}", least(drafter=drafter.with_(num_hidden_layers=layers)))
             )
     if hparams.optimizer == "adamw":
         muon = least(hparams=replace(hparams, optimizer="muon"))
@@ -316,7 +316,7 @@ def _plan(
         ("verifier's embedding and head for the learner", vocabulary),
         ("verifier's step", step),
         ("features: the tap, those being recorded, the next step's", (
-            budget + (budget + 2 * engine.max_len) + hparams.sequences * engine.max_len
+            budget + (budget + 2 * engine.max_len) + hparams.batch_size * engine.max_len
         ) * feature),
         ("drafter: fp32 weights", learner.masters),
         (f"drafter: {hparams.optimizer}'s moments", learner.optimizer),

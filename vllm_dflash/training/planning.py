@@ -8,9 +8,15 @@ from typing import Any
 from rich.console import Console
 
 from vllm_dflash.bounds import check_bounds, count, option_of
+from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.environment import gpu_memory
-from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters
+from vllm_dflash.training.config import (
+    DrafterShape,
+    EngineOptions,
+    Hyperparameters,
+    TrainConfig,
+)
 from vllm_dflash.training.durations import (
     DECODE_SHARE,
     PREFILL_SHARE,
@@ -23,42 +29,83 @@ from vllm_dflash.training.engine import check_block, fit_max_len
 from vllm_dflash.training.memory import MemoryPlan, card_bytes, plan_memory, plan_table
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.verifier_memory import VerifierSizes, verifier_sizes
+from vllm_dflash.training.vocab import choose_mask_token
 from vllm_dflash.verifier import Verifier
 
 #: Engine arguments by which a user sizes the engine.
 _SIZES_ENGINE = ("gpu_memory_utilization", "kv_cache_memory_bytes")
+#: Fields of a shape that the drafter's configuration calls otherwise.
+_IN_CONFIG = {
+    "num_layers": "num_hidden_layers",
+    "block_size": "draft_block_size",
+    "num_target_layers": "num_features",
+    "draft_vocab": "draft_vocab_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
 
 
 def new_drafter(
     given: DrafterShape, hf_config: Any, mask_token_id: int, name: str
 ) -> DrafterConfig:
     """A drafter of the given shape for a verifier; ValueError where the two do not go together."""
-    shape: Any = given.with_defaults()
+    info = VerifierInfo.from_hf_config(hf_config, name)
+    ids, num = given.target_layer_ids, given.num_target_layers
+    if ids is not None and num not in (None, len(ids)):
+        raise ValueError(
+            f"--num-target-layers is {num}, but --target-layer-ids names {len(ids)} layers; leave one out"
+        )
+    if num is not None and num > info.num_hidden_layers:
+        raise ValueError(
+            f"--num-target-layers is {num}, but the verifier has {info.num_hidden_layers} layers to read"
+        )
+    shape = given.with_defaults()
     try:
         return DrafterConfig.for_verifier(
             hf_config,
-            mask_token_id=mask_token_id,
             name=name,
-            num_hidden_layers=shape.layers,
-            draft_block_size=shape.block_size,
-            target_layer_ids=shape.target_layer_ids,
-            num_features=shape.features,
-            draft_vocab_size=shape.draft_vocab,
-            intermediate_size=shape.intermediate_size,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            layer_types=shape.layer_types,
-            sliding_window=shape.sliding_window,
-            causal=shape.causal,
-            sample_from_anchor=shape.sample_from_anchor,
+            **{_IN_CONFIG.get(k, k): v for k, v in vars(shape).items()}
+            | {"mask_token_id": mask_token_id},
         )
     except ValueError as error:
         options = ", ".join(option_of(field_name) for field_name in given.given())
         raise ValueError(
             f"{error} (given: {options or 'no option, it is the verifier'})"
         ) from error
+
+
+def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
+    """The drafter to train: of ``init_from``, or made for the verifier."""
+    info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
+    if config.init_from is not None:
+        raw = read_config(config.init_from)
+        drafter = DrafterConfig.from_dict(raw)
+        drafter.check_verifier(info)
+        drafter.known_block_size("give it there to train this drafter")
+        check_computable(config.init_from, raw)
+        check_weights(config.init_from, drafter)
+        _check_same_shape(config.shape, drafter, config.init_from)
+        return drafter
+    tokenizer = config.verifier.load_tokenizer()
+    avoid = [info.pad_token_id] if info.pad_token_id is not None else []
+    mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
+    return new_drafter(config.shape, hf_config, mask, str(config.verifier))
+
+
+def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
+    """ValueError when the user gives a shape that the drafter to go on from does not have."""
+    for field_name, value in shape.given().items():
+        if field_name == "num_target_layers":
+            has: Any = len(drafter.target_layer_ids)
+        elif field_name == "draft_vocab":
+            has = drafter.logits_vocab_size
+        else:
+            has = getattr(drafter, _IN_CONFIG.get(field_name, field_name))
+        if value != has:
+            raise ValueError(
+                f"{option_of(field_name)} is {value!r}, but the drafter --init-from {name} has {has!r}, and "
+                "a drafter keeps its shape; leave the option out"
+            )
 
 
 def _sizes(verifier: Verifier, hf_config: Any, engine: EngineOptions) -> VerifierSizes:

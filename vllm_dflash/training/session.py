@@ -149,7 +149,7 @@ class TrainingSession:
             self._mask_embedding = self._mask_embedding.to(embedding)
         head = SharedHead(embedding, lm_head, ids, own_lm_head, self._mask_embedding)
         final = verifier_logits = None
-        if hp.loss == "kl":
+        if hp.loss_kind.needs_final_states:
             final = self.recorder.final_states or FinalStates(self.runner)
             verifier_logits = VerifierLogits(
                 self.verifier, head.verifier_lm_head, head.draft_token_ids
