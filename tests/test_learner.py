@@ -204,7 +204,7 @@ def test_acceptance_does_not_depend_on_the_passes(monkeypatch):
     served = learner.serving_drafter(torch.float32)
     whole = learner.accept(served, samples[0], BLOCK - 1, torch.float32)
     assert 0 < whole.num_accepted < 25
-    monkeypatch.setattr(learner_module, "_EVAL_ANCHORS", 3)
+    monkeypatch.setattr(learner_module, "EVAL_ANCHORS", 3)
     assert learner.accept(served, samples[0], BLOCK - 1, torch.float32) == whole
 
 

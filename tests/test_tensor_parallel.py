@@ -303,6 +303,20 @@ def test_other_recipes_on_two_ranks(trained, folder, more, sequences) -> None:
     assert largest_difference(*outs) < 2e-5
 
 
+@pytest.mark.long
+def test_features_recorded_while_generating_on_two_ranks(trained, folder) -> None:
+    """The first rank records, both train on its files: as from extracted features."""
+    extracted, recorded = folder / "extracted", folder / "recorded"
+    train(trained, extracted, 2)
+    done = train(trained, recorded, 2, "--features-from", "generation")
+    count, of = re.search(
+        r"features of (\d+) of (\d+) sequences were recorded", done.stderr
+    ).groups()
+    assert count == of != "0"
+    assert "extracting features: " not in done.stderr
+    assert largest_difference(extracted, recorded) < 2e-5
+
+
 @pytest.mark.slow
 def test_killed_and_stopped_on_two_ranks(trained, folder) -> None:
     """As with one: the same bytes as the run that was never stopped, from a feature cache too."""

@@ -218,7 +218,8 @@ def plan_run(
         config.sharing,
         [[config.verifier, *(drafter if m in DRAFTER_MODES else [])] for m in config.modes],
         verifier_config,
-        max(config.concurrencies) * most,
+        max(config.concurrencies),
+        most,
         {"dtype": config.dtype, **config.engine_args},
         device or Device.here(),
     )

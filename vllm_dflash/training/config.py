@@ -396,16 +396,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if not self.records:
-            return
-        if self.on_policy:
+        if self.records and self.on_policy:
             raise ValueError(
                 "--features-from generation records while responses are generated, but --on-policy generates "
                 "none; leave one out"
-            )
-        if self.engine.ranks > 1:
-            raise ValueError(
-                f"--features-from generation records on one rank, not {self.engine.ranks}; leave it out"
             )
 
     @property

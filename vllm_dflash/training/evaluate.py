@@ -24,6 +24,8 @@ from vllm_dflash.training.engine import (
     cut_sentence,
     fit_max_len,
 )
+from vllm_dflash.training.memory import plan_table
+from vllm_dflash.training.planning import evaluation_plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples
 from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.reporting import Reporter
@@ -64,8 +66,11 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter, tokens))
     check_block(config.engine, drafter)
     check_engine(hf_config, config.engine, tokens)
+    plan = evaluation_plan_of_machine(config.verifier, hf_config, drafter, tokens, config.engine)
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
+    if plan is not None:
+        reporter.table(*plan_table(plan))
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
@@ -81,7 +86,13 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         responses = config.responses or Path(scratch) / "responses.jsonl"
         with reporter.stage("starting the verifier"):
-            engine = VerifierEngine(config.verifier, config.drafter, config.engine, tokens)
+            engine = VerifierEngine(
+                config.verifier,
+                config.drafter,
+                config.engine,
+                tokens,
+                None if plan is None else plan.engine_args(),
+            )
         try:
 
             def generated(requests: int) -> tuple[int, float]:

@@ -33,7 +33,7 @@ from vllm_dflash.training.ranks import Ranks
 from vllm_dflash.training.sharding import freeze, shards
 
 #: Anchors whose blocks are drafted in one evaluation pass.
-_EVAL_ANCHORS = 256
+EVAL_ANCHORS = 256
 
 
 @dataclass(frozen=True)
@@ -451,9 +451,13 @@ class Learner:
     @torch.no_grad()
     def serving_drafter(self, dtype: torch.dtype) -> Drafter:
         """A copy as it would be served: exported weights in the serving dtype."""
-        drafter = copy.deepcopy(self.drafter)
-        drafter.load_state_dict(self.weights())
-        return drafter.to(dtype).eval()
+        weights = self.weights()
+        # No second copy in fp32 on the way.
+        memo: dict[int, Any] = {
+            id(p): torch.nn.Parameter(weights[n].to(dtype, copy=True), requires_grad=False)
+            for n, p in self.drafter.named_parameters()
+        }
+        return copy.deepcopy(self.drafter, memo).eval()
 
     @torch.no_grad()
     def accept(
@@ -471,8 +475,8 @@ class Learner:
         for start, end in sample.response_spans():
             positions = [p for p in range(start, end - 1) if p <= features.shape[0]]
             matches: list[list[bool]] = []
-            for i in range(0, len(positions), _EVAL_ANCHORS):
-                group = positions[i : i + _EVAL_ANCHORS]
+            for i in range(0, len(positions), EVAL_ANCHORS):
+                group = positions[i : i + EVAL_ANCHORS]
                 length = max(group)
                 layout = BlockLayout.build([group], [length], width, self.device)
                 embeds = self._block_embeds(drafter, [sample], [group], width).to(dtype)

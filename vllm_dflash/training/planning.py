@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vllm_dflash.training.durations import (
     durations,
 )
 from vllm_dflash.training.engine import check_block, fit_max_len
+from vllm_dflash.training.evaluation_memory import plan_evaluation
 from vllm_dflash.training.memory import MemoryPlan, card_bytes, plan_memory, plan_table
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.verifier_memory import VerifierSizes, verifier_sizes
@@ -113,6 +115,24 @@ def _sizes(verifier: Verifier, hf_config: Any, engine: EngineOptions) -> Verifie
     return verifier_sizes(hf_config, Path(verifier.model), engine.dtype, trust_remote_code=remote)
 
 
+def _plan_here(
+    verifier: Verifier,
+    hf_config: Any,
+    engine: EngineOptions,
+    make: Callable[[VerifierSizes, Any, int], MemoryPlan],
+) -> MemoryPlan | None:
+    import torch
+
+    cards = gpu_memory() if torch.version.cuda else []
+    if not cards or not engine.extra.keys().isdisjoint(_SIZES_ENGINE):
+        return None
+    sizes = _sizes(verifier, hf_config, engine)
+    plan = make(sizes, hf_config.get_text_config(), min(total for total, _ in cards))
+    if not plan.fits:
+        raise ValueError(plan.refusal())
+    return plan
+
+
 def plan_of_machine(
     verifier: Verifier,
     hf_config: Any,
@@ -125,18 +145,30 @@ def plan_of_machine(
     Raises:
         ValueError: the run does not fit, or the verifier's size cannot be told.
     """
-    import torch
+    return _plan_here(
+        verifier,
+        hf_config,
+        engine,
+        lambda sizes, text, card: plan_memory(text, sizes, drafter, hparams, engine, card),
+    )
 
-    cards = gpu_memory() if torch.version.cuda else []
-    if not cards or not engine.extra.keys().isdisjoint(_SIZES_ENGINE):
-        return None
-    sizes = _sizes(verifier, hf_config, engine)
-    text = hf_config.get_text_config()
-    card = min(total for total, _ in cards)
-    plan = plan_memory(text, sizes, drafter, hparams, engine, card)
-    if not plan.fits:
-        raise ValueError(plan.refusal())
-    return plan
+
+def evaluation_plan_of_machine(
+    verifier: Verifier,
+    hf_config: Any,
+    drafter: DrafterConfig,
+    num_draft_tokens: int,
+    engine: EngineOptions,
+) -> MemoryPlan | None:
+    """:func:`plan_of_machine` of an evaluation."""
+    return _plan_here(
+        verifier,
+        hf_config,
+        engine,
+        lambda sizes, text, card: plan_evaluation(
+            text, sizes, drafter, num_draft_tokens, engine, card
+        ),
+    )
 
 
 def print_plan(
