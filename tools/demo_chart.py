@@ -16,12 +16,13 @@ from typing import Any
 
 from vllm_dflash.bench.report import MODE_COLORS
 from vllm_dflash.files import atomic_write
+from vllm_dflash.renamed import MODES
 
 NAMES = {
     "none": "no speculation",
     "ngram": "vLLM's n-gram",
     "stock": "stock dflash, same drafter",
-    "ours": "vllm-dflash, same drafter",
+    "plugin": "vllm-dflash, same drafter",
 }
 WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 760, 190, 150, 20, 6, 52
 
@@ -32,9 +33,10 @@ def draw(report: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a mode is missing in the report.
     """
-    if missing := sorted(set(NAMES) - set(report["modes"])):
+    measured = {MODES.get(mode, mode): points for mode, points in report["modes"].items()}
+    if missing := sorted(set(NAMES) - set(measured)):
         raise ValueError(f"the report lacks the modes {', '.join(missing)}; run all of `make demo`")
-    modes = {mode: report["modes"][mode] for mode in NAMES}
+    modes = {mode: measured[mode] for mode in NAMES}
     fastest = max(
         point["output_tokens_per_s"]["median"]
         for points in modes.values()
