@@ -7,11 +7,13 @@ import re
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from vllm_dflash.training import reporting
+from vllm_dflash.training.engine import Generated, VerifierEngine
 from vllm_dflash.training.reporting import Reporter
 
 ROW = {"loss": 2.5, "anchors": 4, "accepted": 6, "right": [3, 1], "valid": [4, 4], "tokens": 100}
@@ -150,3 +152,39 @@ def test_figures_are_explained_and_few_held_out_sequences_told(log, held_out, sa
     lines = log.getvalue().splitlines()
     assert "at most 8" in lines[0]
     assert [said in line for line in lines[1:]] == ([True] if said else [])
+
+
+class TwoRequests:
+    """An LLMEngine that brings a token of each request a step: one of 2 tokens, one of 3."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def add_request(self, key, prompt, params) -> None:
+        pass
+
+    def has_unfinished_requests(self) -> bool:
+        return self.steps < 3
+
+    def step(self) -> list:
+        self.steps += 1
+        return [
+            SimpleNamespace(
+                request_id=key,
+                finished=self.steps == length,
+                outputs=[SimpleNamespace(token_ids=[7] * self.steps)],
+            )
+            for key, length in (("a", 2), ("b", 3))
+            if self.steps <= length
+        ]
+
+
+def test_tokens_of_unfinished_requests_count() -> None:
+    engine = object.__new__(VerifierEngine)
+    engine.engine, engine.generated = TwoRequests(), Generated()
+    assert engine.generated.expected(2, 100) == (0, 200)
+    done = engine._run([("a", [1], None), ("b", [1], None)])
+    assert next(done).request_id == "a"
+    assert engine.generated.expected(2, 100) == (3, 4)
+    assert next(done).request_id == "b"
+    assert engine.generated.expected(2, 100) == (5, 5)
