@@ -21,7 +21,7 @@ MODE_COLORS = {
     "none": "#8c8c8c",
     "ngram": "#e69f00",
     "stock": "#56b4e9",
-    "ours": "#0072b2",
+    "plugin": "#0072b2",
     "adaptive": "#009e73",
 }
 #: What the modes are, for readers of a picture.
@@ -29,13 +29,13 @@ _MODE_NAMES = {
     "none": "none (no speculation)",
     "ngram": "ngram (vLLM's)",
     "stock": "stock (vLLM's dflash)",
-    "ours": "ours (vllm-dflash)",
+    "plugin": "plugin (vllm-dflash)",
     "adaptive": "adaptive (vLLM's)",
 }
 NO_VALUE = "-"
 LEGEND = """\
 output tok/s, over none: median of the runs, then the least and the greatest.
-tau: tokens delivered a step with a draft; below "ours" those of the drafter's drafts and of prompt lookup's
+tau: tokens delivered a step with a draft; below "plugin" those of the drafter's drafts and of prompt lookup's
 (- where it sent none). differ: prompts whose output is not that of mode none (in bf16 near ties do that)"""
 
 
@@ -43,13 +43,37 @@ tau: tokens delivered a step with a draft; below "ours" those of the drafter's d
 
 
 def write_json(report: Mapping[str, Any] | list[Any], path: str | Path) -> Path:
-    """Writes the report; readers see the old file or the whole new one."""
+    """Writes the report, a row a line; readers see the old file or the whole new one.
+
+    Raises:
+        ValueError: a figure is NaN or infinite, which would make it unreadable for everything but Python.
+    """
     path = Path(path)
-    # allow_nan: a NaN would make the file unreadable for everything but Python.
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    text = _lines(report, "", nested=isinstance(report, Mapping)) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text)
     return path
+
+
+def _lines(value: Any, indent: str, nested: bool = False) -> str:
+    """JSON with a line for each entry of what holds records, and of what holds those if ``nested``."""
+
+    def compact(item: Any) -> str:
+        return json.dumps(item, allow_nan=False)
+
+    def show(item: Any) -> str:
+        return _lines(item, f"{indent} ") if nested else compact(item)
+
+    if isinstance(value, Mapping) and (
+        nested or any(isinstance(v, Mapping) for v in value.values())
+    ):
+        left, right, items = "{", "}", [f"{compact(k)}: {show(v)}" for k, v in value.items()]
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        left, right, items = "[", "]", [compact(v) for v in value]
+    else:
+        return compact(value)
+    inner = ",\n".join(f"{indent} {item}" for item in items)
+    return f"{left}\n{inner}\n{indent}{right}"
 
 
 def markdown_table(

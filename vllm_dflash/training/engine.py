@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.checkpoint import save_drafter
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.processes import start_guard
 from vllm_dflash.serving.draft_limits import rotary_positions
@@ -460,3 +461,16 @@ def seat_drafter(config: DrafterConfig) -> DrafterConfig:
         causal=None,
         intermediate_size=64,
     )
+
+
+def write_seat(config: DrafterConfig, path: Path) -> Path:
+    """Saves :func:`seat_drafter` with random weights in a folder, and returns that."""
+    import torch
+
+    from vllm_dflash.modeling.drafter import Drafter
+
+    seat = seat_drafter(config)
+    drafter = Drafter(seat)
+    drafter.init_weights(generator=torch.Generator().manual_seed(0))
+    save_drafter(path, seat, drafter.state_dict())
+    return path

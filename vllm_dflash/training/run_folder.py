@@ -22,6 +22,7 @@ from vllm_dflash.files import (
     remove_own,
     writing,
 )
+from vllm_dflash.renamed import run_config
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.responses import check_log
 
@@ -210,7 +211,7 @@ def _read_run(file: Path) -> dict[str, Any]:
     run = _read_object(file)
     if not isinstance(run.get("config"), dict):
         raise ValueError(f"{file} is damaged (it has no config); {_DISCARD}")
-    return run
+    return run | {"config": run_config(run["config"])}
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
