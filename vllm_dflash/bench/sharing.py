@@ -134,8 +134,8 @@ def plan_sharing(
         wider * sum(s for s in engine if s is not None) for engine in sizes if None not in engine
     ]
     itemsize = kv_itemsize(verifier_config, dtype, engine_args.get("kv_cache_dtype", "auto"))
-    budget = engine_args.get("max_num_batched_tokens", tokens)
-    kv = requests * kv_bytes(verifier_config.get_text_config(), tokens, budget, ranks, itemsize)
+    step = engine_args.get("max_num_batched_tokens", tokens)
+    kv = requests * kv_bytes(verifier_config.get_text_config(), tokens, step, ranks, itemsize)
     # Free of what others hold, so that the shares of all are really there.
     budget = MEMORY_SHARE * device.free
     if len(known) < count:
