@@ -363,8 +363,8 @@ def test_module_wide_seams_of_a_kind(package, monkeypatch):
 
 
 def test_the_document_is_made_from_the_table():
-    text = (Path(__file__).resolve().parents[1] / "docs" / "seams.md").read_text()
-    assert text == seams.table(), "python -m vllm_dflash.serving.seams > docs/seams.md"
+    text = (Path(__file__).resolve().parents[1] / "docs" / "dev" / "seams.md").read_text()
+    assert text == seams.table(), "python -m vllm_dflash.serving.seams > docs/dev/seams.md"
     for seam in seams.SEAMS:
         owner, _, member = seam.name.rpartition(".")
         assert owner.rpartition(".")[2] in text

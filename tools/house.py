@@ -17,9 +17,9 @@ PACKAGE = "vllm_dflash"
 #: From the ground up: a part imports itself and those before it. A part is a module, or a folder with all
 #: that has no part of its own. Imports inside functions count, those for type checkers do not.
 ORDER = (
-    "__init__", "options", "bounds", "files", "config", "config_formats", "checkpoint", "guard", "processes",
-    "environment", "modeling", "draft_length", "ops", "serving", "verifier", "bench.engine_process",
-    "training", "bench", "plugin", "cli",
+    "__init__", "options", "bounds", "renamed", "settings", "files", "config", "config_formats",
+    "checkpoint", "guard", "processes", "environment", "modeling", "draft_length", "ops", "serving",
+    "verifier", "cpu_dtype", "bench.engine_process", "training", "bench", "plugin", "cli",
 )  # fmt: skip
 #: Arrows that are left out: doors of a class to the files that read and write it, by an import when called.
 DOORS = {

@@ -2,7 +2,7 @@
 
 One row each: what it is, what of it is relied on, what takes its place, why, where it runs, who knows it
 upstream, and when the row can go. :mod:`vllm_dflash.serving.patching` puts them in place, ``vllm-dflash env``
-shows their state, docs/seams.md is made from them (``python -m vllm_dflash.serving.seams``), and
+shows their state, docs/dev/seams.md is made from them (``python -m vllm_dflash.serving.seams``), and
 tests/contract.py looks for them in the source of every supported vLLM. Nothing is imported here.
 """
 
@@ -26,6 +26,7 @@ WORKER = "worker"
 TRAINING = "worker, of vllm-dflash train only"
 WORKER_V1 = "worker, V1 runner"
 WORKER_V1_CPU = "worker, V1 runner, CPU"
+WORKER_CPU = "worker, CPU"
 WORKER_V2 = "worker, V2 runner"
 
 # Whose gap it is.
@@ -53,7 +54,7 @@ class Seam:
             where the attribute is replaced. A class stands for itself.
         where: process and runner.
         why: what is not as wanted without.
-        upstream: issue or pull request of vLLM, or a file in docs/upstream.
+        upstream: issue or pull request of vLLM, or a file in docs/dev/upstream.
         until: when the row can go.
         when: how it gets there.
     """
@@ -90,6 +91,7 @@ _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
 _MAMBA = "vllm.model_executor.layers.mamba"
 _REJECTION = "vllm.v1.sample.rejection_sampler"
+_HYBRIDS = "docs/dev/upstream/hybrids-on-a-cpu.md"
 _RUNNER_V1, _OBSERVED = f"{_OURS}runner_v1:drafting_runner", f"{_OURS}speculator_v2:observed"
 
 
@@ -143,7 +145,7 @@ SEAMS = (
         f"{_OURS}draft_limits:limiting", ENGINE_CORE,
         "no draft token is verified where it would change what a request says, nor beyond the drafter's "
         "positions, nor while training records",
-        "docs/upstream/min-tokens.md, seed-and-drafts.md, logprob-token-ids.md",
+        "docs/dev/upstream/min-tokens.md, seed-and-drafts.md, logprob-token-ids.md",
         "what is for faults: when those are mended", "class"),
     *_seams(_SCHEDULER, "schedule; _update_after_schedule(scheduler_output); "
         "update_from_output(scheduler_output, model_runner_output); update_draft_token_ids(draft_token_ids)",
@@ -212,23 +214,24 @@ SEAMS = (
     *_seams(_V1, "take_draft_token_ids", _RUNNER_V1, WORKER_V1,
         "draft tokens take along where they come from", NO_HOOK, V1_GONE, "class"),
     *_seams(_V1, "_sample; _bookkeeping_sync", _RUNNER_V1, WORKER_V1_CPU,
-        "a seed and a prompt in chunks end the engine", "docs/upstream/seeded-chunks.md", MENDED, "class"),
+        "a seed and a prompt in chunks end the engine",
+        "docs/dev/upstream/seeded-chunks.md", MENDED, "class"),
     *_seams(f"{_REJECTION}:RejectionSampler.",
         "forward(metadata, draft_probs, logits, sampling_metadata); _get_logprobs_tensors",
         f"{_OURS}sampler_v1:Sampler", WORKER_V1,
         "logprob_token_ids is lost beside drafts, or ends the engine",
-        "docs/upstream/logprob-token-ids.md", MENDED, "class"),
+        "docs/dev/upstream/logprob-token-ids.md", MENDED, "class"),
     *_seams("vllm.v1.sample.sampler:Sampler.", "gather_logprobs(logprobs, num_logprobs, token_ids)",
         f"{_OURS}sampler_v1:Sampler", WORKER_V1,
         "those of each position, while the rejection sampler gathers",
-        "docs/upstream/logprob-token-ids.md", MENDED, "object"),
+        "docs/dev/upstream/logprob-token-ids.md", MENDED, "object"),
     *_seams("vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.",
         "sync_batch(batch_update); update_state(output_token_ids, spec_token_ids); "
         "apply_to_logits(logits, predict_bonus_token, spec_token_ids); "
         "_find_last_sequence_index(target_list, token_ids)",
         f"{_OURS}thinking_budget:ThinkingBudgets", WORKER_V1,
         "thinking_token_budget is missed beside drafts, and forces tokens in other requests",
-        "docs/upstream/thinking-budget.md", MENDED, "class"),
+        "docs/dev/upstream/thinking-budget.md", MENDED, "class"),
     *_seams(f"{_REJECTION}:", "apply_sampling_constraints(logits)",
         f"{_OURS}cpu_sampling:wrap_apply_sampling_constraints", WORKER_V1_CPU,
         "top-k of a batch without draft tokens takes the maximum of nothing and ends the engine",
@@ -240,13 +243,13 @@ SEAMS = (
         "vLLM issue 55005", MENDED, "cpu"),
     *_seams(f"{_MAMBA}.mamba_mixer2:", "causal_conv1d_update(x, conv_state, weight, bias, activation, "
         "conv_state_indices, num_accepted_tokens, query_start_loc)",
-        f"{_OURS}cpu_recurrent:wrap_causal_conv1d_update", WORKER_V1_CPU,
-        "Mamba-2 layers ignore what was accepted", NONE, MENDED, "cpu hybrid"),
+        f"{_OURS}cpu_recurrent:wrap_causal_conv1d_update", WORKER_CPU,
+        "Mamba-2 layers ignore what was accepted", _HYBRIDS, MENDED, "cpu hybrid"),
     *_seams(f"{_MAMBA}.mamba_mixer2:", "selective_state_update(state, x, dt, A, B, C)",
-        f"{_OURS}cpu_recurrent:wrap_selective_state_update", WORKER_V1_CPU,
-        "Mamba-2 layers take the table of states for a list", NONE, MENDED, "cpu hybrid"),
+        f"{_OURS}cpu_recurrent:wrap_selective_state_update", WORKER_CPU,
+        "Mamba-2 layers take the table of states for a list", _HYBRIDS, MENDED, "cpu hybrid"),
     *_seams(f"{_MAMBA}.ops.cpu.gdn_attention:", "_spec_forward",
-        f"{_OURS}cpu_recurrent:wrap_spec_forward", WORKER_V1_CPU,
+        f"{_OURS}cpu_recurrent:wrap_spec_forward", WORKER_CPU,
         "GDN layers misplace the convolution's tokens in steps of fewer than 1 + K",
         f"{NONE}; vLLM PR 46090 brought them", MENDED, "cpu hybrid"),
     # ---- V2 runner ----
@@ -293,7 +296,7 @@ _HEAD = """\
 
 Every function, method and class of vLLM that something of vllm-dflash takes the place of.
 
-Made by `python -m vllm_dflash.serving.seams > docs/seams.md` from the table in that file;
+Made by `python -m vllm_dflash.serving.seams > docs/dev/seams.md` from the table in that file;
 `serving/patching.py` puts them in place. How: `import` right after vLLM imports the module, `cpu` where the
 CPU backend serves a drafter, `class` by a subclass, mostly under one object, `object` on one object. In
 brackets are the parameters that are relied on. Public interfaces of vLLM that the plugin uses (plugin entry
@@ -302,7 +305,7 @@ point, `ModelRegistry`, `additional_config`, `worker_extension_cls`) are not her
 
 
 def table() -> str:
-    """docs/seams.md."""
+    """docs/dev/seams.md."""
     lines = [_HEAD]
     for where in dict.fromkeys(seam.where for seam in SEAMS):
         lines += [f"## {where[0].upper()}{where[1:]}", ""]

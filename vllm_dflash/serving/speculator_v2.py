@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from vllm_dflash import ops
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.options import Options
-from vllm_dflash.serving import calibration, support
+from vllm_dflash.serving import calibration, patching, support
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
-from vllm_dflash.serving.patching import specialise
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 #: The speculator whose ``propose`` is running; ``prepare_dflash_inputs`` of vLLM does not get it.
@@ -129,7 +128,7 @@ def observed(cls: type) -> type:
 
         def choose_lengths(self) -> None:
             """The scheduler chooses lengths from now on."""
-            specialise(self._runner, "vllm_dflash.serving.runner_v2:following_runner")
+            patching.specialise(self._runner, "vllm_dflash.serving.runner_v2:following_runner")
 
         def _observe(
             self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor
@@ -151,7 +150,7 @@ def observed(cls: type) -> type:
 
 def adopt(speculator: Any, options: Options) -> None:
     """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
-    specialise(speculator, "vllm_dflash.serving.speculator_v2:observed")
+    patching.specialise(speculator, "vllm_dflash.serving.speculator_v2:observed")
     speculator._greedy_draft_vocab = options.greedy_draft_vocab
     speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
 
@@ -182,6 +181,8 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
     speculator.max_model_len = position_limit(
         vllm_config.speculative_config, speculator.max_model_len
     )
+    if speculator.device.type == "cpu" and vllm_config.model_config.is_hybrid:
+        patching.apply("cpu hybrid")
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
     return speculator
