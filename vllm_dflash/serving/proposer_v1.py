@@ -275,9 +275,9 @@ class Proposer(DFlashProposer):
 
     def measure(self, runner: Any) -> None:
         """Once the engine can run steps: mends the runner, and measures what steps cost if that is wanted."""
-        patching.specialise(runner, "vllm_dflash.serving.runner_v1:drafting_runner")
+        ours = patching.specialise(runner, "vllm_dflash.serving.runner_v1:drafting_runner")
         sampler_v1.mend(runner)
-        if support.enabled(self.vllm_config) and isinstance(self.model, DrafterModel):
+        if ours and support.enabled(self.vllm_config) and isinstance(self.model, DrafterModel):
             path = calibration.costs_file(self.vllm_config)
             self.step_cost = calibration.measured_if_possible(calibration.RunsV1(self), path)
 
