@@ -81,6 +81,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/house.py --check
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 clean:

@@ -49,29 +49,38 @@ ROLES: dict[str, dict[str, str]] = {
         "original": "vllm.model_executor.layers.mamba.mamba_mixer2.selective_state_update",
     },
     "serving/deferred_context.py": {
-        "metadata": _METADATA, "runner": _RUNNER, "scheduler_output": _OUTPUT,
+        "metadata": _METADATA, "scheduler_output": _OUTPUT,
     },
-    "serving/draft_length.py": {
-        "runner": _RUNNER, "vllm_config": "vllm.config.VllmConfig", "metadata": _METADATA,
+    "serving/draft_length.py": {"runner": _RUNNER, "metadata": _METADATA},
+    "serving/verified.py": {"scheduler": _SCHEDULER},
+    "serving/draft_return.py": {"runner": _RUNNER},
+    "serving/runner_v1.py": {
+        "self": _RUNNER, "output": _OUTPUT, "batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
     },
-    "serving/verified.py": {"scheduler": _SCHEDULER, "runner": _RUNNER},
-    "serving/plain_steps.py": {"runner": _RUNNER, "output": _OUTPUT},
-    "serving/step_clock.py": {"runner": _RUNNER},
-    "serving/draft_return.py": {
-        "runner": _RUNNER, "cls": "vllm.v1.executor.multiproc_executor.MultiprocExecutor",
-    },
-    "serving/plain_steps.py:_prepare_inputs": {
+    "serving/runner_v1.py:_prepare_inputs": {
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
     },
-    "serving/plain_steps.py:propose_draft_token_ids": {
+    "serving/runner_v1.py:propose_draft_token_ids": {
         "given": f"{_PARAMETERS}{_RUNNER}.propose_draft_token_ids",
     },
+    "serving/runner_v2.py": {"scheduler_output": _OUTPUT},
+    "serving/engine_core.py": {
+        "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
+    },
+    "serving/engine_core.py:_initialize_kv_caches": {"self": "vllm.v1.engine.core.EngineCore"},
+    "serving/engine_core.py:init": {"self": _SCHEDULER},
+    "serving/worker_start.py": {"worker": "vllm.v1.worker.gpu_worker.Worker"},
+    "serving/support.py": {
+        "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
+        "draft": _MODEL_CONFIG,
+    },
+    "serving/support.py:_dflash_needs_multi_kv_group": {"self": "vllm.config.VllmConfig"},
     "serving/draft_limits.py": {
         "draft": _MODEL_CONFIG, "request": _REQUEST, "self": _SCHEDULER, "scheduler": _SCHEDULER,
         "vllm_config": "vllm.config.VllmConfig", "params": "vllm.sampling_params.SamplingParams",
     },
     "serving/sampler_v1.py": {
-        "runner": _RUNNER, "batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
+        "runner": _RUNNER,
         "runner.input_batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
         "sampler": "vllm.v1.sample.sampler.Sampler",
         "sampling_metadata": "vllm.v1.sample.metadata.SamplingMetadata",
@@ -81,7 +90,7 @@ ROLES: dict[str, dict[str, str]] = {
         "self": "vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder",
     },
     "serving/drafter_model.py": {
-        "model": _DRAFT_MODEL, "vllm_config": "vllm.config.VllmConfig",
+        "vllm_config": "vllm.config.VllmConfig",
         "shared": "vllm.lora.layers.VocabParallelEmbeddingWithLoRA",
     },
     "serving/graphs.py": {"module": _GRAPHS, "config": "vllm.config.VllmConfig"},
@@ -107,28 +116,17 @@ ROLES: dict[str, dict[str, str]] = {
     "serving/proposer_v1.py:propose": {"kwargs": f"{_PARAMETERS}{_PROPOSER}.propose"},
     "serving/calibration.py:_run": {"runner": _RUNNER_V2},
     "serving/calibration.py:costs_file": {"vllm_config": "vllm.config.VllmConfig"},
-    "serving/draft_switch.py": {
-        "runner": _RUNNER_V2, "speculator": _SPECULATOR, "runs.vllm_config": "vllm.config.VllmConfig",
-        "scheduler_output": _OUTPUT,
-    },
     "serving/scheduler.py": {
         "vllm_config": "vllm.config.VllmConfig", "scheduler": _SCHEDULER, "self.scheduler": _SCHEDULER,
         "cls": _SCHEDULER, "request": _REQUEST, "r": _REQUEST, "output": _OUTPUT,
         "result": "vllm.v1.outputs.ModelRunnerOutput", "scheduler_output": _OUTPUT,
-    },
-    "serving/seams.py:_patch_v2_speculator": {
-        "vllm_config": "vllm.config.VllmConfig", "spec_config": "vllm.config.SpeculativeConfig",
-        "speculator": _SPECULATOR,
-    },
-    "serving/seams.py:_dflash_needs_multi_kv_group": {
-        "self": "vllm.config.VllmConfig", "draft": _MODEL_CONFIG,
     },
     "serving/speculative_config.py": {
         "self": "vllm.EngineArgs", "engine_args": "vllm.EngineArgs",
         "target_model_config": _MODEL_CONFIG, "verifier": _MODEL_CONFIG,
     },
     "serving/speculator_v2.py": {
-        "cls": _SPECULATOR, "speculator": _SPECULATOR, "inner": _DRAFT_MODEL, "module": _V2,
+        "cls": _SPECULATOR, "speculator": _SPECULATOR, "inner": _DRAFT_MODEL,
         "vllm_config": "vllm.config.VllmConfig", "batch": "vllm.v1.worker.gpu.input_batch.InputBatch",
     },
     "serving/speculator_v2.py:propose": {"given": f"{_PARAMETERS}{_SPECULATOR}.propose"},
@@ -154,9 +152,8 @@ ROLES: dict[str, dict[str, str]] = {
         "module": "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
         "group": "vllm.distributed.parallel_state.GroupCoordinator",
     },
-    "serving/verifier.py:__init__": {"runner": _RUNNER},
-    "serving/verifier.py:execute_model": {"runner": _RUNNER_V2},
-    "serving/worker.py": {"self": "vllm.v1.worker.gpu_worker.Worker"},
+    "serving/verifier.py:execute_model": {"self": _RUNNER_V2},
+    "training/worker.py": {"self": "vllm.v1.worker.gpu_worker.Worker"},
     "training/session.py": {"runner": _RUNNER},
     "training/engine.py": {
         "self.engine": "vllm.v1.engine.llm_engine.LLMEngine",
@@ -297,6 +294,8 @@ class Contract:
         for seam in SEAMS:
             names = tuple(n for n in seam.parameters if n != "self")
             self.add(Requirement("call", seam.name, names, 0, True), "serving/seams.py: SEAMS")
+            if seam.when != "class" and "." not in seam.attribute:
+                self.add(Requirement("global", seam.name), "serving/seams.py: SEAMS")
         self._add_by_hand(package)
         for file in sorted(package.rglob("*.py")):
             _File(self, file, file.relative_to(package).as_posix()).read()
@@ -314,7 +313,7 @@ class Contract:
         self.add(Requirement("prefix", f"{_V2}.prepare_dflash_inputs", order), file)
         self.add(Requirement("call", f"{_SPECULATOR}.propose", ("is_profile",), 0, True), file)
         file = "serving/adapter.py"
-        made = _function(package / file, "_change_class")
+        made = _function(package / file, "_interface")
         given = sorted({k for n in ast.walk(made) if isinstance(n, ast.Dict) for k in _keys(n)})
         interface = "vllm.model_executor.models.interfaces.SupportsEagle3"
         self.add(Requirement("members", interface, tuple(given)), file)
@@ -366,6 +365,7 @@ class _File:
 
     def __init__(self, contract: Contract, file: Path, name: str) -> None:
         self.contract, self.file, self.name = contract, file, name
+        self.dotted = name.removesuffix(".py").replace("/", ".")
         self.source = contract.reference
         self.tree = ast.parse(file.read_text())
         self.imports: dict[str, str] = {}
@@ -413,10 +413,14 @@ class _File:
         self, scope: ast.AST, names: dict[str, str], function: str, base: str = "", own=()
     ) -> None:
         names = names | self._roles(function)
-        if self.name == "serving/seams.py":
-            for seam in SEAMS:
-                if seam.patch.__name__ == function:
-                    names["module"] = seam.module
+        for seam in SEAMS:
+            module, _, ours = seam.ours.partition(":")
+            if ours == function and module == f"vllm_dflash.{self.dotted}":
+                # Our function in the table gets vLLM's.
+                if seam.when == "class":
+                    names.setdefault("cls", seam.name.rpartition(".")[0])
+                else:
+                    names.setdefault("original", seam.name)
         visitor = _Visitor(self, names, base, own)
         for child in ast.iter_child_nodes(scope):
             visitor.visit(child)
@@ -443,7 +447,7 @@ class _File:
                         node, "override", f"{base}.{node.name}", ours.names, len(ours.positional),
                         ours.more_keywords,
                     )  # fmt: skip
-            elif isinstance(node, ast.Assign) or (isinstance(node, ast.AnnAssign) and node.value):
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 own |= {t.id for t in targets(node) if isinstance(t, ast.Name)}
         own |= {
             t.attr

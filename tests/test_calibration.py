@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_dflash.serving import calibration, seams
+from vllm_dflash.serving import calibration, worker_start
 
 SEQUENCES = 16
 
@@ -137,10 +137,9 @@ def test_costs_that_cannot_be_read_are_measured(tmp_path) -> None:
     assert calibration._read(path) is None
 
 
-def patched(worker: type, name: str) -> type:
-    module = ModuleType("worker")
-    setattr(module, name, worker)
-    seams._patch_worker(module)
+def patched(worker: type) -> type:
+    warm_up = worker.compile_or_warm_up_model  # type: ignore[attr-defined]
+    worker.compile_or_warm_up_model = worker_start.wrap_warm_up(warm_up)  # type: ignore[attr-defined]
     return worker
 
 
@@ -151,7 +150,7 @@ def test_steps_are_measured_before_vllm_watches_for_compilation() -> None:
     class Worker:
         def __init__(self) -> None:
             self.model_runner = SimpleNamespace(
-                speculator=SimpleNamespace(choose_lengths=lambda r: events.append("measured")),
+                speculator=SimpleNamespace(measure=lambda r: events.append("measured")),
                 eplb=SimpleNamespace(suppress=self.suppress),
             )
 
@@ -169,7 +168,7 @@ def test_steps_are_measured_before_vllm_watches_for_compilation() -> None:
         def _maybe_activate_jit_monitor(self) -> None:
             events.append("watching")
 
-    worker = patched(Worker, "Worker")()
+    worker = patched(Worker)()
     assert worker.compile_or_warm_up_model() == "times"
     assert events == ["captured", "suppressed", "measured", "counts again", "watching"]
     assert "_maybe_activate_jit_monitor" not in vars(worker)
@@ -180,11 +179,11 @@ def test_workers_without_that_watch() -> None:
 
     class CPUWorker:
         model_runner = SimpleNamespace(
-            drafter=SimpleNamespace(choose_lengths=lambda runner: events.append("measured"))
+            drafter=SimpleNamespace(measure=lambda runner: events.append("measured"))
         )
 
         def compile_or_warm_up_model(self) -> None:
             events.append("warm")
 
-    patched(CPUWorker, "CPUWorker")().compile_or_warm_up_model()
+    patched(CPUWorker)().compile_or_warm_up_model()
     assert events == ["warm", "measured"]

@@ -98,11 +98,11 @@ def test_what_a_vllm_lacks_is_named(contract, module, old, new, message) -> None
 def test_changes_that_still_fit_are_told(contract) -> None:
     name = "vllm.engine.arg_utils"
     have = contract.reference.module(name)
-    head, function, tail = have.text.partition(
-        "    def create_speculative_config(\n        self,\n"
-    )
+    head, function, tail = have.text.partition("    def create_speculative_config(\n")
+    parameters, end, tail = tail.partition("    ) ->")
     assert function
-    text = f"{head}{function}        *, more: int = 0,\n{tail}"
+    assert end
+    text = f"{head}{function}{parameters}        *, more: int = 0,\n{end}{tail}"
     source = contract.reference.with_module(Module(name, have.path, text))
     assert contract.problems(source) == {}
     assert contract.changes(source) == [f"{name}.EngineArgs.create_speculative_config: +more"]

@@ -48,7 +48,6 @@ class World:
             uses_mrope=False,
             input_batch=SimpleNamespace(req_ids=[], num_tokens_no_spec=[]),
             kv_cache_config=SimpleNamespace(kv_cache_groups=[group] * groups),
-            execute_model=lambda output: None,
         )
         self.proposer = SimpleNamespace(
             runner=self.runner,
@@ -82,7 +81,7 @@ class World:
 
     def scheduled(self, new=(), blocks=(), ended=(), preempted=(), resumed=()) -> None:
         """What the runner is told before a step."""
-        self.runner.execute_model(
+        self.context.before_step(
             SimpleNamespace(
                 scheduled_new_reqs=[SimpleNamespace(req_id=r) for r in new],
                 scheduled_cached_reqs=SimpleNamespace(

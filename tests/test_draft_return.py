@@ -8,10 +8,14 @@ from types import SimpleNamespace
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
 from vllm_dflash.serving import draft_return
+from vllm_dflash.serving.runner_v1 import drafting_runner
 
 
 class Runner:
+    """As vLLM's V1 runner."""
+
     def __init__(self) -> None:
+        self.drafter = SimpleNamespace(lengths=SimpleNamespace(sent={}))
         self.output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
         self.drafts: DraftTokenIds | None = DraftTokenIds(["a"], [[1, 2]])
 
@@ -20,6 +24,8 @@ class Runner:
 
     def take_draft_token_ids(self):
         return self.drafts
+
+    def propose_draft_token_ids(self, scheduler_output): ...
 
 
 class MultiprocExecutor:
@@ -40,10 +46,9 @@ def made(sending: bool) -> tuple[Runner, MultiprocExecutor]:
     class Executor(MultiprocExecutor):
         pass
 
-    draft_return.patch_executor(SimpleNamespace(MultiprocExecutor=Executor))
-    runner = Runner()
-    if sending:
-        draft_return.send_with_output(runner)
+    Executor.sample_tokens = draft_return.keep_drafts(Executor.sample_tokens)
+    Executor.take_draft_token_ids = draft_return.answer_from_output(Executor.take_draft_token_ids)
+    runner = drafting_runner(Runner)() if sending else Runner()
     return runner, Executor(runner)
 
 

@@ -12,8 +12,8 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from vllm_dflash.serving import scheduler
-from vllm_dflash.serving.graphs import patch_candidates
+from vllm_dflash.serving import support
+from vllm_dflash.serving.graphs import wrap_init_candidates
 
 K = 7
 
@@ -23,8 +23,7 @@ def module(monkeypatch):
     """vLLM's module; its class is as it was afterwards."""
     cls = cudagraph_utils.ModelCudaGraphManager
     base = cudagraph_utils.CudaGraphManager._init_candidates
-    monkeypatch.setattr(cls, "_init_candidates", base)
-    patch_candidates(cudagraph_utils)
+    monkeypatch.setattr(cls, "_init_candidates", wrap_init_candidates(base))
     return cudagraph_utils
 
 
@@ -34,7 +33,7 @@ def lengths(module, monkeypatch, chooses: bool, table=None, layers=()) -> set[in
     Args:
         layers: the verifier's, as vLLM's ``static_forward_context`` has them.
     """
-    monkeypatch.setattr(scheduler, "chooses", lambda config: chooses)
+    monkeypatch.setattr(support, "scheduler_chooses", lambda config: chooses)
     spec = Spec(num_speculative_tokens=K, num_speculative_tokens_per_batch_size=table)
     manager = module.ModelCudaGraphManager.__new__(module.ModelCudaGraphManager)
     config = SimpleNamespace(

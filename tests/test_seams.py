@@ -23,7 +23,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, ENV_DISABLE, Options
 from vllm_dflash.serving import metrics as serving_metrics
-from vllm_dflash.serving import seams
+from vllm_dflash.serving import patching, seams
 from vllm_dflash.serving.metrics import drafter_metrics_class
 from vllm_dflash.serving.seams import Seam
 from vllm_dflash.serving.speculative_config import wrap_create_speculative_config
@@ -52,7 +52,7 @@ def patch_install(monkeypatch, result) -> list[int]:
             raise result
         return result
 
-    monkeypatch.setattr(seams, "install", install)
+    monkeypatch.setattr(patching, "install", install)
     return calls
 
 
@@ -108,14 +108,14 @@ def test_in_a_fresh_process():
         import vllm.v1.metrics.loggers as loggers
         from vllm.engine.arg_utils import EngineArgs
         from vllm_dflash.serving.proposer_v1 import Proposer
-        from vllm_dflash.serving import seams
+        from vllm_dflash.serving import patching, seams
         print("RESULT", json.dumps({
             "light": light, "hooks": hooks, "runners": runners,
             "proposer": runner.DFlashProposer is Proposer,
             "metrics": loggers.PrometheusStatLogger._spec_decoding_cls.__name__,
             "args": hasattr(EngineArgs.create_speculative_config, "__wrapped__"),
             "architecture": vllm.ModelRegistry.models["DFlashDraftModel"].module_name,
-            "probe": seams.probe(),
+            "probe": patching.probe(),
         }))
     """
     env = {k: v for k, v in os.environ.items() if k != ENV_DISABLE}
@@ -165,8 +165,12 @@ class Runner:
         return self.propose(*args, **kwargs)
 
 
-def make_seam(attribute: str = "Runner.propose", parameters=("positions",), patch=None) -> Seam:
-    return Seam("somewhere", attribute, tuple(parameters), patch or (lambda module: None))
+def row(target: str, parameters, ours: str, when="import") -> Seam:
+    return Seam(target, tuple(parameters), ours, "worker", "for the test", when=when)
+
+
+def make_seam(attribute: str = "Runner.propose", parameters=("positions",), ours="wrap") -> Seam:
+    return row(f"somewhere:{attribute}", parameters, f"{__name__}:{ours}")
 
 
 @pytest.mark.parametrize(
@@ -186,45 +190,194 @@ def make_seam(attribute: str = "Runner.propose", parameters=("positions",), patc
     ],
 )
 def test_what_is_wrong_with_a_seam(attribute, parameters, problem):
-    assert make_seam(attribute, parameters).problem(make_module(Runner=Runner)) == problem
+    assert patching.problem(make_seam(attribute, parameters), make_module(Runner=Runner)) == problem
 
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(seams.logger, "handlers", [caplog.handler])
-    monkeypatch.setattr(seams.logger, "propagate", False)
-    monkeypatch.setattr(seams.logger, "level", logging.DEBUG)
-    seams.logger.manager._clear_cache()  # type: ignore[attr-defined]
+    monkeypatch.setattr(patching.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(patching.logger, "propagate", False)
+    monkeypatch.setattr(patching.logger, "level", logging.DEBUG)
+    patching.logger.manager._clear_cache()  # type: ignore[attr-defined]
     return caplog
 
 
-def test_a_seam_is_patched_once(said):
-    calls: list[ModuleType] = []
-    module, seam = make_module(Runner=Runner), make_seam(patch=calls.append)
+calls: list = []
+
+
+def wrap(original):
+    calls.append(original)
+    return lambda self, *args, **kwargs: ("ours", original(self, *args, **kwargs))
+
+
+def broken(original):
+    raise ImportError("renamed in this vLLM")
+
+
+@pytest.fixture
+def runner(monkeypatch) -> type:
+    """A class of somebody else's, as it was afterwards."""
+    calls.clear()
+    monkeypatch.setattr(Runner, "propose", Runner.propose)
+    return Runner
+
+
+def test_a_seam_is_patched_once(said, runner):
+    stock = runner.propose
+    module, seam = make_module(Runner=runner), make_seam()
     for _ in range(3):
-        seams._apply(seam, module)
-    assert calls == [module]
+        patching._apply(seam, module)
+    assert calls == [stock]
+    assert runner().propose(1, 2) == ("ours", (1, 2))
     assert said.records == []
 
 
-def test_a_changed_seam_is_left_alone_and_named_once(said):
-    calls: list[ModuleType] = []
-    module, seam = make_module(Runner=Runner), make_seam(parameters=("gone",), patch=calls.append)
+def test_a_changed_seam_is_left_alone_and_named_once(said, runner):
+    stock = runner.propose
+    module, seam = make_module(Runner=runner), make_seam(parameters=("gone",))
     for _ in range(3):
-        seams._apply(seam, module)
+        patching._apply(seam, module)
     assert calls == []
+    assert runner.propose is stock
     assert [r.levelname for r in said.records] == ["WARNING"]
     assert "somewhere.Runner.propose has no parameter gone" in said.text
 
 
-def test_a_patch_that_fails_does_not_reach_vllm(said):
-    def patch(module):
-        raise ImportError("renamed in this vLLM")
-
-    seams._apply(make_seam(patch=patch), make_module(Runner=Runner))
+@pytest.mark.parametrize("ours", ["broken", "nowhere"])
+def test_a_patch_that_fails_does_not_reach_vllm(ours, said, runner):
+    patching._apply(make_seam(ours=ours), make_module(Runner=runner))
     assert [r.levelname for r in said.records] == ["ERROR"]
     assert "somewhere.Runner.propose" in said.text
-    assert "renamed in this vLLM" in said.text
+    assert {"broken": "renamed in this vLLM", "nowhere": "has no attribute"}[ours] in said.text
+    assert runner().propose(1, 2) == (1, 2)
+
+
+# ---- one object ----
+
+
+def specialised(cls, word="ours"):
+    class Special(cls):
+        def propose(self, *args, **kwargs):
+            return (word, *super().propose(*args, **kwargs))
+
+    return Special
+
+
+class Fixed(Runner):
+    def propose(self, *args, **kwargs):
+        return "fixed"
+
+
+class Empty(Runner):
+    pass
+
+
+def table(monkeypatch, *rows: Seam) -> None:
+    monkeypatch.setattr(patching, "SEAMS", rows)
+    monkeypatch.setitem(sys.modules, "somewhere", make_module(Runner=Runner))
+    patching._problem.cache_clear()
+
+
+def test_the_class_of_one_object_is_changed(said, monkeypatch):
+    table(
+        monkeypatch,
+        row("somewhere:Runner.propose", ("hidden",), f"{__name__}:specialised", "class"),
+        row("somewhere:Runner.propose", (), f"{__name__}:Fixed", "class"),
+    )
+    one, other = Empty(), Empty()
+    for _ in range(2):  # the second time it is one already
+        assert patching.specialise(one, f"{__name__}:specialised", "mine")
+        assert one.propose(1, 2) == ("mine", 1, 2)
+    assert isinstance(one, Empty)
+    assert other.propose(1, 2) == (1, 2)
+    plain = Runner()
+    assert patching.specialise(plain, f"{__name__}:Fixed")
+    assert type(plain) is Fixed
+    assert said.records == []
+
+
+def test_an_object_of_a_changed_class_is_left_alone(said, monkeypatch):
+    table(
+        monkeypatch,
+        row("somewhere:Runner.propose", ("hidden",), f"{__name__}:specialised", "class"),
+        row("somewhere:Runner.sample", (), f"{__name__}:specialised", "class"),
+    )
+    one = Runner()
+    assert not patching.specialise(one, f"{__name__}:specialised")
+    assert type(one) is Runner
+    assert [r.levelname for r in said.records] == ["WARNING"]
+    assert "somewhere.Runner.sample is missing in this vLLM" in said.text
+
+
+def test_a_subclass_in_the_place_of_a_class_needs_all_that_it_overrides(said, monkeypatch):
+    replaced = row("somewhere:Runner", (), f"{__name__}:Fixed")
+    table(monkeypatch, replaced, row("somewhere:Runner.sample", (), f"{__name__}:Fixed", "class"))
+    module = sys.modules["somewhere"]
+    patching._apply(replaced, module)
+    assert module.Runner is Runner
+    assert "somewhere.Runner.sample is missing" in said.text
+    table(monkeypatch, replaced, row("somewhere:Runner.propose", (), f"{__name__}:Fixed", "class"))
+    module = sys.modules["somewhere"]
+    patching._apply(replaced, module)
+    assert module.Runner is Fixed
+
+
+def test_an_attribute_of_one_object_for_the_while(monkeypatch):
+    table(monkeypatch, row("somewhere:Runner.propose", (), "here:it", "object"))
+    one, own = Runner(), Runner()
+    own.propose = before = lambda: "own"
+    for runner, after in ((one, (1, 2)), (own, None)):
+        with patching.replaced(runner, "propose", lambda *args: "ours"):
+            assert runner.propose(1, 2) == "ours"
+        if after:
+            assert runner.propose(1, 2) == after
+            assert vars(runner) == {}
+    assert own.propose is before
+    patching.replace(one, "propose", before)
+    assert one.propose() == "own"
+
+
+def test_nothing_is_replaced_without_a_row(monkeypatch):
+    table(
+        monkeypatch,
+        row("somewhere:Runner.propose", (), f"{__name__}:specialised", "class"),
+        row("somewhere:Runner.limit.gone", (), "here:it", "object"),
+    )
+    with pytest.raises(LookupError, match="is not in the table of seams"):
+        patching.specialise(Runner(), f"{__name__}:Fixed")
+    with pytest.raises(LookupError, match="propose is not in the table of seams"):
+        patching.replace(Runner(), "propose", None)
+    with pytest.raises(RuntimeError, match=r"somewhere\.Runner\.limit\.gone is missing"):
+        patching.replace(Runner(), "gone", None)
+
+
+def test_module_wide_seams_of_a_kind(package, monkeypatch):
+    when = {"runner": "cpu", "other": "cpu hybrid"}
+    rows = [row(f"throwaway.{m}:start", ("a",), f"{__name__}:start", w) for m, w in when.items()]
+    monkeypatch.setattr(patching, "SEAMS", tuple(rows))
+    calls.clear()
+    for _ in range(2):
+        patching.apply("cpu")
+    assert importlib.import_module("throwaway.runner").start(1) == "ours"
+    assert calls == ["throwaway.runner"]
+
+
+def test_the_document_is_made_from_the_table():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "dev" / "seams.md").read_text()
+    assert text == seams.table(), "python -m vllm_dflash.serving.seams > docs/dev/seams.md"
+    for seam in seams.SEAMS:
+        owner, _, member = seam.name.rpartition(".")
+        assert owner.rpartition(".")[2] in text
+        assert member in text
+
+
+def test_every_row_names_something_of_ours():
+    for seam in seams.SEAMS:
+        module, _, name = seam.ours.partition(":")
+        assert hasattr(importlib.import_module(module), name), seam
+        assert seam.why
+        assert seam.upstream
+        assert seam.until
 
 
 # ---- patching right after an import ----
@@ -247,22 +400,22 @@ def package(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def start(original):
+    calls.append(original.__module__)
+    return lambda a: "ours"
+
+
 def hook(monkeypatch, *modules: str, missing=()) -> list[str]:
     """Installs seams on ``<module>.start``; returns the modules patched, in order."""
-    patched: list[str] = []
-
-    def patch(module):
-        patched.append(module.__name__)
-        module.start = lambda a: "ours"
-
-    made = tuple(Seam(m, "start", ("a",), patch) for m in (*modules, *missing))
-    monkeypatch.setattr(seams, "SEAMS", made)
-    return patched
+    calls.clear()
+    made = tuple(row(f"{m}:start", ("a",), f"{__name__}:start") for m in (*modules, *missing))
+    monkeypatch.setattr(patching, "SEAMS", made)
+    return calls
 
 
 def test_modules_are_patched_when_they_are_imported(package, monkeypatch):
     patched = hook(monkeypatch, "throwaway.runner")
-    assert seams.install() == []
+    assert patching.install() == []
     assert patched == []
     other = importlib.import_module("throwaway.other")
     assert patched == ["throwaway.runner"]
@@ -273,24 +426,24 @@ def test_modules_are_patched_when_they_are_imported(package, monkeypatch):
 def test_modules_that_are_loaded_already_are_patched_at_once(package, monkeypatch):
     runner = importlib.import_module("throwaway.runner")
     patched = hook(monkeypatch, "throwaway.runner")
-    seams.install()
+    patching.install()
     assert patched == ["throwaway.runner"]
     assert runner.start(1) == "ours"
 
 
 def test_installing_twice(package, monkeypatch):
     patched = hook(monkeypatch, "throwaway.runner")
-    seams.install()
-    seams.install()
+    patching.install()
+    patching.install()
     assert importlib.import_module("throwaway.runner").start(1) == "ours"
     assert patched == ["throwaway.runner"]
-    seams.install()
+    patching.install()
     assert patched == ["throwaway.runner"]
 
 
 def test_other_modules_import_as_ever(package, monkeypatch):
     hook(monkeypatch, "throwaway.runner")
-    seams.install()
+    patching.install()
     with pytest.raises(ModuleNotFoundError, match=r"throwaway\.nothing"):
         importlib.import_module("throwaway.nothing")
     assert importlib.util.find_spec("throwaway.runner").origin.endswith("runner.py")
@@ -298,7 +451,7 @@ def test_other_modules_import_as_ever(package, monkeypatch):
 
 def test_a_module_that_fails_by_itself_still_does(package, monkeypatch):
     patched = hook(monkeypatch, "throwaway.broken")
-    seams.install()
+    patching.install()
     with pytest.raises(RuntimeError, match="broken itself"):
         importlib.import_module("throwaway.broken")
     assert patched == []
@@ -308,7 +461,7 @@ def test_a_module_that_fails_by_itself_still_does(package, monkeypatch):
 def test_half_a_plugin_is_worse_than_none(gone, package, monkeypatch):
     patched = hook(monkeypatch, "throwaway.runner", missing=[gone])
     before = list(sys.meta_path)
-    assert seams.install() == [gone]
+    assert patching.install() == [gone]
     assert importlib.import_module("throwaway.runner").start(1) == "stock"
     assert patched == []
     assert sys.meta_path == before
@@ -316,7 +469,7 @@ def test_half_a_plugin_is_worse_than_none(gone, package, monkeypatch):
 
 def test_probe(package, monkeypatch):
     hook(monkeypatch, "throwaway.runner", "throwaway.broken", "throwaway.nothing")
-    (found, broken, nothing) = seams.probe().values()
+    (found, broken, nothing) = patching.probe().values()
     assert found == "ok"
     assert broken == "import failed: RuntimeError: broken itself"
     assert nothing.startswith("import failed: ModuleNotFoundError")

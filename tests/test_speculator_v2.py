@@ -168,14 +168,14 @@ def module_with(*names: str) -> ModuleType:
 )
 def test_other_parameters_are_refused(names) -> None:
     with pytest.raises(ValueError, match="prepare_dflash_inputs has the parameters"):
-        speculator_v2.patch_prepare_inputs(module_with(*names))
+        speculator_v2.wrap_prepare_inputs(module_with(*names).prepare_dflash_inputs)
 
 
 @pytest.mark.parametrize("more", [(), ("num_reqs_override",)], ids=["0.32", "0.33"])
 def test_speculators_that_are_not_ours_keep_vllms(more) -> None:
     module = module_with(*speculator_v2._PREPARE_PARAMETERS, *more)
-    speculator_v2.patch_prepare_inputs(module)
-    module.prepare_dflash_inputs(*range(len(speculator_v2._PREPARE_PARAMETERS) + len(more)))
+    prepare = speculator_v2.wrap_prepare_inputs(module.prepare_dflash_inputs)
+    prepare(*range(len(speculator_v2._PREPARE_PARAMETERS) + len(more)))
     assert module.calls == ["stock"]
 
 

@@ -428,9 +428,10 @@ def convert(
 @app.command()
 def env() -> None:
     """Versions, machine, the ops in use, and the state of every seam in the installed vLLM."""
-    from vllm_dflash.environment import describe_machine, describe_ops, versions
+    from vllm_dflash.environment import describe_machine, versions
+    from vllm_dflash.ops.load import describe_ops
     from vllm_dflash.options import plugin_disabled
-    from vllm_dflash.serving.seams import probe
+    from vllm_dflash.serving.patching import probe
 
     table = _facts()
     for name, value in (versions() | describe_machine() | describe_ops()).items():

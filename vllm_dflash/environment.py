@@ -143,22 +143,6 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe_ops() -> dict[str, str]:
-    """Which implementation of the ops runs here and why no better one; may compile them."""
-    # Deferred: it imports torch.
-    from vllm_dflash.ops import jit
-    from vllm_dflash.ops.load import ENV_OPS, load
-
-    rows = {name: os.environ.get(name) or "unset" for name in (ENV_OPS, jit.ENV_JIT)}
-    try:
-        rows["ops compiled into"] = str(jit.cache_root())
-        loaded = load()
-    except (RuntimeError, ValueError) as error:
-        return {"ops": f"none: {error}", **rows}
-    reasons = {f"no {r.mode} {r.way}".rstrip(): r.text for r in loaded.reasons}
-    return {"ops": loaded.describe(), **reasons, **rows}
-
-
 def gpu_capabilities() -> list[tuple[int, int]]:
     """Compute capabilities: of the current GPU if this process uses one, else of all there are."""
     torch = sys.modules.get("torch")

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PREFIX = "dflash_"
+#: The drafter architecture that both public formats resolve to in vLLM.
+DRAFTER_ARCH = "DFlashDraftModel"
 #: Key of ``VllmConfig.additional_config`` under which the options travel.
 ADDITIONAL_CONFIG_KEY = "vllm_dflash"
 #: Set to 1 to leave stock dflash in place although the plugin is installed.

@@ -30,7 +30,7 @@ def register() -> None:
         if plugin_disabled():
             logger.info("vllm-dflash %s is switched off by %s", __version__, ENV_DISABLE)
             return
-        from vllm_dflash.serving.seams import install
+        from vllm_dflash.serving.patching import install
 
         missing = install()
         if missing:

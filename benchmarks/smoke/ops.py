@@ -47,8 +47,8 @@ def check_seams(context: Context) -> None:
     except Unavailable as reason:
         context.say("seams", "unavailable", str(reason))
         return
-    from vllm_dflash.serving import seams
+    from vllm_dflash.serving import patching
 
-    found = seams.probe()
+    found = patching.probe()
     missing = {name: what for name, what in found.items() if what != "ok"}
     context.check("seams", json.dumps(missing)[:400] if missing else "", seams=len(found))

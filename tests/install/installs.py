@@ -125,7 +125,7 @@ logger.addHandler(handler)
 logger.setLevel(logging.INFO)
 import torch
 {before}
-from vllm_dflash.environment import describe_ops
+from vllm_dflash.ops.load import describe_ops
 from vllm_dflash.ops.load import PACKAGE, load
 from vllm_dflash.ops.schemas import SCHEMAS
 loaded = load()

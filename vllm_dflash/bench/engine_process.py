@@ -563,6 +563,8 @@ def _watch_steps(output_processor: Any) -> dict[str, list[int]]:
     They are read where a step's results reach the front end, cut off at the end of the response. A client
     can get those of two steps at once.
     """
+    from vllm_dflash.serving import patching
+
     steps: dict[str, list[int]] = {}
     process = output_processor.process_outputs
 
@@ -572,7 +574,7 @@ def _watch_steps(output_processor: Any) -> dict[str, list[int]]:
                 steps.setdefault(output.request_id, []).append(len(output.new_token_ids))
         return process(engine_core_outputs, *args, **kwargs)
 
-    output_processor.process_outputs = process_outputs
+    patching.replace(output_processor, "process_outputs", process_outputs)
     return steps
 
 

@@ -277,3 +277,15 @@ def _implement(functions: ModuleType, key: str) -> None:
     _libraries.append(library)
     for op in SCHEMAS:
         library.impl(op, getattr(functions, op), key)
+
+
+def describe_ops() -> dict[str, str]:
+    """Which implementation of the ops runs here and why no better one; may compile them."""
+    rows = {name: os.environ.get(name) or "unset" for name in (ENV_OPS, jit.ENV_JIT)}
+    try:
+        rows["ops compiled into"] = str(jit.cache_root())
+        loaded = load()
+    except (RuntimeError, ValueError) as error:
+        return {"ops": f"none: {error}", **rows}
+    reasons = {f"no {r.mode} {r.way}".rstrip(): r.text for r in loaded.reasons}
+    return {"ops": loaded.describe(), **reasons, **rows}

@@ -12,11 +12,13 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
+from vllm_dflash.serving.patching import specialise
 from vllm_dflash.serving.probe import first_output_is_whole
 from vllm_dflash.serving.tap import FeatureTap, cannot_tap, feature_buffer, write_features
 from vllm_dflash.serving.verifier import find_embedding, language_model
 
 logger = logging.getLogger("vllm.vllm_dflash")
+_ADAPTED = "vllm_dflash.serving.adapter:adapted"
 
 
 def adapt_verifier(
@@ -120,34 +122,42 @@ class _InputHook:
 
 def _change_class(model: nn.Module, embedding: nn.Module | None, tap: FeatureTap | None) -> None:
     """Puts a subclass with the missing members under an instance; the one vLLM calls gets the ``tap``."""
-    cls = type(model)
-    members: dict[str, Any] = {"__module__": cls.__module__}
+    inner = getattr(model, "model", None)
+    # vLLM shares `model.embed_tokens` with the drafter; a property adds no second name to the weights.
+    found = any(hasattr(inner, name) for name in ("embed_tokens", "embedding"))
+    if embedding is not None and inner is not None and not found:
+        specialise(inner, _ADAPTED, {"embed_tokens": property(lambda self: embedding)})
+    members: dict[str, Any] = {}
     if embedding is not None:
-        inner = getattr(model, "model", None)
-        # vLLM shares `model.embed_tokens` with the drafter; a property adds no second name to the weights.
         if inner is None:
             members["model"] = property(lambda self: SimpleNamespace(embed_tokens=embedding))
-        elif not any(hasattr(inner, name) for name in ("embed_tokens", "embedding")):
-            own = type(inner)
-            added = {"__module__": own.__module__, "embed_tokens": property(lambda self: embedding)}
-            inner.__class__ = type(own.__name__, (own,), added)
         if not hasattr(model, "lm_head"):
             members["lm_head"] = property(lambda self: embedding)
     if tap is not None:
+        members |= _interface(type(model), tap)
+    specialise(model, _ADAPTED, members)
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = cls.forward(self, *args, **kwargs)
-            if isinstance(output, IntermediateTensors):
-                return output
-            return output, [tap.mark(output)]
 
-        members |= {
-            "forward": forward,
-            "supports_eagle3": True,
-            "has_own_lm_head": False,
-            "has_own_embed_tokens": False,
-            "set_aux_hidden_state_layers": lambda self, layers: None,
-            "get_eagle3_default_aux_hidden_state_layers": lambda self: (),
-            "_dflash_tap": tap,
-        }
-    model.__class__ = type(cls.__name__, (cls,), members)
+def adapted(cls: type, members: dict[str, Any]) -> type:
+    """A subclass of one of vLLM's models with more members."""
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, **members})
+
+
+def _interface(cls: Any, tap: FeatureTap) -> dict[str, Any]:
+    """Members of vLLM's ``SupportsEagle3``, and a ``forward`` that returns the tap's mark."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = cls.forward(self, *args, **kwargs)
+        if isinstance(output, IntermediateTensors):
+            return output
+        return output, [tap.mark(output)]
+
+    return {
+        "forward": forward,
+        "supports_eagle3": True,
+        "has_own_lm_head": False,
+        "has_own_embed_tokens": False,
+        "set_aux_hidden_state_layers": lambda self, layers: None,
+        "get_eagle3_default_aux_hidden_state_layers": lambda self: (),
+        "_dflash_tap": tap,
+    }

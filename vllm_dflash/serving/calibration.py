@@ -209,6 +209,19 @@ def measured(runs: Runs, path: Path) -> StepCost:
     return cost
 
 
+def measured_if_possible(runs: Runs, path: Path) -> StepCost | None:
+    """:func:`measured`; None where that fails on this rank.
+
+    A server that could draft a fixed number of tokens must not end for want of a better number. The log has
+    the error.
+    """
+    try:
+        return measured(runs, path)
+    except Exception:
+        logger.exception("vllm-dflash cannot measure its steps and drafts a fixed number of tokens")
+        return None
+
+
 def _read(path: Path) -> StepCost | None:
     try:
         return StepCost.from_dict(json.loads(path.read_text()))

@@ -174,15 +174,16 @@ def _gdn_spec_forward(
     )
 
 
-def mend_recurrent_layers() -> None:
-    """Puts the functions above in the place of vLLM's; before the verifier is loaded, on the CPU only."""
-    from vllm.model_executor.layers.mamba import mamba_mixer2
-    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+def wrap_causal_conv1d_update(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For ``mamba_mixer2.causal_conv1d_update``."""
+    return _causal_conv1d_update
 
-    if mamba_mixer2.causal_conv1d_update is _causal_conv1d_update:
-        return
-    mamba_mixer2.causal_conv1d_update = _causal_conv1d_update  # type: ignore[assignment]
-    mamba_mixer2.selective_state_update = functools.partial(
-        _selective_state_update, mamba_mixer2.selective_state_update
-    )
-    gdn_attention._spec_forward = _gdn_spec_forward  # type: ignore[assignment]
+
+def wrap_selective_state_update(original: Callable[..., None]) -> Callable[..., None]:
+    """For ``mamba_mixer2.selective_state_update``."""
+    return functools.partial(_selective_state_update, original)
+
+
+def wrap_spec_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For ``gdn_attention._spec_forward``."""
+    return _gdn_spec_forward

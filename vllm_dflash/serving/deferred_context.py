@@ -62,32 +62,27 @@ class DeferredContext:
         self._known: dict[int, int] = {}
         # Rotary positions of images are not token indices.
         self._mrope = bool(proposer.runner.uses_mrope)
-        if not self.at_once:
-            self._watch_blocks(proposer.runner)
 
     @property
     def waiting(self) -> int:
         """Rows that are not written yet."""
         return int(np.count_nonzero(self._owner_R[: self._end]))
 
-    def _watch_blocks(self, runner: Any) -> None:
-        execute = runner.execute_model
-
-        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            new, going_on = (
-                scheduler_output.scheduled_new_reqs,
-                scheduler_output.scheduled_cached_reqs,
-            )
-            if self._single:
-                ended = scheduler_output.finished_req_ids
-                moved = scheduler_output.preempted_req_ids or going_on.resumed_req_ids
-                if moved or (ended and any(request.req_id in ended for request in new)):
-                    self.flush()
-            elif new or any(blocks is not None for blocks in going_on.new_block_ids):
+    def before_step(self, scheduler_output: Any) -> None:
+        """Writes what a step is about to take the blocks of."""
+        if self.at_once:
+            return
+        new, going_on = (
+            scheduler_output.scheduled_new_reqs,
+            scheduler_output.scheduled_cached_reqs,
+        )
+        if self._single:
+            ended = scheduler_output.finished_req_ids
+            moved = scheduler_output.preempted_req_ids or going_on.resumed_req_ids
+            if moved or (ended and any(request.req_id in ended for request in new)):
                 self.flush()
-            return execute(scheduler_output, *args, **kwargs)
-
-        runner.execute_model = execute_model
+        elif new or any(blocks is not None for blocks in going_on.new_block_ids):
+            self.flush()
 
     def add(
         self,

@@ -7,7 +7,6 @@ context's K/V is then kept for later), the lengths, the lists.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,34 +21,14 @@ from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.doze import Doze
 from vllm_dflash.draft_length.policy import Plan, Policy, Request
 from vllm_dflash.draft_length.totals import DRAFTER
-from vllm_dflash.serving import calibration
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_limits import request_limit
-from vllm_dflash.serving.draft_return import send_with_output
 from vllm_dflash.serving.draft_stats import DraftStats, make_stats
 from vllm_dflash.serving.lookup import PromptLookup
-from vllm_dflash.serving.plain_steps import (
-    propose_near_the_end,
-    skip_proposing,
-    skip_rejection_sampling,
-)
 from vllm_dflash.serving.step_clock import StepClock, StepDone
-from vllm_dflash.serving.verified import Sent, name_sources
+from vllm_dflash.serving.verified import Sent
 
-logger = logging.getLogger("vllm.vllm_dflash")
 _NO_MATCH = np.empty(0, dtype=np.int64)
-
-
-def unsupported(runner: Any, vllm_config: Any) -> str | None:
-    """Why draft lengths cannot be chosen here; None where they can."""
-    parallel, spec = vllm_config.parallel_config, vllm_config.speculative_config
-    if runner is None or getattr(runner, "use_async_scheduling", False):
-        return "asynchronous scheduling fixes the number of draft tokens before a step is done"
-    if parallel.data_parallel_size > 1:
-        return "data parallel engines must draft in step"
-    if spec.disable_padded_drafter_batch:
-        return "disable_padded_drafter_batch gives the proposer other batches"
-    return None
 
 
 @dataclass(frozen=True)
@@ -84,22 +63,26 @@ class DraftLengths:
         self.lookup = None if self.together else lookup
         self.stats = stats
         self.context = DeferredContext(proposer)
-        self.clock = StepClock(proposer.runner)
-        propose_near_the_end(proposer.runner)
-        skip_rejection_sampling(proposer.runner)
-        name_sources(proposer.runner, lambda: self._sent)
-        send_with_output(proposer.runner)
+        self.clock = StepClock()
         self._group = _tensor_parallel_group()
-        if self._group is None:
-            # Ranks decide together, in propose().
-            skip_proposing(proposer.runner, self.plain_step)
-        self._sent: dict[str, Sent] = {}
+        #: The latest drafts by request.
+        self.sent: dict[str, Sent] = {}
         self._looked: _Look | None = None
         self._requests: set[str] = set()
         self._doze = Doze()
         self._context = 0
         self._napped = self._nap_tokens = 0
         self._nap_seconds = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no ranks beside this one, with which it decides in :meth:`propose`."""
+        return self._group is None
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """A step of the runner begins."""
+        self.clock.start()
+        self.context.before_step(scheduler_output)
 
     def propose(self, propose: Callable[..., Tensor], **kwargs: Any) -> list[list[int]]:
         """In place of ``DFlashProposer.propose``, whose keywords these are.
@@ -113,7 +96,7 @@ class DraftLengths:
         proposer, metadata = self.proposer, kwargs["common_attn_metadata"]
         num_requests = metadata.batch_size()
         look, self._looked = self._looked, None
-        self._sent = {}
+        self.sent = {}
         if look is None and (self._group is None or self._group.rank_in_group == 0):
             rejected = kwargs.get("num_rejected_tokens_gpu")
             look = self._look(
@@ -165,12 +148,23 @@ class DraftLengths:
         metadata: Any,
         most: int,
     ) -> list[list[int]] | None:
-        """See :func:`~vllm_dflash.serving.plain_steps.skip_proposing`."""
+        """In place of all that vLLM does to propose, after a step without draft tokens.
+
+        Args:
+            sampled_token_ids: ``[B, 1]``.
+            hidden_states: the verifier's, of each layer ``[T, H]``.
+            positions: ``[T]`` or ``[3, T]``.
+            metadata: vLLM's ``CommonAttentionMetadata`` of the step.
+            most: how many draft tokens the next step may have.
+
+        Returns:
+            The drafts of each request, or None to have the step go vLLM's way.
+        """
         proposer, num_requests = self.proposer, metadata.batch_size()
         runner = proposer.runner
         if metadata.num_actual_tokens != num_requests or not proposer.drafting:
             return None
-        self._sent = {}
+        self.sent = {}
         look: _Look | None = None
         if self._doze.skips():
             now = time.perf_counter()
@@ -242,7 +236,7 @@ class DraftLengths:
         for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             if not draft.length:
                 continue
-            self._sent[plan.requests[i].id] = Sent(draft.source, draft.expected)
+            self.sent[plan.requests[i].id] = Sent(draft.source, draft.expected)
             if draft.source == DRAFTER and tokens is not None:
                 out[row] = tokens[row_of[i], : draft.length].tolist()
             else:
@@ -355,21 +349,8 @@ def _tensor_parallel_group() -> Any:
     return group if group.world_size > 1 else None
 
 
-def make(proposer: Any) -> DraftLengths | None:
-    """Draft lengths for a proposer whose engine can run steps.
-
-    None where the steps cannot be measured, on any rank: a server that could draft a fixed number of tokens
-    must not end for want of a better number. The log has the error.
-    """
-    try:
-        cost = calibration.measured(
-            calibration.RunsV1(proposer), calibration.costs_file(proposer.vllm_config)
-        )
-    except Exception:
-        logger.exception("vllm-dflash cannot measure its steps and drafts a fixed number of tokens")
-        cost = None
-    if not calibration.all_ranks(cost is not None) or cost is None:
-        return None
+def make(proposer: Any, cost: StepCost) -> DraftLengths:
+    """Draft lengths for a proposer whose engine can run steps."""
     lookup = None
     if proposer._options.lookup == "auto":
         lookup = PromptLookup(proposer.max_model_len)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from vllm_dflash.serving.patching import specialise
+
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
@@ -127,7 +129,8 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
         # verifies them.
         most = vllm_config.scheduler_config.max_num_seqs
         scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
-    scheduler.__class__ = limiting(type(scheduler))
+    if not specialise(scheduler, "vllm_dflash.serving.draft_limits:limiting"):
+        return
     scheduler.position_limit = position_limit(
         vllm_config.speculative_config, scheduler.max_model_len
     )

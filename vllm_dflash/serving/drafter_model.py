@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,6 +47,20 @@ class DrafterLayers(DFlashQwen3Model):
 
     decoder_layer_cls = DrafterLayer
 
+    def _normalize_context_k(self, all_k: Tensor) -> Tensor:
+        """RMS norm of the context keys ``[L, T, G, D]`` with each layer's own weight ``[L, D]``.
+
+        vLLM does all layers in one ``rms_norm``, whose CPU kernel takes the first layer's weight for all of
+        them: drafts of a trained drafter then differ from what it was trained to draft.
+        """
+        if all_k.device.type != "cpu":
+            return super()._normalize_context_k(all_k)
+        out = torch.empty_like(all_k)
+        eps: Any = self._rms_norm_eps
+        for normed, k, weight in zip(out, all_k, self._k_norm_weights, strict=True):
+            vllm_ops.rms_norm(normed, k, weight, eps)
+        return out
+
 
 class DrafterModel(DFlashQwen3ForCausalLM):
     """Registered as ``DFlashDraftModel``, for z-lab and speculators checkpoints."""
@@ -58,10 +71,6 @@ class DrafterModel(DFlashQwen3ForCausalLM):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._options = Options.from_additional_config(vllm_config.additional_config)
-        on_cpu = vllm_config.device_config.device_type == "cpu"
-        if on_cpu and hasattr(self.model, "_normalize_context_k"):
-            normalize: Any = functools.partial(_normalize_context_k, self.model)
-            self.model._normalize_context_k = normalize
         use_ops = self._options.ops and ops.worthwhile(
             torch.device(vllm_config.device_config.device_type)
         )
@@ -147,15 +156,3 @@ def _without(slots: Any, left_out: Tensor) -> Any:
     if isinstance(slots, (list, tuple)):
         return [_without(one, left_out) for one in slots]
     return slots.masked_fill(left_out, ops.PAD_SLOT)
-
-
-def _normalize_context_k(model: Any, all_k: Tensor) -> Tensor:
-    """RMS norm of the context keys ``[L, T, G, D]`` with each layer's own weight ``[L, D]``.
-
-    vLLM does all layers in one ``rms_norm``, whose CPU kernel takes the first layer's weight for all of
-    them: drafts of a trained drafter then differ from what it was trained to draft.
-    """
-    out = torch.empty_like(all_k)
-    for normed, k, weight in zip(out, all_k, model._k_norm_weights, strict=True):
-        vllm_ops.rms_norm(normed, k, weight, model._rms_norm_eps)
-    return out

@@ -4,45 +4,46 @@ from __future__ import annotations
 
 import copy
 import functools
-from types import ModuleType
+import sys
+from collections.abc import Callable
 from typing import Any
 
-from vllm_dflash.serving import scheduler
+from vllm_dflash.serving import support
+from vllm_dflash.serving.patching import replaced
 
 
-def patch_candidates(module: ModuleType) -> None:
+def wrap_init_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
     """Has vLLM capture the verifier's decode graphs for one token a request too, and for a few.
 
     With a drafter it captures them for ``num_speculative_tokens + 1`` each, or for the lengths in a
     batch-size table. A step for which nothing was drafted would run without a full graph, slower than
     without speculation. So where the scheduler chooses, such a table is put in for the while, with a zero
-    and the lengths that choices are rounded to (:func:`~vllm_dflash.serving.scheduler.graph_lengths`); not
+    and the lengths that choices are rounded to (:func:`~vllm_dflash.serving.support.graph_lengths`); not
     for verifiers whose layers cannot be captured so (:func:`_all_or_nothing`).
     """
-    cls = module.ModelCudaGraphManager
-    init = cls._init_candidates
 
-    @functools.wraps(init)
+    @functools.wraps(original)
     def _init_candidates(self):
         config = self.vllm_config
-        if not scheduler.chooses(config) or _all_or_nothing(config):
-            return init(self)
+        if not support.scheduler_chooses(config) or _all_or_nothing(config):
+            return original(self)
         spec = copy.copy(config.speculative_config)
         spec.num_speculative_tokens_per_batch_size = spec.num_speculative_tokens_per_batch_size or [
             (1, 1, spec.num_speculative_tokens)
         ]
         self.vllm_config = copy.copy(config)
         self.vllm_config.speculative_config = spec
-        more = [0, *scheduler.graph_lengths(config)]
+        more = [0, *support.graph_lengths(config)]
+        module: Any = sys.modules[original.__module__]
         lengths = module.build_dynamic_sd_schedule_lookup
-        module.build_dynamic_sd_schedule_lookup = lambda *a, **k: [*lengths(*a, **k), *more]  # type: ignore[attr-defined]
+        name = "build_dynamic_sd_schedule_lookup"
         try:
-            return init(self)
+            with replaced(module, name, lambda *a, **k: [*lengths(*a, **k), *more]):
+                return original(self)
         finally:
             self.vllm_config = config
-            module.build_dynamic_sd_schedule_lookup = lengths  # type: ignore[attr-defined]
 
-    cls._init_candidates = _init_candidates
+    return _init_candidates
 
 
 def _all_or_nothing(vllm_config: Any) -> bool:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.models.interfaces import supports_multimodal
-from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
-from vllm_dflash.serving import sampler_v1
+from vllm_dflash.serving import calibration, patching, sampler_v1, support
 from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.block_inputs import BlockInputs
-from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
-from vllm_dflash.serving.plain_steps import propose_near_the_end
 from vllm_dflash.serving.tap import FeatureTap, install_tap
 
 if TYPE_CHECKING:
+    from vllm_dflash.draft_length.cost import StepCost
     from vllm_dflash.serving.draft_length import DraftLengths
     from vllm_dflash.serving.features import FeatureRecorder
 
@@ -52,6 +49,7 @@ class Proposer(DFlashProposer):
         context: stores the context of steps without a draft pass where the scheduler chooses, else None.
         draft_rows: int64 ``[G]``, the requests that ``propose`` of vLLM drafts for; None for all.
         dummy_drafts: whether vLLM's dummy steps include a draft pass, as they do.
+        step_cost: what steps cost, once that is measured.
         confidence: probabilities of the latest greedy draft tokens by the drafter, ``[G*K]``, or None.
         max_model_len: where drafting ends: vLLM's attribute, less than the server's where the drafter has
             fewer positions.
@@ -79,9 +77,9 @@ class Proposer(DFlashProposer):
             )
         super().__init__(vllm_config, device, runner)
         if device.type == "cpu":
-            _mend_cpu_sampling()
+            patching.apply("cpu")
             if vllm_config.model_config.is_hybrid:
-                mend_recurrent_layers()
+                patching.apply("cpu hybrid")
         self.max_model_len = position_limit(vllm_config.speculative_config, self.max_model_len)
         self.runner = runner
         self.recorder: FeatureRecorder | None = None
@@ -97,6 +95,7 @@ class Proposer(DFlashProposer):
         self.draft_rows: Tensor | None = None
         self.confidence: Tensor | None = None
         self.dummy_drafts = True
+        self.step_cost: StepCost | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         config: Any = getattr(target_model, "config", None)
@@ -119,7 +118,7 @@ class Proposer(DFlashProposer):
         runner, server = self.runner, self.vllm_config.model_config.max_model_len
         if runner is None or self.max_model_len >= server:
             return
-        # Ours can be asked in any step, as scheduler.wrap_init has drafts end where they must. Else one long
+        # Ours can be asked in any step, as draft_limits has drafts end where they must. Else one long
         # request would end those of the whole batch, whose context would lack what it reads meanwhile.
         ours = isinstance(self.model, DrafterModel)
         runner.effective_drafter_max_model_len = server if ours else self.max_model_len
@@ -274,27 +273,26 @@ class Proposer(DFlashProposer):
         if self.dummy_drafts:
             super().dummy_run(*args, **kwargs)
 
-    def choose_lengths(self, runner: Any) -> None:
-        """Measures what steps cost and chooses draft lengths from now on; once the engine can run steps."""
+    def measure(self, runner: Any) -> None:
+        """Once the engine can run steps: mends the runner, and measures what steps cost if that is wanted."""
+        ours = patching.specialise(runner, "vllm_dflash.serving.runner_v1:drafting_runner")
         sampler_v1.mend(runner)
-        if self._options.draft_length != "auto" or not isinstance(self.model, DrafterModel):
-            return
-        from vllm_dflash.serving import calibration, draft_length, draft_switch, scheduler
+        if ours and support.enabled(self.vllm_config) and isinstance(self.model, DrafterModel):
+            path = calibration.costs_file(self.vllm_config)
+            self.step_cost = calibration.measured_if_possible(calibration.RunsV1(self), path)
 
-        if scheduler.chooses(self.vllm_config):
+    def choose_lengths(self) -> None:
+        """Lengths are chosen from now on, here or by the scheduler: every worker knows what steps cost."""
+        assert self.step_cost is not None
+        self.runner.always_proposes = True
+        if support.by_scheduler(self.vllm_config):
             # Rows are written at once: gathering them would wait for the device, which runs ahead here.
             self.context = DeferredContext(self, at_once=True)
-            propose_near_the_end(self.runner)
-            path = calibration.costs_file(self.vllm_config)
-            draft_switch.hand_over(calibration.RunsV1(self), path)
             return
-        if scheduler.wanted(self.vllm_config):
-            return  # it says why lengths are fixed
-        reason = draft_length.unsupported(self.runner, self.vllm_config)
-        if reason:
-            logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
-            return
-        self.lengths = draft_length.make(self)
+        # Deferred: prompt lookup brings numba.
+        from vllm_dflash.serving import draft_length
+
+        self.lengths = draft_length.make(self, self.step_cost)
 
     def set_inputs_first_pass(
         self,
@@ -331,31 +329,3 @@ class Proposer(DFlashProposer):
             )
             return tokens
         return super()._greedy_sample(hidden_states)
-
-
-def _mend_cpu_sampling() -> None:
-    """Mends what keeps vLLM 0.31 and 0.32 from sampling right while speculating on the CPU.
-
-    * ``expand_batch_to_tokens`` never writes its result there, so that temperature, top-k and top-p of
-      draft rows are whatever the memory held: wrong samples, or the end of the engine (vLLM #55005).
-    * In a batch without draft tokens (a prefill) top-k takes the maximum of an empty tensor, which ends
-      the engine.
-    """
-    original = rejection_sampler.apply_sampling_constraints
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def apply_sampling_constraints(logits: Tensor, *args, **kwargs) -> Tensor:
-        return logits if logits.shape[0] == 0 else original(logits, *args, **kwargs)
-
-    @functools.wraps(rejection_sampler.expand_batch_to_tokens)
-    def expand_batch_to_tokens(
-        x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from=0, replace_to=0
-    ) -> Tensor:
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-        out = x.repeat_interleave(counts, output_size=num_tokens)
-        return out.masked_fill_(out == replace_from, replace_to)
-
-    rejection_sampler.apply_sampling_constraints = apply_sampling_constraints
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

@@ -8,19 +8,16 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-from vllm_dflash.serving.thinking_budget import ThinkingBudgets
+from vllm_dflash.serving.patching import replaced, specialise
 
 
 def mend(runner: Any) -> None:
     """Mends a V1 runner with a drafter, once its batch is laid out."""
     holder = runner.input_batch.thinking_budget_state_holder
     if holder is not None:
-        holder.__class__ = ThinkingBudgets
-        holder._forced = {}
+        specialise(holder, "vllm_dflash.serving.thinking_budget:ThinkingBudgets")
     if type(runner.rejection_sampler) is RejectionSampler:
-        runner.rejection_sampler.__class__ = Sampler
-    if runner.device.type == "cpu":
-        keep_generators_of_prompt_chunks(runner)
+        specialise(runner.rejection_sampler, "vllm_dflash.serving.sampler_v1:Sampler")
 
 
 class Sampler(RejectionSampler):
@@ -60,35 +57,5 @@ class Sampler(RejectionSampler):
             }
             return sampler.gather_specific_token_logprobs(logprobs, of_row, token_ids)
 
-        sampler.gather_logprobs = gather  # type: ignore[method-assign]
-        try:
+        with replaced(sampler, "gather_logprobs", gather):
             return super()._get_logprobs_tensors(*args, **kwargs)
-        finally:
-            del sampler.gather_logprobs
-
-
-def keep_generators_of_prompt_chunks(runner: Any) -> None:
-    """Lets requests with a ``seed`` have their prompts processed in chunks on the CPU.
-
-    vLLM samples behind each chunk too, throws the token away and turns the request's generator back, which
-    ends the engine where generators have no offset, as on the CPU. Here such a token comes from the global
-    generator.
-    """
-    sample, take_in = runner._sample, runner._bookkeeping_sync
-    kept: dict[int, Any] = {}
-
-    def _sample(*args: Any, **kwargs: Any) -> Any:
-        batch = runner.input_batch
-        for row in runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist():
-            if row in batch.generators:
-                kept[row] = batch.generators.pop(row)
-        return sample(*args, **kwargs)
-
-    def _bookkeeping_sync(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return take_in(*args, **kwargs)
-        finally:
-            runner.input_batch.generators.update(kept)
-            kept.clear()
-
-    runner._sample, runner._bookkeeping_sync = _sample, _bookkeeping_sync

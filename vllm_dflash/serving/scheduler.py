@@ -7,7 +7,6 @@ Both are vLLM's own quantities; here they follow :class:`~vllm_dflash.draft_leng
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Iterable
@@ -17,73 +16,13 @@ from typing import Any
 import numpy as np
 
 from vllm_dflash.draft_length.ahead import Ahead, Slot
-from vllm_dflash.options import Options
-from vllm_dflash.serving import draft_limits, handover
-from vllm_dflash.serving.draft_stats import (
-    DraftStats,
-    StatsFile,
-    engine_name,
-    make_stats,
-    stats_file,
-    verified_file,
-)
-from vllm_dflash.serving.seams import DRAFTER_ARCH
-from vllm_dflash.serving.verified import count_by_source, counting
+from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.serving import draft_limits, support
+from vllm_dflash.serving.draft_stats import DraftStats, make_stats
+from vllm_dflash.serving.patching import specialise
+from vllm_dflash.serving.verified import count_verified
 
 logger = logging.getLogger("vllm.vllm_dflash")
-#: Draft tokens a request with full CUDA graphs of their own: steps of 2, 4 and 8 tokens a request.
-_GRAPH_LENGTHS = (1, 3, 7)
-
-
-def wanted(vllm_config: Any) -> bool:
-    """Whether draft lengths are to be chosen and the V1 proposer will not do it."""
-    spec = vllm_config.speculative_config
-    if spec is None or spec.method != "dflash":
-        return False
-    if not (vllm_config.use_v2_model_runner or vllm_config.scheduler_config.async_scheduling):
-        return False
-    return Options.from_additional_config(vllm_config.additional_config).draft_length == "auto"
-
-
-def unsupported(vllm_config: Any) -> str | None:
-    """Why the scheduler cannot choose; None where it can. The same in the engine core and its workers."""
-    spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    if DRAFTER_ARCH not in (spec.draft_model_config.architectures or ()):
-        return f"vLLM serves {spec.model} with a drafter class of its own"
-    if getattr(spec, "enable_adaptive_verification", False):
-        # The scheduler would count tokens that were not verified as wrong.
-        return "vLLM's adaptive verification chooses what of them is verified"
-    if parallel.data_parallel_size > 1:
-        return "data parallel engines must draft in step"
-    if parallel.pipeline_parallel_size > 1:
-        return "with pipeline stages a step's requests are not those of the step before"
-    if vllm_config.scheduler_config.scheduler_cls is not None:
-        return f"the scheduler is {vllm_config.scheduler_config.scheduler_cls}, not vLLM's"
-    if getattr(spec, "dflash_stats", None) is None:
-        return "its speculative configuration was not made by EngineArgs"
-    return None
-
-
-def chooses(vllm_config: Any) -> bool:
-    """Whether the scheduler chooses draft lengths, if it learns what steps cost."""
-    return wanted(vllm_config) and unsupported(vllm_config) is None
-
-
-def graph_lengths(vllm_config: Any) -> tuple[int, ...]:
-    """Draft tokens a request that full CUDA graphs are for on the V2 runner, beside 0 and all.
-
-    Not with recurrent layers, whose graphs are made for all draft tokens, nor beside a batch-size table of
-    the user's, which has lengths of its own.
-    """
-    spec = vllm_config.speculative_config
-    if (
-        not vllm_config.use_v2_model_runner
-        or vllm_config.model_config.is_hybrid
-        or not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-        or spec.num_speculative_tokens_per_batch_size
-    ):
-        return ()
-    return tuple(n for n in _GRAPH_LENGTHS if n < spec.num_speculative_tokens)
 
 
 @dataclass(frozen=True)
@@ -254,7 +193,7 @@ class EngineLengths:
 
     def verified(self, name: str, length: int, accepted: int) -> None:
         """While a step's result is taken in, of each request with draft tokens; see
-        :func:`~vllm_dflash.serving.verified.counting`."""
+        :func:`~vllm_dflash.serving.verified.count_verified`."""
         counts = self._verified
         counts[0] += 1
         counts[1] += length
@@ -304,48 +243,17 @@ def choosing(cls: type) -> type:
     return Choosing
 
 
-def adopt(scheduler: Any, vllm_config: Any) -> None:
+def adopt(scheduler: Any, vllm_config: Any, cost: StepCost) -> None:
     """Turns one of vLLM's schedulers into one that chooses draft lengths; the instance is changed.
 
-    The costs of steps come from the workers, which have measured them by now. Without, lengths stay fixed.
+    Args:
+        cost: what steps take the workers.
     """
-    spec = vllm_config.speculative_config
-    name = engine_name(vllm_config)
-    cost = None if name is None else handover.take(name)
-    if cost is None:
-        logger.warning("vllm-dflash drafts a fixed number of tokens: its workers sent no costs")
+    if not specialise(scheduler, "vllm_dflash.serving.scheduler:choosing"):
         return
-    policy = Ahead(cost, scheduler.num_spec_tokens, graph_lengths(vllm_config))
-    stats = make_stats(vllm_config)
-    scheduler.__class__ = choosing(type(scheduler))
-    limit = draft_limits.position_limit(spec, scheduler.max_model_len)
-    lengths = scheduler.draft_lengths = EngineLengths(scheduler, policy, stats, limit)
-    scheduler.make_spec_decoding_stats = counting(
-        scheduler.make_spec_decoding_stats, lengths.verified
-    )
+    policy = Ahead(cost, scheduler.num_spec_tokens, support.graph_lengths(vllm_config))
+    limit = draft_limits.position_limit(vllm_config.speculative_config, scheduler.max_model_len)
+    lengths = EngineLengths(scheduler, policy, make_stats(vllm_config), limit)
+    scheduler.draft_lengths = lengths
+    count_verified(scheduler, lengths.verified)
     logger.info("vllm-dflash chooses draft lengths in the scheduler")
-
-
-def wrap_init(original: Any) -> Any:
-    """Wraps ``Scheduler.__init__``; schedulers of other engines are as they were."""
-
-    @functools.wraps(original)
-    def init(self, vllm_config, *args, **kwargs):
-        original(self, vllm_config, *args, **kwargs)
-        spec = vllm_config.speculative_config
-        if spec is None or spec.method != "dflash":
-            return
-        draft_limits.adopt(self, vllm_config)
-        if not wanted(vllm_config):
-            name = engine_name(vllm_config)
-            alone = vllm_config.parallel_config.data_parallel_size == 1
-            if name is not None and alone:
-                count_by_source(self, StatsFile(verified_file(stats_file(name))))
-            return
-        reason = unsupported(vllm_config)
-        if reason:
-            logger.warning("vllm-dflash drafts a fixed number of tokens: %s", reason)
-        else:
-            adopt(self, vllm_config)
-
-    return init

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_dflash import ops
+from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.options import Options
-from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
+from vllm_dflash.serving import calibration, patching, support
+from vllm_dflash.serving.adapter import adapt_verifier
 from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
@@ -30,7 +31,8 @@ def observed(cls: type) -> type:
 
     The instances are a :class:`~vllm_dflash.serving.feature_source.FeatureSource`, and have a ``tap``
     (where the verifier's layers write their features, None where vLLM collects them), ``num_wanted`` (draft
-    tokens that the step is to end with, None for all) and ``dummy_drafts`` (whether dummy steps draft).
+    tokens that the step is to end with, None for all), ``dummy_drafts`` (whether dummy steps draft) and
+    ``step_cost`` (what steps cost, once that is measured).
     """
 
     # Behind self and input_batch. Real steps pass most by position, dummy runs by name.
@@ -51,6 +53,8 @@ def observed(cls: type) -> type:
         _use_ops = False
         _greedy_draft_vocab = False
         _skipping = False
+        step_cost: StepCost | None = None
+        _runner: Any = None
 
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             model: Any = super().load_draft_model(target_model, *args, **kwargs)
@@ -113,11 +117,18 @@ def observed(cls: type) -> type:
             if not self._skipping:
                 super()._generate_draft(*args, **kwargs)
 
-        def choose_lengths(self, runner: Any) -> None:
-            """Measures what steps cost, for the scheduler to choose by; once the engine can run steps."""
-            from vllm_dflash.serving import draft_switch
+        def measure(self, runner: Any) -> None:
+            """Measures what steps cost, if lengths are to be chosen; once the engine can run steps."""
+            self._runner = runner
+            if support.enabled(runner.vllm_config):
+                path = calibration.costs_file(runner.vllm_config)
+                self.step_cost = calibration.measured_if_possible(
+                    calibration.RunsV2(runner), path.with_name(f"v2-{path.name}")
+                )
 
-            draft_switch.install(runner, self)
+        def choose_lengths(self) -> None:
+            """The scheduler chooses lengths from now on."""
+            patching.specialise(self._runner, "vllm_dflash.serving.runner_v2:following_runner")
 
         def _observe(
             self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor
@@ -139,7 +150,7 @@ def observed(cls: type) -> type:
 
 def adopt(speculator: Any, options: Options) -> None:
     """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
-    speculator.__class__ = observed(type(speculator))
+    patching.specialise(speculator, "vllm_dflash.serving.speculator_v2:observed")
     speculator._greedy_draft_vocab = options.greedy_draft_vocab
     speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
 
@@ -171,10 +182,44 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
         vllm_config.speculative_config, speculator.max_model_len
     )
     if speculator.device.type == "cpu" and vllm_config.model_config.is_hybrid:
-        mend_recurrent_layers()
+        patching.apply("cpu hybrid")
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
     return speculator
+
+
+#: Configuration and device of the latest dflash speculator. Not it itself: what is kept here outlives the
+#: engine.
+_serving: tuple[Any, torch.device] | None = None
+
+
+def wrap_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``init_speculator`` of vLLM's V2 runner; other methods pass through."""
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config, *args, **kwargs):
+        global _serving
+        make = functools.partial(original, vllm_config, *args, **kwargs)
+        spec_config = vllm_config.speculative_config
+        if spec_config is None or spec_config.method != "dflash":
+            return make()
+        speculator = make_speculator(vllm_config, make)
+        _serving = vllm_config, speculator.device
+        return speculator
+
+    return init_speculator
+
+
+def wrap_set_layers(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps ``set_eagle3_aux_hidden_state_layers`` of vLLM's V2 runner: adapts verifiers before."""
+
+    @functools.wraps(original)
+    def set_eagle3_aux_hidden_state_layers(model, spec_config, *args, **kwargs):
+        if _serving is not None and spec_config.method == "dflash":
+            adapt_verifier(model, *_serving)
+        return original(model, spec_config, *args, **kwargs)
+
+    return set_eagle3_aux_hidden_state_layers
 
 
 #: What vLLM's ``prepare_dflash_inputs`` must take, in this order; 0.33 has ``num_reqs_override`` behind them.
@@ -210,7 +255,7 @@ _PREPARE_PARAMETERS = (
 )
 
 
-def patch_prepare_inputs(module: ModuleType) -> None:
+def wrap_prepare_inputs(original: Callable[..., None]) -> Callable[..., None]:
     """Puts ``build_block`` in place of ``prepare_dflash_inputs``: one launch for all KV-cache groups.
 
     vLLM calls it once a group; the first call does the work of all.
@@ -218,7 +263,6 @@ def patch_prepare_inputs(module: ModuleType) -> None:
     Raises:
         ValueError: its parameters are not those known; by position they would land in the wrong place.
     """
-    original = module.prepare_dflash_inputs
     names = tuple(inspect.signature(original).parameters)
     known = len(_PREPARE_PARAMETERS)
     if names[:known] != _PREPARE_PARAMETERS or set(names[known:]) - {"num_reqs_override"}:
@@ -236,7 +280,7 @@ def patch_prepare_inputs(module: ModuleType) -> None:
             _build_block(speculator, given)
         return None
 
-    module.prepare_dflash_inputs = prepare_dflash_inputs  # type: ignore[attr-defined]
+    return prepare_dflash_inputs
 
 
 def _build_block(speculator: Any, given: dict[str, Any]) -> None:

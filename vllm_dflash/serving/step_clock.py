@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 
 class StepClock:
     """When the runner's present step began, and when the last one let go."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self) -> None:
         self.began = self.ended = 0.0
-        execute = runner.execute_model
 
-        def execute_model(*args: Any, **kwargs: Any) -> Any:
-            self.began = time.perf_counter()
-            return execute(*args, **kwargs)
-
-        runner.execute_model = execute_model
+    def start(self) -> None:
+        """A step begins."""
+        self.began = time.perf_counter()
 
 
 @dataclass(slots=True)

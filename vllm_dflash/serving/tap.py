@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm.model_executor.models.interfaces import EagleModelMixin
 
 from vllm_dflash import ops
+from vllm_dflash.serving.patching import replace
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -131,7 +132,7 @@ def install_tap(
     if type(inner[0])._maybe_add_hidden_state is not EagleModelMixin._maybe_add_hidden_state:
         return None
     tap = FeatureTap(inner[0], feature_buffer(vllm_config, width, device))
-    inner[0]._maybe_add_hidden_state = MethodType(_tap_layer, inner[0])  # type: ignore[assignment]
+    replace(inner[0], "_maybe_add_hidden_state", MethodType(_tap_layer, inner[0]))
     logger.info("vllm-dflash taps %s", type(inner[0]).__name__)
     return tap
 

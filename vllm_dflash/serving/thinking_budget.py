@@ -23,7 +23,8 @@ class ThinkingBudgets(ThinkingBudgetStateHolder):
     request to one without a budget that moves into its row, and begins anew with one that was preempted.
     """
 
-    _forced: dict[int, list[int | None]]  # by row: at each draft token, and behind them
+    #: By row: at each draft token, and behind them. Replaced by each step.
+    _forced: dict[int, list[int | None]] = {}  # noqa: RUF012
 
     def sync_batch(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self._state, batch_update, self._new_state)

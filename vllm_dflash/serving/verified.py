@@ -6,7 +6,6 @@ that was preempted, verified for one that had been aborted meanwhile. The worker
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
 from vllm_dflash.serving.draft_stats import StatsFile
+from vllm_dflash.serving.patching import specialise
 
 _SENT = "_dflash_sent"
 
@@ -31,70 +31,73 @@ class Sent:
     expected: tuple[float, ...]
 
 
-def name_sources(runner: Any, sent: Callable[[], Mapping[str, Sent]]) -> None:
-    """In a worker: the V1 runner's draft tokens take along where they come from.
+def name_sources(draft_token_ids: Any, sent: Mapping[str, Sent]) -> None:
+    """In a worker: the V1 runner's draft tokens take along where they come from, by request."""
+    setattr(draft_token_ids, _SENT, dict(sent))
+
+
+class SourceCounts:
+    """In the engine core: counts what vLLM counts, by the sources that the workers name.
 
     Args:
-        sent: gives the latest drafts by request.
+        scheduler: vLLM's, to become one that counts.
+        file: gets the counts.
     """
-    take = runner.take_draft_token_ids
 
-    def take_draft_token_ids() -> Any:
-        drafts = take()
-        if drafts is not None:
-            setattr(drafts, _SENT, dict(sent()))
-        return drafts
+    def __init__(self, scheduler: Any, file: StatsFile) -> None:
+        self.scheduler, self.file = scheduler, file
+        self.counts: dict[str, dict[str, float]] = {
+            key: {DRAFTER: 0, LOOKUP: 0} for key in ("drafts", "proposed", "accepted", "expected")
+        }
+        count_verified(scheduler, self.count)
 
-    runner.take_draft_token_ids = take_draft_token_ids
-
-
-def count_by_source(scheduler: Any, file: StatsFile) -> None:
-    """In the engine core: counts what vLLM counts, by the sources that the workers name."""
-    counts: dict[str, dict[str, float]] = {
-        key: {DRAFTER: 0, LOOKUP: 0} for key in ("drafts", "proposed", "accepted", "expected")
-    }
-    update = scheduler.update_draft_token_ids
-
-    def update_draft_token_ids(draft_token_ids: Any) -> None:
-        update(draft_token_ids)
-        for name, sent in getattr(draft_token_ids, _SENT, {}).items():
-            request = scheduler.requests.get(name)
-            if request is not None:
-                setattr(request, _SENT, sent)
-
-    def count(name: str, proposed: int, accepted: int) -> None:
-        sent: Sent | None = getattr(scheduler.requests[name], _SENT, None)
+    def count(self, name: str, proposed: int, accepted: int) -> None:
+        """See :func:`count_verified`."""
+        sent: Sent | None = getattr(self.scheduler.requests[name], _SENT, None)
         if sent is None:
             return
+        counts = self.counts
         counts["drafts"][sent.source] += 1
         counts["proposed"][sent.source] += proposed
         counts["accepted"][sent.source] += accepted
         counts["expected"][sent.source] += sum(sent.expected[:proposed])
-        file.put(lambda: counts)
-
-    scheduler.update_draft_token_ids = update_draft_token_ids
-    scheduler.make_spec_decoding_stats = counting(scheduler.make_spec_decoding_stats, count)
+        self.file.put(lambda: counts)
 
 
-def counting(
-    make: Callable[..., Any], count: Callable[[str, int, int], None]
-) -> Callable[..., Any]:
-    """Wraps a scheduler's ``make_spec_decoding_stats``, which vLLM calls for each draft that was verified.
+def count_verified(scheduler: Any, count: Callable[[str, int, int], None]) -> None:
+    """Has a scheduler tell of each draft that was verified.
 
     Args:
-        make: of the scheduler.
+        scheduler: vLLM's; its class is changed.
         count: gets the request's id, how many draft tokens were verified, and how many of them accepted.
     """
-    signature = inspect.signature(make)
+    if specialise(scheduler, "vllm_dflash.serving.verified:counting"):
+        scheduler.count_verified = count
 
-    @functools.wraps(make)
-    def make_spec_decoding_stats(*args: Any, **kwargs: Any) -> Any:
-        # vLLM's call has keywords, and comes for each request of each step.
-        given = kwargs if "request_id" in kwargs else signature.bind(*args, **kwargs).arguments
-        name, invalid = given["request_id"], given.get("num_invalid_spec_tokens") or {}
-        # Those that a grammar excluded were filled in only to keep their number.
-        proposed = given["num_draft_tokens"] - invalid.get(name, 0)
-        count(name, proposed, given["num_accepted_tokens"])
-        return make(*args, **kwargs)
 
-    return make_spec_decoding_stats
+def counting(cls: type) -> type:
+    """A subclass of one of vLLM's schedulers that tells of verified drafts, and keeps their sources."""
+    names = tuple(inspect.signature(cls.make_spec_decoding_stats).parameters)[1:]  # type: ignore[attr-defined]
+
+    class Counting(cls):  # type: ignore[valid-type,misc]
+        count_verified: Callable[[str, int, int], None]
+
+        def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
+            # vLLM's call has keywords, and comes for each request of each step.
+            given = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+            name, invalid = given["request_id"], given.get("num_invalid_spec_tokens") or {}
+            # Those that a grammar excluded were filled in only to keep their number.
+            proposed = given["num_draft_tokens"] - invalid.get(name, 0)
+            self.count_verified(name, proposed, given["num_accepted_tokens"])
+            return super().make_spec_decoding_stats(*args, **kwargs)
+
+        def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+            super().update_draft_token_ids(draft_token_ids)
+            for name, sent in getattr(draft_token_ids, _SENT, {}).items():
+                request = self.requests.get(name)
+                if request is not None:
+                    setattr(request, _SENT, sent)
+
+    Counting.__name__ = Counting.__qualname__ = cls.__name__
+    Counting.__module__ = cls.__module__
+    return Counting

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from vllm_dflash.serving.patching import replaced, specialise
 
 #: Where vLLM's models keep the token embedding, below the language model.
 _EMBEDDINGS = (
@@ -124,15 +126,29 @@ class FinalStates:
 
     def __init__(self, runner: Any) -> None:
         self.last: Tensor | None = None
-        execute = runner.execute_model
+        if not specialise(runner, "vllm_dflash.serving.verifier:keeping_final_states"):
+            raise ValueError(
+                "this vLLM's runner does not look as expected, so its final states cannot be kept for the kl "
+                "loss; train with another loss, or with a supported vLLM"
+            )
+        runner.final_states = self
 
-        def execute_model(*args: Any, **kwargs: Any) -> Any:
-            output = execute(*args, **kwargs)
-            state = runner.execute_model_state
-            self.last = None if state is None else state.hidden_states
+
+def keeping_final_states(cls: type) -> type:
+    """A subclass of one of vLLM's runners that keeps them, for :class:`FinalStates`."""
+
+    class KeepsFinalStates(cls):  # type: ignore[valid-type,misc]
+        final_states: FinalStates
+
+        def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().execute_model(*args, **kwargs)
+            state = self.execute_model_state
+            self.final_states.last = None if state is None else state.hidden_states
             return output
 
-        runner.execute_model = execute_model
+    KeepsFinalStates.__name__ = KeepsFinalStates.__qualname__ = cls.__name__
+    KeepsFinalStates.__module__ = cls.__module__
+    return KeepsFinalStates
 
 
 #: Logit of a token that the verifier cannot emit; finite, so that 0 * log 0 is 0 in a divergence.
@@ -194,13 +210,10 @@ class VerifierLogits:
 
             return get_logits
 
-        for processor in self._processors:
-            processor._get_logits = of(processor)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for processor in self._processors:
-                del processor._get_logits
+                stack.enter_context(replaced(processor, "_get_logits", of(processor)))
+            yield
 
     @torch.no_grad()
     def _check(self) -> None:

@@ -234,7 +234,7 @@ class VerifierEngine:
             "async_scheduling": False if on_cpu else None,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
-            "worker_extension_cls": "vllm_dflash.serving.worker.WorkerExtension",
+            "worker_extension_cls": "vllm_dflash.training.worker.WorkerExtension",
             "speculative_config": {
                 "method": "dflash",
                 "model": str(drafter),

@@ -33,11 +33,10 @@ class WorkerExtension:
     def _vllm_dflash_ranks(self) -> Any:
         ranks = self.__dict__.get("_vllm_dflash_group")
         if ranks is None:
-            from vllm.distributed.parallel_state import get_tp_group
-
+            from vllm_dflash.serving.worker_start import tensor_parallel_group
             from vllm_dflash.training.ranks import Ranks
 
-            ranks = self.__dict__["_vllm_dflash_group"] = Ranks(get_tp_group())
+            ranks = self.__dict__["_vllm_dflash_group"] = Ranks(tensor_parallel_group())
             if ranks.size > 1:
                 # Ctrl-C is for the driver, which has the workers save what a resumed run needs; they end with
                 # it all the same, when vLLM's pipe to it closes.
