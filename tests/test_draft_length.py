@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import K, WorkerWorld, fixed_rate, made
 
 from vllm_dflash.draft_length import policy as policies
 from vllm_dflash.draft_length.acceptance import (
@@ -24,8 +25,6 @@ from vllm_dflash.draft_length.pace import Pace
 from vllm_dflash.draft_length.policy import Policy, Request
 from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP, Totals
 from vllm_dflash.modeling.acceptance import rates
-
-K = 7
 
 
 def brute_force(curves, seconds_M, worth):
@@ -221,11 +220,6 @@ def test_a_better_predictor_has_the_smaller_loss() -> None:
 # -- costs
 
 
-def made(tokens_s=lambda n: 1 + 0.02 * n, draft=(0.1, 0.001), **kwargs) -> StepCost:
-    tokens = (1, 2, 4, 8, 16, 32, 64, 128)
-    return StepCost(tokens, [tokens_s(n) for n in tokens], draft=draft, **kwargs)
-
-
 def test_costs_between_and_beyond_what_was_measured() -> None:
     cost = made(per_context=1e-4, per_pair=1e-5, overhead=0.5)
     assert cost.step(3, 3, 0) == pytest.approx(0.5 + 1.06)
@@ -296,96 +290,6 @@ def test_files_that_are_no_costs(broken) -> None:
 # -- whole runs
 
 
-class World:
-    """A verifier that writes random text, a drafter that foretells each token with a probability.
-
-    Args:
-        quality: of each request of the batch; ended requests are followed by one of the same quality.
-        confident: whether the drafter knows when it will be right.
-    """
-
-    def __init__(self, policy, cost, quality, length=120, confident=False, seed=0, lookup=None):
-        self.policy, self.cost, self.quality = policy, cost, quality
-        self.length, self.confident, self.lookup = length, confident, lookup
-        self.rng = np.random.default_rng(seed)
-        self.count = itertools.count()
-        self.seconds = self.tokens = 0.0
-        self.running = [self._new() for _ in quality]
-        self.lengths: list[list[int]] = [[] for _ in quality]
-        self.passes = self.steps = 0
-
-    def _new(self):
-        text = self.rng.integers(1, 10**6, self.length + 20 + K)
-        return {"id": f"r{next(self.count)}", "text": text, "done": 20}
-
-    def step(self) -> None:
-        for i, r in enumerate(self.running):
-            if r["done"] >= self.length:
-                self.policy.forget([r["id"]])
-                self.running[i] = self._new()
-        requests, B = [], len(self.running)
-        for i, r in enumerate(self.running):
-            done = r["done"]
-            match = np.empty(0, dtype=np.int64)
-            if self.lookup and self.rng.random() < self.lookup[i]:
-                match = r["text"][done : done + K].copy()
-            requests.append(Request(r["id"], r["text"][:done], K, match, 5 if len(match) else 0))
-        plan = self.policy.plan(requests)
-        drafts = confidence = None
-        if plan.drafting:
-            drafts, confidence = [], []
-            for i in plan.drafting:
-                r = self.running[i]
-                right = self.rng.random(K) < self.quality[i]
-                truth = r["text"][r["done"] : r["done"] + K]
-                drafts.append(np.where(right, truth, 0))
-                known = np.where(right, 0.97, 0.1) if self.confident else np.full(K, 0.5)
-                confidence.append(known)
-            drafts, confidence = np.array(drafts), np.array(confidence)
-        chosen = self.policy.settle(plan, drafts, confidence)
-        total = B + sum(d.length for d in chosen)
-        context = sum(len(r.tokens) for r in requests)
-        seconds_M = self.cost.verify(B, context, total - B)
-        verify = float(seconds_M[-1]) * self.rng.normal(1, 0.03)
-        draft = self.cost.draft(len(plan.drafting) * (K + 1)) if plan.drafting else 0.0
-        emitted = 0
-        for i, (r, d) in enumerate(zip(self.running, chosen, strict=True)):
-            truth = r["text"][r["done"] : r["done"] + d.length]
-            given = (
-                requests[i].match
-                if d.source == LOOKUP
-                else (drafts[plan.drafting.index(i)] if d.length else truth)
-            )
-            same = given[: d.length] == truth
-            accepted = d.length if same.all() else int(np.argmin(same))
-            r["done"] += accepted + 1
-            emitted += accepted + 1
-            self.lengths[i].append(d.length)
-        self.policy.cost.observe_step(total, B, context, verify, total - B)
-        self.policy.totals.add(emitted, B, context, verify + draft, total - B, draft)
-        self.seconds += verify + draft
-        self.tokens += emitted
-        self.passes += bool(plan.drafting)
-        self.steps += 1
-
-    def run(self, steps: int) -> float:
-        """Tokens per second, of the latter half."""
-        for _ in range(steps // 2):
-            self.step()
-        seconds, tokens = self.seconds, self.tokens
-        for _ in range(steps // 2):
-            self.step()
-        return (self.tokens - tokens) / (self.seconds - seconds)
-
-
-def fixed_rate(cost, quality, length, context=70):
-    """Tokens per second of a fixed draft length for all, in expectation."""
-    B = len(quality)
-    tokens = sum(1 + np.cumprod(np.full(length, q)).sum() for q in quality)
-    seconds = float(cost.verify(B, context * B, B * length)[-1])
-    return tokens / (seconds + (cost.draft(B * (K + 1)) if length else 0))
-
-
 WORLDS = {
     "good drafts, cheap tokens": ([0.85] * 2, 0.01),
     "good drafts, dear tokens": ([0.85] * 4, 0.2),
@@ -409,7 +313,7 @@ def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
     rates = []
     for seed in range(3):
         learned = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
-        rates.append(World(Policy(learned, K), cost, quality, seed=seed).run(1200))
+        rates.append(WorkerWorld(Policy(learned, K), cost, quality, seed=seed).run(1200))
     fixed = [fixed_rate(cost, quality, n) for n in range(K + 1)]
     assert min(rates) >= 0.98 * fixed[0]
     assert min(rates) >= 0.96 * max(fixed)
@@ -516,7 +420,7 @@ def test_confidence_is_used_where_it_helps() -> None:
     rates = {}
     for confident in (False, True):
         policy = Policy(made(lambda n: 1 + 0.15 * n, draft=(0.05, 0.001)), K)
-        rates[confident] = World(policy, cost, quality, confident=confident).run(800)
+        rates[confident] = WorkerWorld(policy, cost, quality, confident=confident).run(800)
         assert policy.believes_confidence == confident
     assert rates[True] > 1.15 * rates[False]
 
@@ -524,7 +428,7 @@ def test_confidence_is_used_where_it_helps() -> None:
 def test_drafting_stops_and_comes_back() -> None:
     cost = made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002))
     policy = Policy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
-    world = World(policy, cost, [0.05] * 4)
+    world = WorkerWorld(policy, cost, [0.05] * 4)
     world.run(400)
     passes, seconds = world.passes, world.seconds
     world.run(400)
@@ -543,7 +447,7 @@ def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -
     """Drafts are counted by position as far as the text behind them goes, verified or not."""
     cost = made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002))
     policy = Policy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
-    World(policy, cost, [quality] * 4).run(3000)
+    WorkerWorld(policy, cost, [quality] * 4).run(3000)
     totals = policy.totals
     assert totals.compared[0] >= totals.drafts[DRAFTER] > 0
     # Drafts of all lengths are compared in full: as many reach a position as were right before it, but for
@@ -559,7 +463,7 @@ def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -
 def test_lookup_is_preferred_where_it_is_better() -> None:
     cost = made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002))
     policy = Policy(made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002)), K)
-    world = World(policy, cost, [0.3, 0.3, 0.9, 0.9], lookup=[1.0, 0.0, 0.0, 1.0])
+    world = WorkerWorld(policy, cost, [0.3, 0.3, 0.9, 0.9], lookup=[1.0, 0.0, 0.0, 1.0])
     world.run(600)
     totals = policy.totals
     assert totals.proposed[LOOKUP] > 0
