@@ -1,7 +1,7 @@
 """What mechanisms of draft lengths are worth in a real engine: a sweep in which each is off in one engine.
 
     python benchmarks/ablation_engine.py VERIFIER DRAFTER --own own.jsonl --foreign foreign.jsonl \\
-        --off context-at-once,no-back-off [--concurrency 1,8] [--repeats 3] [-o FILE]
+        --off context-at-once,no-plain-steps [--concurrency 1,8] [--repeats 3] [-o FILE]
 
 For what the model worlds of ablation.py cannot show: time between steps. An engine with a mechanism off
 imports a copy of the package in which a line of it is another one. All engines take turns with one without
@@ -34,10 +34,7 @@ SWITCHES: dict[str, list[tuple[str, str, str]]] = {
     "context-at-once": [
         ("serving/deferred_context.py", "at_once or config.kv_transfer_config is not None", "True")
     ],
-    "no-naps": [("serving/draft_length.py", "if self._doze.skips():", "if False:")],
-    "no-verdict": [
-        ("draft_length/policy.py", "if self._verdict is None or self._rest < 0:", "if True:")
-    ],
+    "no-standing-decision": [("draft_length/explore.py", "self._left >= 0", "False")],
     "no-plain-steps": [
         ("serving/draft_length.py", "if self._group is None:\n            # Ranks", "if False:\n#")
     ],
@@ -47,15 +44,9 @@ SWITCHES: dict[str, list[tuple[str, str, str]]] = {
     "drafts-asked-for": [
         ("serving/draft_length.py", "        send_with_output(proposer.runner)\n", "")
     ],
-    "arrays": [
-        ("draft_length/cost.py", "if not isinstance(num_tokens, int):", "if True:"),
-        ("draft_length/policy.py", "if not self._may_pay(", "if False and self._may_pay("),
-        ("draft_length/policy.py", " and _bound(lookups_BK, seconds_M) > best.rate:", ":"),
-    ],
     "no-confidence": [
-        ("draft_length/policy.py", "known.trials >= _ENOUGH and", "False and"),
+        ("draft_length/worker_policy.py", "known.trials >= _ENOUGH and", "False and"),
     ],
-    "no-pace": [("draft_length/policy.py", "elif choice.rate > price:", "elif False:")],
 }
 
 

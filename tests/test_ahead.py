@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from worlds import ENDLESS, K, SchedulerWorld, fixed_speed
 
-from vllm_dflash.draft_length.acceptance import Predictor, Promises
-from vllm_dflash.draft_length.ahead import Slot
+from vllm_dflash.draft_length.acceptance import AcceptanceModel, Calibration
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.totals import DRAFTER
+from vllm_dflash.draft_length.counters import DRAFTER
+from vllm_dflash.draft_length.scheduler_policy import Batch
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -120,7 +120,7 @@ def test_lengths_are_rounded_to_those_with_graphs() -> None:
 
 def test_no_draft_is_longer_than_the_request() -> None:
     world = SchedulerWorld(lambda i, n: 1.0, max_tokens=20, late=0).run(300)
-    assert world.policy.totals.accepted[DRAFTER] > 0
+    assert world.policy.counters.accepted[DRAFTER] > 0
     for step in world.steps:
         assert max(step.chosen.lengths) <= K
     assert all(n <= world.max_tokens + 1 for n in world.written.values())
@@ -128,7 +128,7 @@ def test_no_draft_is_longer_than_the_request() -> None:
 
 def test_totals() -> None:
     world = SchedulerWorld(lambda i, n: 0.8, requests=2, late=0).run(200)
-    totals = world.policy.totals
+    totals = world.policy.counters
     assert totals.steps == 200
     assert totals.tokens == sum(2 + sum(s.accepted) for s in world.steps)
     assert totals.proposed[DRAFTER] == sum(sum(s.chosen.lengths) for s in world.steps)
@@ -140,16 +140,16 @@ def test_totals() -> None:
 
 def test_nothing_to_choose() -> None:
     policy = SchedulerWorld(lambda i, n: 0.9).policy
-    assert policy.lengths([]).lengths == ()
-    assert not policy.draft([])
-    assert not policy.draft([Slot("a", 10, K, 0)])
-    assert policy.lengths([Slot("a", 10, 0, 50)]).lengths == (0,)
+    assert policy.verify_lengths(Batch([], 0.0, [], [])).lengths == ()
+    assert not policy.should_draft(Batch([], 0.0, [], []))
+    assert not policy.should_draft(Batch(["a"], 10.0, [K], [0]))
+    assert policy.verify_lengths(Batch(["a"], 10.0, [0], [50])).lengths == (0,)
 
 
 def test_a_batch_teaches_what_its_requests_teach_one_by_one() -> None:
     """The same outcomes, learned from as arrays and one after the other: the same averages and curves."""
     rng = np.random.default_rng(0)
-    together, apart = Predictor([0.7] * K), Predictor([0.7] * K)
+    together, apart = AcceptanceModel([0.7] * K), AcceptanceModel([0.7] * K)
     ids = [str(i) for i in range(64)]
     quality = rng.choice([0.2, 0.6, 0.9], size=64)
     for step in range(30):
@@ -160,10 +160,10 @@ def test_a_batch_teaches_what_its_requests_teach_one_by_one() -> None:
         together.observe_batch(tried, accepted, ids)
         for n, right_n, request in zip(tried.tolist(), accepted.tolist(), ids, strict=True):
             apart.observe(np.arange(n), right_n, request)
-        for predictor in (together, apart):
-            predictor.forget(ids[step])
+        for model in (together, apart):
+            model.forget(ids[step])
     assert together.trials == apart.trials
-    curves = [p.curves(np.arange(K), ids) for p in (together, apart)]
+    curves = [p.survival(np.arange(K), ids) for p in (together, apart)]
     assert curves[0] == pytest.approx(curves[1], abs=0.02)
     assert together.likely_offsets() == pytest.approx(apart.likely_offsets(), abs=0.2)
 
@@ -180,11 +180,11 @@ def test_hundreds_of_requests_are_told_apart() -> None:
 def test_promises_in_one_go_are_those_one_by_one() -> None:
     rng = np.random.default_rng(0)
     promised, kept = rng.random(300) * 5, rng.integers(0, 4, 300)
-    batch, single = Promises(), Promises()
+    batch, single = Calibration(), Calibration()
     batch.add(promised, kept)
     for p, k in zip(promised.tolist(), kept.tolist(), strict=True):
         single.add(p, k)
-    assert batch.share == pytest.approx(single.share, rel=1e-9)
+    assert batch.factor == pytest.approx(single.factor, rel=1e-9)
 
 
 def test_hundreds_of_requests_take_little_time() -> None:
@@ -194,14 +194,14 @@ def test_hundreds_of_requests_take_little_time() -> None:
     policy, step = world.policy, world.steps[-1]
     promised = [
         float(p[:n].sum())
-        for p, n in zip(step.chosen.promised_BK, step.chosen.lengths, strict=True)
+        for p, n in zip(step.chosen.predicted_BK, step.chosen.lengths, strict=True)
     ]
     outcomes = [str(i) for i in step.ids], step.chosen.lengths, step.accepted, promised
-    slots, spent = world._slots(lambda i: K), []
+    batch, spent = world.batch(), []
     for _ in range(20):
         began = time.thread_time()
-        policy.lengths(slots)
-        policy.draft(slots)
+        policy.verify_lengths(batch)
+        policy.should_draft(batch)
         policy.observe(*outcomes)
         spent.append(time.thread_time() - began)
     one_by_one = []

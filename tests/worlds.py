@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_dflash.draft_length.ahead import Ahead, Lengths, Slot
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.policy import Request
-from vllm_dflash.draft_length.totals import LOOKUP
+from vllm_dflash.draft_length.counters import LOOKUP
+from vllm_dflash.draft_length.scheduler_policy import Batch, SchedulerPolicy, VerifyLengths
+from vllm_dflash.draft_length.worker_policy import Request
 
 K = 7
 ENDLESS = 10**9
@@ -92,7 +92,7 @@ class WorkerWorld:
                 known = np.where(right, 0.97, 0.1) if self.confident else np.full(K, 0.5)
                 confidence.append(known)
             drafts, confidence = np.array(drafts), np.array(confidence)
-        chosen = self.policy.settle(plan, drafts, confidence)
+        chosen = self.policy.allocate(plan, drafts, confidence)
         total = B + sum(d.length for d in chosen)
         context = sum(len(r.tokens) for r in requests)
         seconds_M = self.cost.verify(B, context, total - B)
@@ -112,7 +112,7 @@ class WorkerWorld:
             emitted += accepted + 1
             self.lengths[i].append(d.length)
         self.policy.cost.observe_step(total, B, context, verify, total - B)
-        self.policy.totals.add(emitted, B, context, verify + draft, total - B, draft)
+        self.policy.counters.add(emitted, B, context, verify + draft, total - B, draft)
         self.seconds += verify + draft
         self.tokens += emitted
         self.passes += bool(plan.drafting)
@@ -141,7 +141,7 @@ class Step:
     """One step of the world."""
 
     ids: list[int]
-    chosen: Lengths
+    chosen: VerifyLengths
     accepted: list[int]
     seconds: float
     even: bool
@@ -182,7 +182,7 @@ class SchedulerWorld:
         self.rng = np.random.default_rng(seed)
         seconds = np.array([1.0, 1.0 + 511 * per_token])
         even = graphs if known else ()
-        self.policy = Ahead(StepCost([1, 512], seconds, draft=(draft, 0.0)), K, even)
+        self.policy = SchedulerPolicy(StepCost([1, 512], seconds, draft=(draft, 0.0)), K, even)
         self.even = {0, K, *graphs}
         self.truth = StepCost([1, 512], slow * seconds, draft=(slow * draft, 0.0))
         self.ids = list(range(requests))
@@ -200,16 +200,18 @@ class SchedulerWorld:
                 self._deliver(self._flying.popleft())
         return self
 
-    def _slots(self, drafted: Callable[[int], int]) -> list[Slot]:
-        left = {i: max(self.max_tokens - self.written[i] - 2, 0) for i in self.ids}
-        return [Slot(str(i), 100, drafted(i), left[i]) for i in self.ids]
+    def batch(self, drafted: Callable[[int], int] = lambda i: K) -> Batch:
+        """The requests as the policy sees them; ``drafted`` tokens each."""
+        left = [max(self.max_tokens - self.written[i] - 2, 0) for i in self.ids]
+        ids = [str(i) for i in self.ids]
+        return Batch(ids, 100.0 * len(ids), [drafted(i) for i in self.ids], left)
 
     def _schedule(self) -> Step:
         policy, B = self.policy, len(self.ids)
         drafted = self._drafted & set(self.ids)
-        chosen = policy.lengths(self._slots(lambda i: K * (i in drafted)))
+        chosen = policy.verify_lengths(self.batch(lambda i: K * (i in drafted)))
         assert all(n == 0 or i in drafted for i, n in zip(self.ids, chosen.lengths, strict=True))
-        drafting = policy.draft(self._slots(lambda i: K))
+        drafting = policy.should_draft(self.batch())
         even = len(set(chosen.lengths)) == 1 and set(chosen.lengths) <= self.even
         accepted = [self._accepted(i, n) for i, n in zip(self.ids, chosen.lengths, strict=True)]
         passed = bool(self._drafted)
@@ -231,9 +233,9 @@ class SchedulerWorld:
         seen = []
         for row, (i, length, accepted) in enumerate(rows):
             if i in self.ids:
-                promised = float(step.chosen.promised_BK[row, :length].sum())
-                policy.count(bool(length), length, accepted, promised)
-                seen.append((str(i), length, accepted, promised))
+                predicted = float(step.chosen.predicted_BK[row, :length].sum())
+                policy.count(bool(length), length, accepted)
+                seen.append((str(i), length, accepted, predicted))
         policy.observe(*(zip(*seen, strict=True) if seen else ([],) * 4))
         policy.observe_step(
             num_requests=len(step.ids),

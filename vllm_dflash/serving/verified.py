@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
+from vllm_dflash.draft_length.counters import DRAFTER, LOOKUP
 from vllm_dflash.serving.draft_stats import StatsFile
 
 _SENT = "_dflash_sent"
