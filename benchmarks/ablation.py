@@ -27,12 +27,22 @@ sys.path.insert(0, str(ROOT / "tests"))
 from worlds import K, SchedulerWorld, WorkerWorld, made  # noqa: E402
 
 from vllm_dflash.bench.report import write_json  # noqa: E402
-from vllm_dflash.draft_length import acceptance, ahead, cost, policy  # noqa: E402
-from vllm_dflash.draft_length.acceptance import Predictor, Promises, Trials  # noqa: E402
-from vllm_dflash.draft_length.ahead import Ahead  # noqa: E402
+from vllm_dflash.draft_length import (  # noqa: E402
+    acceptance,
+    cost,
+    explore,
+    scheduler_policy,
+    worker_policy,
+)
+from vllm_dflash.draft_length.acceptance import (  # noqa: E402
+    AcceptanceModel,
+    Calibration,
+    RequestStats,
+)
 from vllm_dflash.draft_length.cost import StepCost  # noqa: E402
-from vllm_dflash.draft_length.pace import Pace  # noqa: E402
-from vllm_dflash.draft_length.policy import Policy  # noqa: E402
+from vllm_dflash.draft_length.explore import Exploration  # noqa: E402
+from vllm_dflash.draft_length.scheduler_policy import SchedulerPolicy  # noqa: E402
+from vllm_dflash.draft_length.worker_policy import WorkerPolicy  # noqa: E402
 from vllm_dflash.environment import describe_machine, versions  # noqa: E402
 
 # -- mechanisms
@@ -40,100 +50,77 @@ from vllm_dflash.environment import describe_machine, versions  # noqa: E402
 Patch = tuple[Any, str, Any]
 
 
-def _plain_curve(self: Predictor, cells_T: np.ndarray, request: str) -> list[float]:
-    if request not in self._requests:
-        return self.likely_curves(cells_T).mean(axis=0).tolist()
-    return np.cumprod(self.conditional(cells_T[None], [request])[0]).tolist()
-
-
-def _plain_verify_one(self: StepCost, requests: int, context: float, drafts: int) -> float:
-    return float(self.verify(requests, context, drafts)[-1])
-
-
-def _plain_base(self: StepCost, num_tokens: Any) -> Any:
-    return cost._interpolate(num_tokens, self.tokens_N, self.base_N)
-
-
-def _used_only(self: Policy, request: Any, source: str, tokens: Any, *rest: Any) -> None:
+def _used_only(self: WorkerPolicy, request: Any, source: str, tokens: Any, *rest: Any) -> None:
     if rest[1].source == source and rest[1].length > 0:
         _await(self, request, source, tokens, *rest)
 
 
-_make = Predictor.__init__
-_await = Policy._await
-_match_cells = Policy._match_cells
-_observe_step = Ahead.observe_step
+_make = AcceptanceModel.__init__
+_await = WorkerPolicy._await
+_match_cells = WorkerPolicy._match_cells
+_observe_step = SchedulerPolicy.observe_step
 
 
-def _unpaid(self: Ahead, **step: Any) -> None:
-    credit = self._credit
+def _unpaid(self: SchedulerPolicy, **step: Any) -> None:
+    budget = self.exploration.budget
     _observe_step(self, **step)
-    self._credit = credit
+    self.exploration.budget = budget
 
 
-def _even_only(self: Ahead, **step: Any) -> None:
+def _even_only(self: SchedulerPolicy, **step: Any) -> None:
     _observe_step(self, **{**step, "even": True})
 
 
-def _untaught(self: Predictor, kinds: int = 5) -> np.ndarray:
+def _best_lengths(self: SchedulerPolicy, batch: Any, value: Any) -> Any:
+    seconds_M = value.seconds_M + value.passed
+    return scheduler_policy.assign_draft_budget(value.survival_BK, seconds_M)
+
+
+def _untaught(self: AcceptanceModel, kinds: int = 5) -> np.ndarray:
     return np.zeros((1, self._num_groups))
 
 
 #: Name, what stands in its place, and the patches that do it.
 MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
-    "cached verdict": (
+    "standing decision": (
         "the search runs in every step",
-        [(Policy, "_rests", lambda *a: False)],
-    ),
-    "pace": ("tokens per second of the step alone", [(Pace, "of", lambda *a: np.inf)]),
-    "may-pay bounds": (
-        "every size is tried",
-        [(Policy, "_may_pay", lambda *a: True), (policy, "_bound", lambda *a: np.inf)],
-    ),
-    "scalar twins": (
-        "arrays",
-        [
-            (Predictor, "curve", _plain_curve),
-            (StepCost, "verify_one", _plain_verify_one),
-            (StepCost, "_base", _plain_base),
-        ],
-    ),
-    "decaying probes": (
-        "0.5 % of the time, always",
-        [(policy, "PROBE_DECAY", 1.0), (ahead, "PROBE_DECAY", 1.0)],
+        [(Exploration, "stands", lambda *a: False)],
     ),
     "probes": (
         "none, new requests tried all the same",
-        [
-            (policy, "PROBE_SHARE", 0.0),
-            (ahead, "PROBE_SHARE", 0.0),
-            (policy, "LEAST_PROBE_SHARE", 0.0),
-            (ahead, "LEAST_PROBE_SHARE", 0.0),
-        ],
+        [(explore, "PROBE_SHARE", 0.0)],
     ),
     "trying new requests": (
         "probes only",
-        [(policy, "HORIZON", 0), (ahead, "HORIZON", 0)],
+        [(worker_policy, "HORIZON", 0), (scheduler_policy, "HORIZON", 0)],
     ),
     "confidence": (
         "position",
-        [(Policy, "believes_confidence", property(lambda self: False))],
+        [(WorkerPolicy, "use_confidence", property(lambda self: False))],
     ),
-    "promises": ("estimates as they are", [(Promises, "share", property(lambda self: 1.0))]),
+    "calibration": ("estimates as they are", [(Calibration, "factor", property(lambda self: 1.0))]),
     "offsets of requests": (
         "averages",
         [
-            (Trials, "add", lambda self, tried, *a: setattr(self, "tried", self.tried + tried)),
+            (
+                RequestStats,
+                "add",
+                lambda self, tried, *a: setattr(self, "tried", self.tried + tried),
+            ),
             (acceptance, "_add_to_each", lambda *a: None),
-            (Predictor, "likely_offsets", _untaught),
+            (AcceptanceModel, "likely_offsets", _untaught),
         ],
     ),
     "kinds of requests": (
         "each request by its own counts and a prior",
         [
             (acceptance, "_STRANGERS", ()),
-            (Predictor, "likely_offsets", lambda self, num=5: np.zeros((0, self._num_groups))),
-            (Predictor, "likely_curves", lambda self, cells: _mean_curve(self, cells)),
+            (
+                AcceptanceModel,
+                "likely_offsets",
+                lambda self, num=5: np.zeros((0, self._num_groups)),
+            ),
+            (AcceptanceModel, "likely_survival", lambda self, cells: _mean_curve(self, cells)),
         ],
     ),
     "strangers": ("kinds seen lately only", [(acceptance, "_RARITY", 0.0)]),
@@ -141,7 +128,7 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
         "one offset",
         [
             (
-                Predictor,
+                AcceptanceModel,
                 "__init__",
                 lambda self, prior, weight=6.0, groups=None: _make(self, prior, weight),
             )
@@ -149,14 +136,20 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
     ),
     "lengths of matches": (
         "one average",
-        [(Policy, "_match_cells", lambda self, n: _match_cells(self, 3))],
+        [(WorkerPolicy, "_match_cells", lambda self, n: _match_cells(self, 3))],
     ),
-    "unused drafts teach": ("only those verified", [(Policy, "_await", _used_only)]),
+    "unused drafts teach": ("only those verified", [(WorkerPolicy, "_await", _used_only)]),
     "drafting for a part": (
         "for all that it may help, or none",
-        [(policy, "_sizes", lambda candidates, together: [candidates] if candidates else [])],
+        [
+            (
+                worker_policy,
+                "_sizes",
+                lambda candidates, whole_batch: [candidates] if candidates else [],
+            )
+        ],
     ),
-    "margin": ("1.0", [(policy, "MARGIN", 1.0), (ahead, "MARGIN", 1.0)]),
+    "margin": ("1.0", [(worker_policy, "MARGIN", 1.0), (scheduler_policy, "MARGIN", 1.0)]),
     "cost of checking": ("none", [(cost, "_CHECK_RATE", 0.0)]),
     "learned costs": (
         "as calibrated",
@@ -164,30 +157,29 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
     ),
     "rounding to graphs": (
         "any lengths",
-        [(Ahead, "_choose", lambda self, slots, c, s: ahead.choose(c, s))],
+        [(SchedulerPolicy, "_choose", _best_lengths)],
     ),
-    "cost of uneven batches": ("none", [(Ahead, "observe_step", _even_only)]),
-    "paying probes back": ("the budget only", [(Ahead, "observe_step", _unpaid)]),
-    "probes kept": ("two in a row", [(ahead, "_PROBES_KEPT", 2)]),
-    "probes owed": ("one", [(ahead, "_PROBES_OWED", 1)]),
-    "turns of 64": ("all requests teach", [(ahead, "_TAUGHT", 10**6)]),
-    "one by one where few": ("arrays", [(ahead, "_FEW", 0)]),
+    "cost of uneven batches": ("none", [(SchedulerPolicy, "observe_step", _even_only)]),
+    "paying probes back": ("the budget only", [(SchedulerPolicy, "observe_step", _unpaid)]),
+    "probes kept": ("two in a row", [(scheduler_policy, "_PROBES_KEPT", 2)]),
+    "probes owed": ("one", [(scheduler_policy, "_PROBES_OWED", 1)]),
+    "turns of 64": ("all requests teach", [(scheduler_policy, "_TAUGHT", 10**6)]),
 }
 
 
-def _mean_curve(self: Predictor, cells_T: np.ndarray) -> np.ndarray:
+def _mean_curve(self: AcceptanceModel, cells_T: np.ndarray) -> np.ndarray:
     return np.cumprod(acceptance._probability(self._logit_C[cells_T]))[None]
 
 
 #: Mechanisms that only one of the two policies has.
 ONLY = {
     "worker": {
-        "pace", "may-pay bounds", "scalar twins", "confidence", "groups of a match's tokens",
-        "lengths of matches", "unused drafts teach", "drafting for a part",
+        "confidence", "groups of a match's tokens", "lengths of matches", "unused drafts teach",
+        "drafting for a part",
     },
     "scheduler": {
         "rounding to graphs", "cost of uneven batches", "paying probes back", "probes kept",
-        "probes owed", "turns of 64", "one by one where few",
+        "probes owed", "turns of 64",
     },
 }  # fmt: skip
 
@@ -338,8 +330,8 @@ def worker(given: Mapping[str, Any], seed: int, steps: int) -> dict[str, float]:
     believed, then = given.pop("believed", slope), given.pop("then", None)
     truth = made(lambda n: 1 + slope * n, draft=draft)
     truth.check = given.pop("check", 0.0)
-    chosen = Policy(made(lambda n: 1 + believed * n, draft=draft), K)
-    clock = Clock(chosen, ("plan", "settle", "forget"))
+    chosen = WorkerPolicy(made(lambda n: 1 + believed * n, draft=draft), K)
+    clock = Clock(chosen, ("plan", "allocate", "forget"))
     world = WorkerWorld(chosen, truth, given.pop("quality"), seed=seed, **given)
     for step in range(steps):
         if step == steps // 2 and then is not None:
@@ -350,7 +342,7 @@ def worker(given: Mapping[str, Any], seed: int, steps: int) -> dict[str, float]:
     return {
         "speed": true,
         "us": 1e6 * clock.seconds / steps,
-        "estimate": (chosen.totals.speedup or 1.0) / true,
+        "estimate": (chosen.counters.speedup or 1.0) / true,
     }
 
 
@@ -363,12 +355,15 @@ def scheduler(given: Mapping[str, Any], seed: int, steps: int) -> dict[str, floa
     world = SchedulerWorld(seed=seed, **given)
     if true is not None:
         world.truth = StepCost([1, 512], [1.0, 1.0 + 511 * true[0]], draft=(true[1], 0.0))
-    clock = Clock(world.policy, ("lengths", "draft", "observe", "observe_step", "count", "forget"))
+    clock = Clock(
+        world.policy,
+        ("verify_lengths", "should_draft", "observe", "observe_step", "count", "forget"),
+    )
     world.run(steps)
     return {
         "speed": world.speed(),
         "us": 1e6 * clock.seconds / steps,
-        "estimate": (world.policy.totals.speedup or 1.0) / world.speed(),
+        "estimate": (world.policy.counters.speedup or 1.0) / world.speed(),
     }
 
 
