@@ -451,11 +451,13 @@ def main() -> None:
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             data = {"benchmark": "ablation", "versions": versions(), "machine": describe_machine()}
-            everything = {
-                w: {k: float(np.mean([r[k] for r in v])) for k in v[0]} for w, v in on.items()
-            }
+            everything = [
+                {"world": w, **{k: float(np.mean([r[k] for r in v])) for k in v[0]}}
+                for w, v in on.items()
+            ]
             data |= {"seeds": args.seeds, "steps": args.steps, "everything_on": everything}
-            write_json(data | {"rows": rows}, args.output)
+            data["rows"] = [{"without": n, **row} for n, row in rows.items()]
+            write_json(data, args.output)
     print(table(rows))
 
 

@@ -10,51 +10,45 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.bounds import SHARE, Bound, check_bounds, check_choice, count, option_of
 from vllm_dflash.checkpoint import (
     TRAINING_FILE,
-    check_computable,
-    check_weights,
-    read_config,
-    save_drafter,
 )
-from vllm_dflash.config import CheckpointFormat, DrafterConfig, VerifierInfo
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.environment import versions
 from vllm_dflash.files import ANY_FILES, claim_file, claim_folder, mark_folder, writing
 from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
+from vllm_dflash.renamed import run_config
 from vllm_dflash.training.config import (
-    DrafterShape,
-    EngineOptions,
-    Hyperparameters,
-    SamplingOptions,
     StepLayout,
+    TrainConfig,
 )
 from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.curves import draw_curves
 from vllm_dflash.training.engine import (
     VerifierEngine,
     check_block,
     check_engine,
     cut_sentence,
     fit_max_len,
-    seat_drafter,
+    write_seat,
 )
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.host_memory import default_feature_gib
 from vllm_dflash.training.memory import MemoryPlan, plan_table
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, rows_by_rank
-from vllm_dflash.training.planning import new_drafter, plan_of_machine
+from vllm_dflash.training.planning import drafter_config, plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
-from vllm_dflash.training.rows import Data, as_list, data_files, holds_rejects
+from vllm_dflash.training.rows import as_list, holds_rejects
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example, keep_date
-from vllm_dflash.training.vocab import choose_draft_vocab, choose_mask_token
-from vllm_dflash.verifier import Verifier
+from vllm_dflash.training.vocab import choose_draft_vocab
 
 #: Evaluations take at most this share of the time, and are no closer than so many seconds.
 _EVAL_SHARE, _EVAL_SECONDS = 0.05, 30.0
@@ -64,137 +58,6 @@ _SAVE_SHARE, _MORE_SELDOM = 0.03, 12
 #: Seconds of training between two answers of the worker, so that progress and signals stay alive.
 _CALL_SECONDS = 2.0
 _MAX_CALL_STEPS = 64
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run.
-
-    Attributes:
-        verifier: the model, and how it is loaded and served.
-        data: prompts or conversations (training/conversations.py lists the formats), one name or several.
-        output: folder of the finished drafter; the run's own folder is ``<output>-run``.
-        eval_data: held-out conversations; without it ``holdout`` of the data is kept back.
-        epochs: passes over the data; ``max_steps`` cuts or extends them.
-        init_from: a drafter to go on from.
-        feature_gib: the host's memory for features of each worker; beyond it they are extracted again. None
-            takes half of what is available when a run is first started, shared by the workers.
-        features_from: ``extraction``, or ``generation`` to record them while responses are generated.
-        save_minutes: between saved states; up to 12 times as long where saving takes over 3 % of the time.
-        max_rejected: share of the rows of the data (and of the held-out data) that may be rejected.
-    """
-
-    verifier: Verifier
-    data: Data
-    output: Path
-    eval_data: Data | None = None
-    holdout: float = 0.05
-    max_holdout: int = 64
-    epochs: float = 6.0
-    max_steps: int | None = None
-    on_policy: bool = False
-    init_from: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    limit: int | None = None
-    fmt: CheckpointFormat = "zlab"
-    feature_gib: float | None = None
-    cache_features: Path | None = None
-    features_from: str = "extraction"
-    eval_every: int | None = None
-    save_minutes: float = 5.0
-    tensorboard: bool = False
-    restart: bool = False
-    max_rejected: float = 0.5
-    shape: DrafterShape = field(default_factory=DrafterShape)
-    hparams: Hyperparameters = field(default_factory=Hyperparameters)
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "holdout": Bound(low=0, below=1),
-            "max_holdout": count(0),
-            "epochs": Bound(above=0, high=100_000),
-            "max_steps": count(1, 100_000_000),
-            "limit": count(),
-            "feature_gib": Bound(above=0, high=2**20),
-            "eval_every": count(),
-            "save_minutes": Bound(low=0),
-            "max_rejected": SHARE,
-        }
-        check_bounds(self, bounds)
-        check_choice("features_from", self.features_from, ("extraction", "generation"))
-        if not self.records:
-            return
-        if self.on_policy:
-            raise ValueError(
-                "--features-from generation records while responses are generated, but --on-policy generates "
-                "none; leave one out"
-            )
-        if self.engine.ranks > 1:
-            raise ValueError(
-                f"--features-from generation records on one rank, not {self.engine.ranks}; leave it out"
-            )
-
-    @property
-    def records(self) -> bool:
-        """Whether features are recorded while responses are generated."""
-        return self.features_from == "generation"
-
-    @property
-    def run_path(self) -> Path:
-        return self.output.with_name(self.output.name + "-run")
-
-    @property
-    def rejected_beside(self) -> Path:
-        """Where rejected rows are kept of data that no run can begin with."""
-        return self.output.with_name(self.output.name + "-rejected.jsonl")
-
-    def with_feature_gib(self) -> TrainConfig:
-        """The same with a number where none is given: that of the run to resume, since it decides which
-        sequences are extracted together."""
-        if self.feature_gib is not None:
-            return self
-        before = None if self.restart else RunFolder.setting(self.run_path, "feature_gib")
-        return replace(self, feature_gib=before or default_feature_gib(self.engine.ranks))
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the weights, flat: a run is resumed only with the same."""
-        out: dict[str, Any] = self.verifier.identity()
-        for name in (
-            "data eval_data holdout max_holdout epochs max_steps on_policy init_from "
-            "chat_template_kwargs limit feature_gib"
-        ).split():
-            out[name] = getattr(self, name)
-        if self.records:  # runs of before there was a choice can be resumed without
-            out["features_from"] = self.features_from
-        for name in ("data", "eval_data"):
-            files = data_files(getattr(self, name) or [])
-            if files:
-                out[f"{name}_sha256"] = _digest(files)
-        parts: dict[str, Any] = {
-            "shape": self.shape.with_defaults(),
-            "hparams": self.hparams,
-            "engine": self.engine,
-            "sampling": self.sampling,
-        }
-        for name, part in parts.items():
-            out |= {f"{name}.{k}": v for k, v in asdict(part).items()}
-        return out
-
-
-def _digest(files: list[Path]) -> str:
-    """SHA-256 of a file; of several, that of their digests."""
-    digests = []
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-        digests.append(digest.hexdigest())
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @contextmanager
@@ -217,63 +80,24 @@ def _stop_flag() -> Iterator[list[int]]:
             signal.signal(s, old)
 
 
-def verifier_config(verifier: Verifier | str) -> Any:
-    """The verifier's transformers config; ValueError when there is none at that path or name."""
-    return Verifier.of(verifier).load_config()
+def with_feature_gib(config: TrainConfig) -> TrainConfig:
+    """The same with a number where none is given: that of the run to resume, since it decides which
+    sequences are extracted together."""
+    if config.feature_gib is not None:
+        return config
+    before = None if config.restart else RunFolder.setting(config.run_path, "feature_gib")
+    return replace(config, feature_gib=before or default_feature_gib(config.engine.ranks))
 
 
-def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
-    """The drafter to train: of ``init_from``, or made for the verifier."""
-    info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
-    if config.init_from is not None:
-        raw = read_config(config.init_from)
-        drafter = DrafterConfig.from_dict(raw)
-        drafter.check_verifier(info)
-        drafter.known_block_size("give it there to train this drafter")
-        check_computable(config.init_from, raw)
-        check_weights(config.init_from, drafter)
-        _check_same_shape(config.shape, drafter, config.init_from)
-        return drafter
-    ids, features = config.shape.target_layer_ids, config.shape.features
-    if ids is not None and features not in (None, len(ids)):
-        raise ValueError(
-            f"--features is {features}, but --target-layer-ids names {len(ids)} layers; leave one out"
-        )
-    if features is not None and features > info.num_hidden_layers:
-        raise ValueError(
-            f"--features is {features}, but the verifier has {info.num_hidden_layers} layers to read"
-        )
-    tokenizer = config.verifier.load_tokenizer()
-    avoid = [info.pad_token_id] if info.pad_token_id is not None else []
-    mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
-    return new_drafter(config.shape, hf_config, mask, str(config.verifier))
-
-
-def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
-    """ValueError when the user gives a shape that the drafter to go on from does not have."""
-    has = {
-        "layers": drafter.num_hidden_layers,
-        "block_size": drafter.draft_block_size,
-        "features": len(drafter.target_layer_ids),
-        "target_layer_ids": drafter.target_layer_ids,
-        "draft_vocab": drafter.logits_vocab_size,
-        "mask_token_id": drafter.mask_token_id,
-        "intermediate_size": drafter.intermediate_size,
-        "hidden_size": drafter.hidden_size,
-        "heads": drafter.num_attention_heads,
-        "kv_heads": drafter.num_key_value_heads,
-        "head_dim": drafter.head_dim,
-        "layer_types": drafter.layer_types,
-        "sliding_window": drafter.sliding_window,
-        "causal": drafter.causal,
-        "sample_from_anchor": drafter.sample_from_anchor,
-    }
-    for field_name, value in shape.given().items():
-        if value != has[field_name]:
-            raise ValueError(
-                f"{option_of(field_name)} is {value!r}, but the drafter --from {name} has "
-                f"{has[field_name]!r}, and a drafter keeps its shape; leave the option out"
-            )
+def with_dtype(config: TrainConfig, hf_config: Any) -> TrainConfig:
+    """The same with the dtype that ``auto`` is here: that of the run to resume, where there is one."""
+    given = config.engine.dtype
+    before = None if config.restart else RunFolder.setting(config.run_path, "engine.dtype")
+    if given == "auto" and before in ("auto", "float32"):
+        dtype = before
+    else:
+        dtype = verifier_dtype(given, config.verifier, hf_config, config.engine.extra)
+    return replace(config, engine=replace(config.engine, dtype=dtype))
 
 
 def claim_outputs(config: TrainConfig) -> None:
@@ -284,7 +108,7 @@ def claim_outputs(config: TrainConfig) -> None:
     """
     inputs = {
         "the verifier": str(config.verifier),
-        "the drafter of --from": config.init_from,
+        "the drafter of --init-from": config.init_from,
         "the data": config.data,
         "the held-out data": config.eval_data,
     }
@@ -304,18 +128,6 @@ def claim_outputs(config: TrainConfig) -> None:
         read_index(index)
 
 
-def write_seat(config: DrafterConfig, path: Path) -> Path:
-    import torch
-
-    from vllm_dflash.modeling.drafter import Drafter
-
-    seat = seat_drafter(config)
-    drafter = Drafter(seat)
-    drafter.init_weights(generator=torch.Generator().manual_seed(0))
-    save_drafter(path, seat, drafter.state_dict())
-    return path
-
-
 def train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     """Trains a drafter and writes it to ``config.output``; returns the run's summary.
 
@@ -333,7 +145,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     # Everything that can be wrong is looked at before the engine takes its minutes to start.
     claim_outputs(config)
     reporter.check(config)
-    hf_config = verifier_config(config.verifier)
+    hf_config = config.verifier.load_config()
     drafter = drafter_config(config, hf_config)
     asked = config.engine.max_len
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter))
@@ -356,14 +168,16 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     check_prompts(config.verifier, conversations, config.engine.extra)
     if held_out:
         check_prompts(config.verifier, held_out, config.engine.extra)
-    config = config.with_feature_gib()
+    given = config.engine.dtype
+    config = with_dtype(with_feature_gib(config), hf_config)
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
     if (summary := finished(config.output, folder)) is not None:
         reporter.say(
             f"this run is finished: {summary['steps']} steps; the same command with --restart trains anew, "
             "another -o beside it"
         )
-        reporter.finished(config.output, summary, None)
+        curves = folder.curves if folder.curves.is_file() else None
+        reporter.finished(config.output, summary, curves)
         return summary
     if config.cache_features is not None:
         with writing(config.cache_features):
@@ -375,10 +189,18 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if config.eval_data:
         report_rejected(held_rejected, num_held_rows, folder.rejected_heldout, allowed, say)
     reporter.say(
-        f"{len(conversations)} conversations ({len(rejected)} rejected), drafter of "
-        f"{drafter.num_hidden_layers} layers, block {drafter.draft_block_size}, verifier layers "
-        f"{list(drafter.target_layer_ids)}, mask token {drafter.mask_token_id}"
+        f"{len(conversations)} conversations ({len(rejected)} rejected); drafter of "
+        f"{drafter.num_hidden_layers} layers, blocks of {drafter.draft_block_size} tokens, reads the "
+        f"verifier's layers {', '.join(map(str, drafter.target_layer_ids))}, mask token "
+        f"{drafter.mask_token_id}"
     )
+    reporter.say(
+        "to do: start the verifier, "
+        + ("" if config.on_policy else "have it write the responses, ")
+        + f"extract its features, train; {folder.path} keeps what is done, and the same command resumes there"
+    )
+    if sentence := float32_sentence(given, config.engine.dtype):
+        reporter.say(sentence)
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
     if plan is not None:
@@ -392,7 +214,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         )
     try:
         keep_date(engine.tokenizer, folder.started)
-        return _Run(config, drafter, folder, engine, reporter, plan).run(
+        return Trainer(config, drafter, folder, engine, reporter, plan).run(
             conversations, rejected, held_out, held_rejected
         )
     finally:
@@ -405,7 +227,7 @@ def finished(output: Path, folder: RunFolder) -> dict[str, Any] | None:
     if state is None or not file.is_file():
         return None
     summary = json.loads(file.read_text())
-    same = summary.get("config") == folder.config
+    same = run_config(summary.get("config") or {}) == folder.config
     return summary if same and summary.get("steps") == state["step"] else None
 
 
@@ -427,7 +249,9 @@ def save_pause(least: float, took: float) -> float:
     return min(max(least, took / _SAVE_SHARE), _MORE_SELDOM * least)
 
 
-class _Run:
+class Trainer:
+    """A run from its prompts to the finished drafter; the engine computes."""
+
     def __init__(
         self,
         config: TrainConfig,
@@ -449,13 +273,13 @@ class _Run:
 
     def run(self, conversations, rejected, held_out, held_rejected) -> dict[str, Any]:
         started = time.monotonic()
-        if self.config.hparams.loss == "kl":
+        if self.config.hparams.loss_kind.needs_final_states:
             self.engine.call("check_kl", self.drafter.vocab_size)
         if self.config.records:
             self.engine.record_responses(
                 self.folder.features,
                 self.drafter.target_layer_ids,
-                self.config.hparams.loss == "kl",
+                self.config.hparams.loss_kind.needs_final_states,
                 self.config.engine.max_len,
             )
         examples = self._prepare("responses", conversations, rejected, self.folder.responses)
@@ -474,7 +298,7 @@ class _Run:
         held_by_key = {f"heldout/{e.id}": e for e in held}
         self.examples_digest = examples_digest([*examples, *held])
         draft_ids = self._draft_vocab(examples)
-        steps_per_epoch = len(epoch_steps(list(by_key), self.config.hparams.sequences, 0, 0))
+        steps_per_epoch = len(epoch_steps(list(by_key), self.config.hparams.batch_size, 0, 0))
         total = self.config.max_steps or max(1, round(self.config.epochs * steps_per_epoch))
         info = self.engine.call(
             "begin",
@@ -491,10 +315,12 @@ class _Run:
             f"for {total} steps ({total / steps_per_epoch:.1f} epochs of {len(by_key)} sequences); "
             f"{len(held_by_key)} held out"
         )
-        ranks, sequences = self.config.engine.ranks, self.config.hparams.sequences
+        assert self.drafter.num_speculative_tokens is not None
+        self.reporter.terms(self.drafter.num_speculative_tokens, len(held_by_key))
+        ranks, sequences = self.config.engine.ranks, self.config.hparams.batch_size
         if ranks > 1:
             self.reporter.say(
-                f"{ranks} ranks share each step by sequence, {sequences} a step (--sequences)"
+                f"{ranks} ranks share each step by sequence, {sequences} a step (--batch-size)"
                 + ("; with fewer than ranks some idle" if sequences < ranks else "")
             )
         self.engine.call(
@@ -507,8 +333,8 @@ class _Run:
         if self.config.records:
             self._report_recorded(list(by_key | held_by_key))
         with _stop_flag() as self.stop:
-            self.step = self._resume()
-            self._extract(held_by_key, keep=[])
+            self.step = self._resume(total)
+            self._extract(held_by_key, keep=[], what="extracting held-out features")
             owners = {k: owner(e.token_ids, ranks) for k, e in (by_key | held_by_key).items()}
             # What was recorded comes from the disk as whole sequences.
             whole = self.config.engine.max_len + 1
@@ -517,7 +343,7 @@ class _Run:
             held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
                 {k: e.token_ids for k, e in by_key.items()},
-                sequences_per_step=self.config.hparams.sequences,
+                sequences_per_step=self.config.hparams.batch_size,
                 seed=self.config.hparams.seed,
                 total_steps=total,
                 max_rows=self._feature_tokens() - max(held_rows.values(), default=0),
@@ -529,7 +355,12 @@ class _Run:
         return self._finish(total, held_keys, len(by_key))
 
     def _prepare(self, what, conversations, rejected, responses_path, rejected_path=None):
-        with self.reporter.progress(what, unit="responses") as update:
+        most = self.config.sampling.max_tokens
+
+        def generated(requests: int) -> tuple[int, float]:
+            return self.engine.generated.expected(requests, most)
+
+        with self.reporter.progress(what, "responses", generated) as update:
             examples, _ = prepare_examples(
                 self.engine,
                 self.config.verifier,
@@ -595,7 +426,7 @@ class _Run:
             list(self.drafter.target_layer_ids),
             engine.dtype,
             engine.extra,
-            self.config.hparams.loss == "kl",
+            self.config.hparams.loss_kind.needs_final_states,
         ]
         if self.config.verifier.revision is not None:
             what.append(self.config.verifier.revision)
@@ -607,13 +438,13 @@ class _Run:
     def _feature_tokens(self) -> int:
         """Tokens whose features (and final states, for kl) fit ``feature_gib``."""
         width = self.drafter.num_features
-        if self.config.hparams.loss == "kl":
+        if self.config.hparams.loss_kind.needs_final_states:
             width += self.drafter.target_hidden_size or self.drafter.hidden_size
         width *= 4 if self.config.engine.dtype == "float32" else 2
         assert self.config.feature_gib is not None
         return int(self.config.feature_gib * 2**30) // width
 
-    def _resume(self) -> int:
+    def _resume(self, total: int) -> int:
         state = self.folder.state()
         if state is None:
             self.folder.cut_metrics(0)
@@ -628,7 +459,7 @@ class _Run:
         self.bad = dict(state.get("bad", {}))
         self.seconds |= state.get("seconds", {})
         self.folder.cut_metrics(state["step"])
-        self.reporter.say(f"resuming at step {state['step']}")
+        self.reporter.say(f"resuming at step {state['step']} of {total}")
         return state["step"]
 
     def _save(self, step: int) -> None:
@@ -642,7 +473,9 @@ class _Run:
             60 * self.config.save_minutes, time.monotonic() - started
         )
 
-    def _extract(self, examples: dict[str, Example], keep: list[str]) -> None:
+    def _extract(
+        self, examples: dict[str, Example], keep: list[str], what: str = "extracting features"
+    ) -> None:
         """Features of the given examples, all of them together or (all at hand) none.
 
         Those recorded while generating count as never asked for, so that a resumed run extracts the same.
@@ -656,8 +489,9 @@ class _Run:
             return
         started = time.monotonic()
         tokens = 0
-        with self.reporter.progress("extracting features", unit="tokens") as update:
+        with self.reporter.progress(what, unit="tokens") as update:
             total = sum(len(ids) for ids in wanted.values())
+            update(0, total)
             for key, problem in self.engine.extract(wanted):
                 tokens += len(wanted[key])
                 update(tokens, total)
@@ -670,14 +504,15 @@ class _Run:
     def _ban(self, key: str, reason: str, of: int) -> None:
         self.bad[key] = reason
         self.reporter.say(f"skipping {key}: {reason}")
-        if len(self.bad) > max(1, self.config.hparams.max_bad * of):
+        if len(self.bad) > max(1, self.config.hparams.max_skipped * of):
             raise ValueError(
                 f"{len(self.bad)} of {of} sequences had to be skipped, the last because {reason}; "
-                f"training stops (--max-bad {self.config.hparams.max_bad})"
+                f"training stops (--max-skipped {self.config.hparams.max_skipped})"
             )
 
     def _stopped(self) -> Interrupted:
         """Saves what a resumed run needs."""
+        self.reporter.say("stopping: the state is saved")
         self._save(self.step)
         name = signal.Signals(self.stop[0]).name
         return Interrupted(f"stopped by {name} at step {self.step}", self.stop[0])
@@ -754,6 +589,18 @@ class _Run:
         }
 
     def _finish(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
+        with self.reporter.stage("last evaluation and export"):
+            summary = self._export(total, held_keys, num_train)
+        curves = draw_curves(
+            self.folder.read_metrics(),
+            summary["tau_heldout"],
+            f"{self.config.output.name}, a drafter for {Path(summary['verifier']).name}",
+            self.folder.curves,
+        )
+        self.reporter.finished(self.config.output, summary, curves)
+        return summary
+
+    def _export(self, total: int, held_keys: list[str], num_train: int) -> dict[str, Any]:
         held = self._evaluate(total, held_keys) if held_keys else None
         if held is not None:
             held |= self._workload()
@@ -768,7 +615,5 @@ class _Run:
             "config": self.folder.config,
         }
         extra = {TRAINING_FILE: json.dumps(summary, indent=2) + "\n"}
-        self.engine.call("export", str(self.config.output), self.config.fmt, extra)
-        curves = self.folder.draw_curves()
-        self.reporter.finished(self.config.output, summary, curves)
+        self.engine.call("export", str(self.config.output), self.config.checkpoint_format, extra)
         return summary
