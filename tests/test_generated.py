@@ -212,6 +212,7 @@ generate = engine.generator(SamplingOptions(max_tokens=48))
 examples, _ = regenerate(
     conversations, engine.tokenizer, generate, Path(out + "-responses.jsonl"), fingerprint={}, max_len=300
 )
+generated = vars(engine.generated).copy()
 engine.call("begin", config, Hyperparameters(loss="kl").as_dict(), None, 1, None, None)
 engine.call("register", [(e.id, list(e.token_ids), list(e.loss_mask), "x") for e in examples])
 keys = [e.id for e in examples]
@@ -229,7 +230,8 @@ assert not [p for _, p in engine.extract({e.id: e.token_ids for e in examples}) 
 put("extraction", keys)
 save_file(tensors, out)
 left = [len(getattr(session.recorder, n)) for n in ("_lengths", "_buffers", "_filled", "_finals")]
-json.dump({"keys": keys, "recorded": recorded, "firsts": firsts, "left": left}, open(out + ".json", "w"))
+result = {"keys": keys, "recorded": recorded, "firsts": firsts, "left": left, "generated": generated}
+json.dump(result, open(out + ".json", "w"))
 engine.close()
 """
 
@@ -250,6 +252,14 @@ def test_recorded_features_are_the_extracted_ones(verifier, dialogues, tmp_path)
     assert sum(first > 0 for first in result["firsts"]) > 30
     assert len(set(result["firsts"])) > 2
     assert result["left"] == [0, 0, 0, 0]
+    # What the time left is told by, over both rounds.
+    responses = Path(f"{out}-responses.jsonl").read_text().splitlines()[1:]
+    total = sum(len(json.loads(line)["token_ids"]) for line in responses)
+    assert result["generated"] == {
+        "tokens": total,
+        "finished": len(responses),
+        "finished_tokens": total,
+    }
     got = load_file(out)
     for key in result["keys"]:
         for kind in ("", "-final"):

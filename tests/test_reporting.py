@@ -7,11 +7,13 @@ import re
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from vllm_dflash.training import reporting
+from vllm_dflash.training.engine import Generated, VerifierEngine
 from vllm_dflash.training.reporting import Reporter
 
 ROW = {"loss": 2.5, "anchors": 4, "accepted": 6, "right": [3, 1], "valid": [4, 4], "tokens": 100}
@@ -43,10 +45,10 @@ def test_progress_says_count_rate_and_time_left(log) -> None:
         update(3, 12)
         time.sleep(0.12)
     lines = log.getvalue().splitlines()
-    assert lines[0].startswith("extracting: at its beginning, 0.0 tokens/s")
+    assert lines[0].startswith("extracting: at its beginning, 0 tokens/s")
     told = [line for line in lines if line.startswith("extracting: 3 of 12 tokens, ")]
     assert told
-    assert re.search(r", \d+\.\d tokens/s, \d+ s left$", told[0])
+    assert re.search(r", \d+ tokens/s, \d+ s left$", told[0])
     assert "3 tokens in 0 s" in lines[-1]
 
 
@@ -84,6 +86,7 @@ def test_training_lines_are_whole(log) -> None:
     assert line.startswith("training: step 5 of 1000, ")
     assert re.search(r"\d steps/s, \d+ s left, 1000 tokens/s, ", line)
     assert line.endswith("loss 2.500, accuracy 75/25 %, tau~2.50")
+    assert "e+" not in line
     assert len(line) > 70
 
 
@@ -149,3 +152,39 @@ def test_figures_are_explained_and_few_held_out_sequences_told(log, held_out, sa
     lines = log.getvalue().splitlines()
     assert "at most 8" in lines[0]
     assert [said in line for line in lines[1:]] == ([True] if said else [])
+
+
+class TwoRequests:
+    """An LLMEngine that brings a token of each request a step: one of 2 tokens, one of 3."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def add_request(self, key, prompt, params) -> None:
+        pass
+
+    def has_unfinished_requests(self) -> bool:
+        return self.steps < 3
+
+    def step(self) -> list:
+        self.steps += 1
+        return [
+            SimpleNamespace(
+                request_id=key,
+                finished=self.steps == length,
+                outputs=[SimpleNamespace(token_ids=[7] * self.steps)],
+            )
+            for key, length in (("a", 2), ("b", 3))
+            if self.steps <= length
+        ]
+
+
+def test_tokens_of_unfinished_requests_count() -> None:
+    engine = object.__new__(VerifierEngine)
+    engine.engine, engine.generated = TwoRequests(), Generated()
+    assert engine.generated.expected(2, 100) == (0, 200)
+    done = engine._run([("a", [1], None), ("b", [1], None)])
+    assert next(done).request_id == "a"
+    assert engine.generated.expected(2, 100) == (3, 4)
+    assert next(done).request_id == "b"
+    assert engine.generated.expected(2, 100) == (5, 5)

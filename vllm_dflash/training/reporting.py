@@ -39,6 +39,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
+def _rate(count: float, seconds: float) -> str:
+    rate = count / seconds
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def _left(done: float, planned: float, seconds: float, words: str = "") -> str:
     """Time left at the pace so far, as words; empty where it is not known."""
     if not done or done >= planned:
@@ -51,7 +56,8 @@ class _Bar(Progress):
 
     def __init__(self, console: Console, text: Callable[[], str], *columns: Any) -> None:
         self._text = text
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), *columns, TimeElapsedColumn())
+        begin, end = SpinnerColumn(), TextColumn("so far")
+        columns = (begin, TextColumn("{task.description}"), *columns, TimeElapsedColumn(), end)
         # What is done leaves one line, said by its stage.
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
 
@@ -151,11 +157,11 @@ class Reporter:
             seconds = time.monotonic() - started
             done, planned = reached - (before or 0), of - (before or 0)
             if generated is None:
-                return f"{done / seconds:.1f} {unit}/s{_left(done, planned, seconds)}"
+                return f"{_rate(done, seconds)} {unit}/s{_left(done, planned, seconds)}"
             tokens, expected = generated(planned)
             # Until the first is finished, expected is the most that there can be.
             left = _left(tokens, expected, seconds, "" if done else "at most ")
-            return f"{tokens} tokens, {tokens / seconds:.0f} tokens/s{left}"
+            return f"{tokens} tokens, {_rate(tokens, seconds)} tokens/s{left}"
 
         def line() -> str:
             count = f"{reached} of {of} {unit}" if of else "at its beginning"
@@ -176,7 +182,7 @@ class Reporter:
         if reached:
             made = reached - (before or 0)
             kept = f", {before} from before" if before else ""
-            rate = f" ({made / took:.1f} {unit}/s)" if made else ""
+            rate = f" ({_rate(made, took)} {unit}/s)" if made else ""
             self.say(f"{name}: {reached} {unit} in {_duration(took)}{rate}{kept}")
 
     def terms(self, block_tokens: int, num_held_out: int) -> None:
@@ -213,7 +219,7 @@ class Reporter:
         def pace() -> str:
             seconds = time.monotonic() - started
             made = done - first
-            return f"{made / seconds:.2g} steps/s{_left(made, total - first, seconds)}{figures}"
+            return f"{_rate(made, seconds)} steps/s{_left(made, total - first, seconds)}{figures}"
 
         def line() -> str:
             return f"training: step {done} of {total}, {pace()}"
