@@ -107,30 +107,27 @@ def measure(num_requests: int) -> dict[str, float]:
 
 
 def run(num_requests: int, policy_alone: bool) -> float:
-    from vllm_dflash.draft_length.ahead import Ahead
     from vllm_dflash.draft_length.cost import StepCost
     from vllm_dflash.serving.scheduler import EngineLengths
 
     cost = StepCost(
         [1, 256, 8192], [6e-3, 8e-3, 0.12], draft=(1e-3, 2e-6), per_context=1e-9, max_tokens=8192
     )
-    policy, rng, clock = Ahead(cost, K), random.Random(0), Clock()
+    make, of_policy, around = names()
+    policy, rng, clock = make(cost, K), random.Random(0), Clock()
     scheduler = SimpleNamespace(running=[request(i) for i in range(num_requests)], requests={})
     scheduler.requests = {r.request_id: r for r in scheduler.running}
     stats = SimpleNamespace(update=lambda policy: None)
     lengths = EngineLengths(scheduler, policy, stats, 10**6)  # type: ignore[arg-type]
-    if policy_alone:
-        timed: Any = policy
-        names: tuple[str, ...] = ("lengths", "draft", "observe", "observe_step", "count")
-    else:
-        timed, names = lengths, ("trim", "scheduled", "done", "verify_all")
     lengths.verify_all = lambda pairs: [lengths.verified(*pair) for pair in pairs]
-    for name in names:
+    timed: Any = policy if policy_alone else lengths
+    for name in of_policy if policy_alone else (*around, "verify_all", "publish"):
         setattr(timed, name, clock.around(getattr(timed, name)))
+    before_schedule, after_schedule, on_output = (getattr(lengths, name) for name in around)
     times = []
     for _ in range(WARM_UP + STEPS):
         clock.seconds = 0.0
-        lengths.trim()
+        before_schedule()
         drafts = {r.request_id: r.spec_token_ids for r in scheduler.running if r.spec_token_ids}
         tokens = {r.request_id: 1 + len(r.spec_token_ids) for r in scheduler.running}
         output = SimpleNamespace(
@@ -140,11 +137,11 @@ def run(num_requests: int, policy_alone: bool) -> float:
             num_spec_tokens_to_schedule=K,
             num_invalid_spec_tokens=None,
         )
-        lengths.scheduled(output)
+        after_schedule(output)
         sampled = [list(range(1 + accepted(len(r.spec_token_ids), rng))) for r in scheduler.running]
         rows = {r.request_id: i for i, r in enumerate(scheduler.running)}
         result = SimpleNamespace(sampled_token_ids=sampled, req_id_to_index=rows)
-        lengths.done(output, result)
+        on_output(output, result)
         lengths.verify_all(
             [
                 (r.request_id, len(r.spec_token_ids), len(kept) - 1)
@@ -160,6 +157,19 @@ def run(num_requests: int, policy_alone: bool) -> float:
             r.num_output_tokens += len(kept)
             r.spec_token_ids = [0] * K if output.num_spec_tokens_to_schedule else []
     return median(times[WARM_UP:])
+
+
+def names() -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """The policy's class, its methods, and those of the scheduler around it; older revisions had others."""
+    try:
+        from vllm_dflash.draft_length.scheduler_policy import SchedulerPolicy
+    except ImportError:
+        from vllm_dflash.draft_length.ahead import Ahead  # type: ignore[import-not-found]
+
+        old = ("lengths", "draft", "observe", "observe_step", "count")
+        return Ahead, old, ("trim", "scheduled", "done")
+    new = ("verify_lengths", "should_draft", "observe", "observe_step", "count")
+    return SchedulerPolicy, new, ("before_schedule", "after_schedule", "on_output")
 
 
 def request(i: int) -> Any:

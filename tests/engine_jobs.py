@@ -105,41 +105,41 @@ def random_lengths(seed: int = 0) -> None:
     """Makes the draft-length policy draft for random requests and choose random lengths."""
     import numpy as np
 
-    from vllm_dflash.draft_length import policy
+    from vllm_dflash.draft_length import worker_policy
 
     rng = np.random.default_rng(seed)
 
-    def choose(curves_BK, seconds_M, price=None):
-        longest = (curves_BK > 0).sum(axis=1)
+    def choose(survival_BK, seconds_M):
+        longest = (survival_BK > 0).sum(axis=1)
         lengths = tuple(int(rng.integers(0, n + 1)) for n in longest)
-        tokens = len(lengths) + sum(curves_BK[i, :n].sum() for i, n in enumerate(lengths))
-        return policy.Choice(lengths, float(tokens), float(seconds_M[0]))
+        tokens = len(lengths) + sum(survival_BK[i, :n].sum() for i, n in enumerate(lengths))
+        return worker_policy.DraftBudget(lengths, float(tokens), float(seconds_M[0]))
 
     def probes(self, requests, drafting, *args):
         some = rng.random(len(requests)) < rng.choice([0.0, 0.5, 1.0])
         return [i for i in np.flatnonzero(some).tolist() if i not in drafting]
 
-    policy.choose = choose
-    policy._sizes = lambda *args: []
-    policy.Policy._probes = probes
+    worker_policy.assign_draft_budget = choose
+    worker_policy._sizes = lambda *args: []
+    worker_policy.WorkerPolicy._probes = probes
 
 
 def random_lengths_ahead(seed: int = 0) -> None:
     """The same where the scheduler chooses: draft passes at random, and lengths."""
     import numpy as np
 
-    from vllm_dflash.draft_length.ahead import Ahead
+    from vllm_dflash.draft_length.scheduler_policy import SchedulerPolicy
 
     rng = np.random.default_rng(seed)
-    choose = Ahead.lengths
+    choose = SchedulerPolicy.verify_lengths
 
-    def lengths(self, slots):
-        chosen = choose(self, slots)
-        some = tuple(int(rng.integers(0, s.drafted + 1)) for s in slots)
+    def lengths(self, batch):
+        chosen = choose(self, batch)
+        some = tuple(int(rng.integers(0, n + 1)) for n in batch.drafted)
         return dataclasses.replace(chosen, lengths=some)
 
-    Ahead.lengths = lengths
-    Ahead.draft = lambda self, slots: bool(rng.random() < 0.6)
+    SchedulerPolicy.verify_lengths = lengths
+    SchedulerPolicy.should_draft = lambda self, batch: bool(rng.random() < 0.6)
 
 
 def schedule_asynchronously() -> None:
@@ -475,7 +475,7 @@ def main(job_file: str, out_file: str) -> None:
     if lengths is not None:
         from vllm_dflash.serving.draft_stats import engine_name, figures, read_stats, stats_file
 
-        result["lengths"] = figures(lengths.policy)
+        result["lengths"] = figures(lengths.policy.counters)
         result["served"] = read_stats(stats_file(engine_name(engine.vllm_config)))
     if recorder is not None:
         from safetensors.torch import save_file

@@ -9,31 +9,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import K, WorkerWorld, fixed_rate, made
 
-from vllm_dflash.draft_length import policy as policies
 from vllm_dflash.draft_length.acceptance import (
     CONFIDENCE_PRIOR,
-    Predictor,
-    Promises,
+    AcceptanceModel,
+    Calibration,
     confidence_cells,
 )
-from vllm_dflash.draft_length.choice import choose
+from vllm_dflash.draft_length.allocate import assign_draft_budget
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.doze import Doze
-from vllm_dflash.draft_length.pace import Pace
-from vllm_dflash.draft_length.policy import Policy, Request
-from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP, Totals
+from vllm_dflash.draft_length.counters import DRAFTER, LOOKUP, Counters
+from vllm_dflash.draft_length.worker_policy import Request, WorkerPolicy
 from vllm_dflash.modeling.acceptance import rates
 
-K = 7
 
-
-def brute_force(curves, seconds_M, worth):
-    """The most that any combination of lengths is worth, by its expected tokens and its seconds."""
+def brute_force(curves, seconds_M):
+    """The most expected tokens a second of any combination of lengths."""
     best = -np.inf
     for lengths in itertools.product(*(range(len(c) + 1) for c in curves)):
         tokens = sum(1 + c[:n].sum() for c, n in zip(curves, lengths, strict=True))
-        best = max(best, worth(tokens, seconds_M[sum(lengths)]))
+        best = max(best, tokens / seconds_M[sum(lengths)])
     return best
 
 
@@ -45,9 +41,8 @@ probabilities = st.lists(st.floats(0.01, 1.0), min_size=0, max_size=4)
     st.lists(probabilities, min_size=1, max_size=4),
     st.floats(0.0, 0.5),
     st.lists(st.floats(0.0, 0.3), min_size=17, max_size=17),
-    st.floats(0.0, 5.0),
 )
-def test_choice_is_the_best_of_all(conditional, draft_pass, slopes, price) -> None:
+def test_choice_is_the_best_of_all(conditional, draft_pass, slopes) -> None:
     """Whatever the acceptance, and whatever increasing cost."""
     curves = [np.cumprod(p) for p in conditional]
     padded = np.zeros((len(curves), 4))
@@ -55,11 +50,8 @@ def test_choice_is_the_best_of_all(conditional, draft_pass, slopes, price) -> No
         row[: len(curve)] = curve
     seconds = 1.0 + draft_pass + np.concatenate(([0.0], np.cumsum(slopes[:16])))
     seconds = seconds[: padded.size + 1]
-    got = choose(padded, seconds)
-    assert got.rate == pytest.approx(brute_force(curves, seconds, lambda n, s: n / s))
-    priced = choose(padded, seconds, price)
-    best = brute_force(curves, seconds, lambda n, s: n - price * s)
-    assert priced.worth(price) == pytest.approx(best)
+    got = assign_draft_budget(padded, seconds)
+    assert got.rate == pytest.approx(brute_force(curves, seconds))
     tokens = sum(1 + c[:n].sum() for c, n in zip(curves, got.lengths, strict=True))
     assert got.tokens == pytest.approx(tokens)
     assert got.seconds == seconds[sum(got.lengths)]
@@ -69,132 +61,65 @@ def test_choice_explains_itself() -> None:
     certain, hopeless = np.full(4, 0.99).cumprod(), np.full(4, 0.05).cumprod()
     flat, steep = np.ones(9), 1.0 + np.arange(9)
     both = np.stack([certain, hopeless])
-    assert choose(both, flat).lengths == (4, 4)  # free tokens: all that may help
-    assert choose(both, 1 + 0.2 * np.arange(9)).lengths == (4, 0)
-    assert choose(both, steep).lengths == (0, 0)
-    assert choose(np.zeros((2, 4)), flat).lengths == (0, 0)
-    assert choose(np.empty((0, 4)), flat[:1]).lengths == ()
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_shortcuts_change_no_choice(seed) -> None:
-    """Where nothing can pay it is not tried what pays most; the choices are those without that."""
-
-    def decide(short: bool):
-        rng = np.random.default_rng(seed)
-        num = int(rng.integers(1, 6))
-        slope, fixed = rng.uniform(0.01, 0.6), rng.uniform(0.05, 3)
-        policy = Policy(made(lambda n: 1 + slope * n, draft=(fixed, 0.01)), K)
-        for predictor in (policy.by_position, policy.by_match):
-            level = rng.uniform(-5, 3)
-            predictor._logit_C[:] = rng.normal(level, 0.5, len(predictor._logit_C))
-            for i in range(num):
-                if rng.random() < 0.7:
-                    predictor.observe(np.arange(1), int(rng.integers(2)), str(i))
-        requests = [
-            Request(
-                str(i), np.arange(30), K, np.arange(rng.integers(0, K)), int(rng.integers(2, 6))
-            )
-            for i in range(num)
-        ]
-        with pytest.MonkeyPatch.context() as patch:
-            if not short:
-                patch.setattr(Policy, "_may_pay", lambda *args: True)
-                patch.setattr(policies, "_bound", lambda *args: np.inf)
-            plan = policy.plan(requests)
-            drafts = policy.settle(plan, np.zeros((len(plan.drafting), K), int), None)
-        return plan.drafting, drafts, policy._probe_share, policy._credit
-
-    assert decide(True) == decide(False)
-
-
-def test_a_rare_good_step_is_used_longer() -> None:
-    """Three plain steps to one with a match, of which 0 to 7 tokens are right: the best length is that with
-    the least time for each token of all four steps, not of its own."""
-    policy = Policy(made(lambda n: 1 + 0.3 * (n - 1), draft=(9.0, 0.0)), K)
-    text, done, lengths, shorter, seconds = np.arange(10000), 20, [], [], np.empty(0)
-    for step in range(1600):
-        matches, right = step % 4 == 0, 3 * step // 4 % 8
-        match = text[done : done + K] + 50000 * (np.arange(K) >= right) if matches else text[:0]
-        plan = policy.plan([Request("r", text[:done], K, match, 2 if matches else 0)])
-        (draft,) = policy.settle(plan, None, None)
-        done += 1 + min(draft.length, right)
-        if matches:
-            lengths.append(draft.length)
-            seconds = plan.seconds_M
-            shorter.append(choose(plan.lookups_BK, seconds).lengths[0])
-    curve = 1 - np.arange(1, K + 1) / 8
-    rates = [(4 + curve[:n].sum()) / (3 * seconds[0] + seconds[n]) for n in range(K + 1)]
-    assert np.mean(lengths[-200:]) == pytest.approx(int(np.argmax(rates)), abs=0.8)
-    assert np.mean(shorter[-200:]) < np.mean(lengths[-200:]) - 0.5
-
-
-def test_pace() -> None:
-    pace = Pace()
-    assert pace.of(["a", "b"]) == 2
-    for _ in range(200):
-        pace.add("slow", 1.0, 1.1)
-        pace.add("fast", 3.0, 1.2)
-    assert pace.of(["fast"]) == pytest.approx(2.5, rel=0.1)
-    assert pace.of(["slow"]) == pytest.approx(1.0, abs=0.2)
-    assert 1.2 < pace.of(["new"]) < 2.3  # like the average of all
-    pace.forget("fast")
-    assert pace.of(["fast"]) == pace.of(["new"])
+    assert assign_draft_budget(both, flat).lengths == (4, 4)  # free tokens: all that may help
+    assert assign_draft_budget(both, 1 + 0.2 * np.arange(9)).lengths == (4, 0)
+    assert assign_draft_budget(both, steep).lengths == (0, 0)
+    assert assign_draft_budget(np.zeros((2, 4)), flat).lengths == (0, 0)
+    assert assign_draft_budget(np.empty((0, 4)), flat[:1]).lengths == ()
 
 
 # -- acceptance
 
 
-def test_predictor_finds_averages_and_requests() -> None:
+def test_model_finds_averages_and_requests() -> None:
     rng = np.random.default_rng(0)
-    predictor = Predictor([0.5] * 3)
+    model = AcceptanceModel([0.5] * 3)
     truth = {"good": 0.9, "bad": 0.3}
     for _ in range(300):
         for name, p in truth.items():
             right = rng.random(3) < p
             accepted = 3 if right.all() else int(np.argmin(right))
-            predictor.observe(np.arange(min(accepted + 1, 3)), accepted, name)
+            model.observe(np.arange(min(accepted + 1, 3)), accepted, name)
     for name, p in truth.items():
-        assert predictor.conditional(np.array([[0, 1, 2]]), [name]) == pytest.approx(p, abs=0.12)
-    (new,) = predictor.curves(np.array([[0, 1, 2]]), ["new"])
+        assert model.conditional(np.array([[0, 1, 2]]), [name]) == pytest.approx(p, abs=0.12)
+    (new,) = model.survival(np.array([[0, 1, 2]]), ["new"])
     new = new[1:] / new[:-1]
     assert (new > 0.35).all()
     assert (new < 0.95).all()
-    offsets = predictor.likely_offsets()
+    offsets = model.likely_offsets()
     assert len(offsets) >= 3
-    predictor.forget("good")
-    assert not predictor.seen("good")
-    assert predictor.seen("bad")
+    model.forget("good")
+    assert not model.seen("good")
+    assert model.seen("bad")
 
 
 def test_what_fails_at_once_may_hold_for_long() -> None:
     """A request whose matches are wrong two times in three, and right to the end where they are not."""
     rng = np.random.default_rng(0)
     prior, cells = [0.6, 0.9, 0.9], np.arange(3)
-    apart, alike = Predictor(prior, groups=[0, 1, 1]), Predictor(prior)
+    apart, alike = AcceptanceModel(prior, groups=[0, 1, 1]), AcceptanceModel(prior)
     for _ in range(100):
         right = 3 if rng.random() < 0.3 else 0
         other = next((i for i, p in enumerate((0.95, 0.8, 0.8)) if rng.random() > p), 3)
-        for predictor in (apart, alike):
-            predictor.observe(cells[: right + 1], right, "r")
-            predictor.observe(cells[: other + 1], other, "other")
-    first, _, third = apart.curves(cells[None], ["r"])[0]
+        for model in (apart, alike):
+            model.observe(cells[: right + 1], right, "r")
+            model.observe(cells[: other + 1], other, "other")
+    first, _, third = apart.survival(cells[None], ["r"])[0]
     assert first == pytest.approx(0.3, abs=0.12)
     assert third > 0.8 * first
-    assert third > alike.curves(cells[None], ["r"])[0, 2]
+    assert third > alike.survival(cells[None], ["r"])[0, 2]
     assert apart.likely_offsets().shape[1] == 2
     for name in ("r", "other"):
         apart.forget(name)
-    assert apart.curves(cells[None], ["new"]).shape == (1, 3)
+    assert apart.survival(cells[None], ["new"]).shape == (1, 3)
 
 
 def test_one_refusal_is_no_verdict() -> None:
-    predictor = Predictor([0.8] * K)
+    model = AcceptanceModel([0.8] * K)
     positions = np.arange(K)[None]
-    before = predictor.curves(positions, ["r"])
-    predictor.observe(np.array([0]), 0, "r")
-    after = predictor.curves(positions, ["r"])
+    before = model.survival(positions, ["r"])
+    model.observe(np.array([0]), 0, "r")
+    after = model.survival(positions, ["r"])
     assert (after < before).all()
     assert after[0, 0] > 0.3
 
@@ -207,9 +132,9 @@ def test_confidence_cells_are_ordered_and_all_have_a_prior() -> None:
     assert list(CONFIDENCE_PRIOR) == sorted(CONFIDENCE_PRIOR)
 
 
-def test_a_better_predictor_has_the_smaller_loss() -> None:
+def test_a_better_model_has_the_smaller_loss() -> None:
     rng = np.random.default_rng(1)
-    knows, guesses = Predictor(CONFIDENCE_PRIOR), Predictor([0.5])
+    knows, guesses = AcceptanceModel(CONFIDENCE_PRIOR), AcceptanceModel([0.5])
     for _ in range(300):
         confidence = rng.choice([0.05, 0.95])
         right = int(rng.random() < confidence)
@@ -219,11 +144,6 @@ def test_a_better_predictor_has_the_smaller_loss() -> None:
 
 
 # -- costs
-
-
-def made(tokens_s=lambda n: 1 + 0.02 * n, draft=(0.1, 0.001), **kwargs) -> StepCost:
-    tokens = (1, 2, 4, 8, 16, 32, 64, 128)
-    return StepCost(tokens, [tokens_s(n) for n in tokens], draft=draft, **kwargs)
 
 
 def test_costs_between_and_beyond_what_was_measured() -> None:
@@ -296,96 +216,6 @@ def test_files_that_are_no_costs(broken) -> None:
 # -- whole runs
 
 
-class World:
-    """A verifier that writes random text, a drafter that foretells each token with a probability.
-
-    Args:
-        quality: of each request of the batch; ended requests are followed by one of the same quality.
-        confident: whether the drafter knows when it will be right.
-    """
-
-    def __init__(self, policy, cost, quality, length=120, confident=False, seed=0, lookup=None):
-        self.policy, self.cost, self.quality = policy, cost, quality
-        self.length, self.confident, self.lookup = length, confident, lookup
-        self.rng = np.random.default_rng(seed)
-        self.count = itertools.count()
-        self.seconds = self.tokens = 0.0
-        self.running = [self._new() for _ in quality]
-        self.lengths: list[list[int]] = [[] for _ in quality]
-        self.passes = self.steps = 0
-
-    def _new(self):
-        text = self.rng.integers(1, 10**6, self.length + 20 + K)
-        return {"id": f"r{next(self.count)}", "text": text, "done": 20}
-
-    def step(self) -> None:
-        for i, r in enumerate(self.running):
-            if r["done"] >= self.length:
-                self.policy.forget([r["id"]])
-                self.running[i] = self._new()
-        requests, B = [], len(self.running)
-        for i, r in enumerate(self.running):
-            done = r["done"]
-            match = np.empty(0, dtype=np.int64)
-            if self.lookup and self.rng.random() < self.lookup[i]:
-                match = r["text"][done : done + K].copy()
-            requests.append(Request(r["id"], r["text"][:done], K, match, 5 if len(match) else 0))
-        plan = self.policy.plan(requests)
-        drafts = confidence = None
-        if plan.drafting:
-            drafts, confidence = [], []
-            for i in plan.drafting:
-                r = self.running[i]
-                right = self.rng.random(K) < self.quality[i]
-                truth = r["text"][r["done"] : r["done"] + K]
-                drafts.append(np.where(right, truth, 0))
-                known = np.where(right, 0.97, 0.1) if self.confident else np.full(K, 0.5)
-                confidence.append(known)
-            drafts, confidence = np.array(drafts), np.array(confidence)
-        chosen = self.policy.settle(plan, drafts, confidence)
-        total = B + sum(d.length for d in chosen)
-        context = sum(len(r.tokens) for r in requests)
-        seconds_M = self.cost.verify(B, context, total - B)
-        verify = float(seconds_M[-1]) * self.rng.normal(1, 0.03)
-        draft = self.cost.draft(len(plan.drafting) * (K + 1)) if plan.drafting else 0.0
-        emitted = 0
-        for i, (r, d) in enumerate(zip(self.running, chosen, strict=True)):
-            truth = r["text"][r["done"] : r["done"] + d.length]
-            given = (
-                requests[i].match
-                if d.source == LOOKUP
-                else (drafts[plan.drafting.index(i)] if d.length else truth)
-            )
-            same = given[: d.length] == truth
-            accepted = d.length if same.all() else int(np.argmin(same))
-            r["done"] += accepted + 1
-            emitted += accepted + 1
-            self.lengths[i].append(d.length)
-        self.policy.cost.observe_step(total, B, context, verify, total - B)
-        self.policy.totals.add(emitted, B, context, verify + draft, total - B, draft)
-        self.seconds += verify + draft
-        self.tokens += emitted
-        self.passes += bool(plan.drafting)
-        self.steps += 1
-
-    def run(self, steps: int) -> float:
-        """Tokens per second, of the latter half."""
-        for _ in range(steps // 2):
-            self.step()
-        seconds, tokens = self.seconds, self.tokens
-        for _ in range(steps // 2):
-            self.step()
-        return (self.tokens - tokens) / (self.seconds - seconds)
-
-
-def fixed_rate(cost, quality, length, context=70):
-    """Tokens per second of a fixed draft length for all, in expectation."""
-    B = len(quality)
-    tokens = sum(1 + np.cumprod(np.full(length, q)).sum() for q in quality)
-    seconds = float(cost.verify(B, context * B, B * length)[-1])
-    return tokens / (seconds + (cost.draft(B * (K + 1)) if length else 0))
-
-
 WORLDS = {
     "good drafts, cheap tokens": ([0.85] * 2, 0.01),
     "good drafts, dear tokens": ([0.85] * 4, 0.2),
@@ -409,7 +239,7 @@ def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
     rates = []
     for seed in range(3):
         learned = made(lambda n: 1 + slope * n, draft=(0.06, 0.002))
-        rates.append(World(Policy(learned, K), cost, quality, seed=seed).run(1200))
+        rates.append(WorkerWorld(WorkerPolicy(learned, K), cost, quality, seed=seed).run(1200))
     fixed = [fixed_rate(cost, quality, n) for n in range(K + 1)]
     assert min(rates) >= 0.98 * fixed[0]
     assert min(rates) >= 0.96 * max(fixed)
@@ -433,22 +263,22 @@ def test_cost_of_checking_is_told_from_that_of_tokens() -> None:
 
 
 def test_promises_that_are_not_kept_count_for_less() -> None:
-    kept, broken = Promises(), Promises()
-    assert kept.share == 1
+    kept, broken = Calibration(), Calibration()
+    assert kept.factor == 1
     rng = np.random.default_rng(0)
     shares = []
     for _ in range(500):
         kept.add(0.6, int(rng.random() < 0.6))
         broken.add(0.6, int(rng.random() < 0.3))
-        shares.append(kept.share)
+        shares.append(kept.factor)
     assert np.mean(shares) > 0.97
-    assert broken.share == pytest.approx(0.55, abs=0.12)
+    assert broken.factor == pytest.approx(0.55, abs=0.12)
 
 
 def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
     """Looking costs time in every step; but new requests, and probes that are due, are looked at at once."""
     cost = made(lambda n: 1 + 0.2 * n, draft=(0.5, 0.01))
-    policy = Policy(cost, K)
+    policy = WorkerPolicy(cost, K)
     looked = []
     look = policy._draft_for
     monkeypatch.setattr(policy, "_draft_for", lambda *a: looked.append(1) or look(*a))
@@ -458,7 +288,7 @@ def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
 
     def plan(*names):
         requests = [Request(name, np.arange(20), K) for name in names]
-        policy.settle(policy.plan(requests), None, None)
+        policy.allocate(policy.plan(requests), None, None)
 
     for _ in range(8):
         plan("a", "b")
@@ -470,61 +300,30 @@ def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
     policy.by_position.observe(np.array([0]), 1, "a")
     plan("a")
     assert len(looked) == 3
-    policy._credit = 10.0
+    policy.exploration.budget = 10.0
     plan("a")
     assert len(looked) == 4
-    policy._credit = 0.0
+    policy.exploration.budget = 0.0
     # One of four leaves; two have left; another one comes.
     for names, times in (("abcd", 5), ("abcd", 5), ("abc", 5), ("ab", 6), ("ae", 7)):
         plan(*names)
         assert len(looked) == times
 
 
-def test_dozes_while_nothing_is_found() -> None:
-    def looks(doze, gain, effort, steps) -> float:
-        looked = 0
-        for _ in range(steps):
-            if not doze.skips():
-                looked += 1
-                doze.note(gain, effort)
-        return looked / steps
-
-    assert looks(Doze(), 0.2, 0.05, 300) == 1
-    doze = Doze()
-    looks(doze, 0.0, 0.05, 500)
-    assert looks(doze, 0.0, 0.05, 400) < 0.2
-    # It is awake again within two naps, and stays so.
-    looks(doze, 0.5, 0.05, 140)
-    assert looks(doze, 0.5, 0.05, 100) == 1
-    # Rare finds that pay in all keep it awake.
-    rng = np.random.default_rng(0)
-    rare, skipped = Doze(), 0
-    for _ in range(2000):
-        if rare.skips():
-            skipped += 1
-        else:
-            rare.note(0.6 * (rng.random() < 0.1), 0.035)
-    assert skipped < 100
-    held_up = Doze()
-    looks(held_up, 0.1, 0.03, 100)
-    held_up.note(0.1, 30.0)
-    assert looks(held_up, 0.1, 0.03, 50) == 1
-
-
 def test_confidence_is_used_where_it_helps() -> None:
     quality, cost = [0.6] * 4, made(lambda n: 1 + 0.15 * n, draft=(0.05, 0.001))
     rates = {}
     for confident in (False, True):
-        policy = Policy(made(lambda n: 1 + 0.15 * n, draft=(0.05, 0.001)), K)
-        rates[confident] = World(policy, cost, quality, confident=confident).run(800)
-        assert policy.believes_confidence == confident
+        policy = WorkerPolicy(made(lambda n: 1 + 0.15 * n, draft=(0.05, 0.001)), K)
+        rates[confident] = WorkerWorld(policy, cost, quality, confident=confident).run(800)
+        assert policy.use_confidence == confident
     assert rates[True] > 1.15 * rates[False]
 
 
 def test_drafting_stops_and_comes_back() -> None:
     cost = made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002))
-    policy = Policy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
-    world = World(policy, cost, [0.05] * 4)
+    policy = WorkerPolicy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
+    world = WorkerWorld(policy, cost, [0.05] * 4)
     world.run(400)
     passes, seconds = world.passes, world.seconds
     world.run(400)
@@ -542,9 +341,9 @@ def test_drafting_stops_and_comes_back() -> None:
 def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -> None:
     """Drafts are counted by position as far as the text behind them goes, verified or not."""
     cost = made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002))
-    policy = Policy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
-    World(policy, cost, [quality] * 4).run(3000)
-    totals = policy.totals
+    policy = WorkerPolicy(made(lambda n: 1 + 0.1 * n, draft=(0.1, 0.002)), K)
+    WorkerWorld(policy, cost, [quality] * 4).run(3000)
+    totals = policy.counters
     assert totals.compared[0] >= totals.drafts[DRAFTER] > 0
     # Drafts of all lengths are compared in full: as many reach a position as were right before it, but for
     # the ends of requests.
@@ -558,10 +357,10 @@ def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -
 
 def test_lookup_is_preferred_where_it_is_better() -> None:
     cost = made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002))
-    policy = Policy(made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002)), K)
-    world = World(policy, cost, [0.3, 0.3, 0.9, 0.9], lookup=[1.0, 0.0, 0.0, 1.0])
+    policy = WorkerPolicy(made(lambda n: 1 + 0.05 * n, draft=(0.1, 0.002)), K)
+    world = WorkerWorld(policy, cost, [0.3, 0.3, 0.9, 0.9], lookup=[1.0, 0.0, 0.0, 1.0])
     world.run(600)
-    totals = policy.totals
+    totals = policy.counters
     assert totals.proposed[LOOKUP] > 0
     assert totals.proposed[DRAFTER] > 0
     assert totals.accepted[LOOKUP] > 0.95 * totals.proposed[LOOKUP]
@@ -575,24 +374,24 @@ def test_lookup_is_preferred_where_it_is_better() -> None:
 def test_estimated_speed_is_one_without_drafts_whatever_the_noise() -> None:
     """Costs are typical ones, and noise only ever adds."""
     rng = np.random.default_rng(0)
-    policy, truth = Policy(made(), K), made()
+    policy, truth = WorkerPolicy(made(), K), made()
     for _ in range(2000):
         seconds = float(truth.step(4, 4, 100)) * (1 + rng.exponential(0.15))
         policy.cost.observe_step(4, 4, 100, seconds)
-        policy.totals.add(4, 4, 100, seconds)
-    assert policy.totals.speedup == pytest.approx(1.0, abs=0.03)
-    before = policy.totals.plain_seconds, policy.totals.seconds
+        policy.counters.add(4, 4, 100, seconds)
+    assert policy.counters.speedup == pytest.approx(1.0, abs=0.03)
+    before = policy.counters.plain_seconds, policy.counters.seconds
     for _ in range(2000):
         verified = float(truth.verify(4, 100, 8)[-1]) * (1 + rng.exponential(0.15))
         policy.cost.observe_step(12, 4, 100, verified, 8)
-        policy.totals.add(8, 4, 100, verified + 0.1, 8, 0.1)
-    plain, spent = policy.totals.plain_seconds - before[0], policy.totals.seconds - before[1]
+        policy.counters.add(8, 4, 100, verified + 0.1, 8, 0.1)
+    plain, spent = policy.counters.plain_seconds - before[0], policy.counters.seconds - before[1]
     want = 2 * 1.08 / (1.24 + 0.1 / 1.15)
     assert plain / spent == pytest.approx(want, rel=0.05)
 
 
 def test_prompts_take_as_long_in_both() -> None:
-    totals = Totals(made(lambda n: 1 + 0.1 * n), K)
+    totals = Counters(made(lambda n: 1 + 0.1 * n), K)
     totals.add_prompts(2, 0.0, seconds=5.0)
     assert totals.speedup == 1.0
     # Four drafts took 0.4 s of it, and two that were accepted save a plain step of the two requests.
@@ -602,30 +401,30 @@ def test_prompts_take_as_long_in_both() -> None:
 
 
 def test_a_step_whose_requests_are_all_at_their_end() -> None:
-    for together in (False, True):
-        policy = Policy(made(), K, together)
+    for whole_batch in (False, True):
+        policy = WorkerPolicy(made(), K, whole_batch)
         plan = policy.plan([])
         assert plan.drafting == ()
-        assert policy.settle(plan, None, None) == []
+        assert policy.allocate(plan, None, None) == []
         assert np.isfinite(plan.seconds_M).all()
         assert plan.seconds_M[0] > 0
 
 
 def test_all_or_none() -> None:
     cost = made(lambda n: 1 + 0.05 * n)
-    policy = Policy(cost, K, together=True)
+    policy = WorkerPolicy(cost, K, whole_batch=True)
     tokens = np.arange(1, 30)
     requests = [Request(f"r{i}", tokens, K) for i in range(3)]
     assert policy.plan(requests).drafting in ((), (0, 1, 2))
 
 
 def test_limits_are_kept() -> None:
-    policy = Policy(made(lambda n: 1 + 0.001 * n, draft=(0.001, 0.0)), K)
+    policy = WorkerPolicy(made(lambda n: 1 + 0.001 * n, draft=(0.001, 0.0)), K)
     requests = [Request("a", np.arange(1, 30), 2), Request("b", np.arange(1, 30), 0)]
     for most in (None, 1, 0):
         plan = policy.plan(requests, most)
         drafts = np.ones((len(plan.drafting), K), dtype=int)
-        got = policy.settle(plan, drafts, np.full(drafts.shape, 0.9))
+        got = policy.allocate(plan, drafts, np.full(drafts.shape, 0.9))
         assert got[0].length <= (2 if most is None else most)
         assert got[1].length == 0
         assert (most != 0) or plan.drafting == ()

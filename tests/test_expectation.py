@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from test_acceptance import drafts_of
 
-from vllm_dflash.draft_length.ahead import Ahead
 from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.scheduler_policy import SchedulerPolicy
 from vllm_dflash.modeling.acceptance import Acceptance, full_length_tau, rates
 from vllm_dflash.serving import expectation
 from vllm_dflash.serving.draft_stats import DraftStats, figures
@@ -243,7 +243,7 @@ def test_where_lengths_are_chosen_the_workers_counts_are_shown(tmp_path, warning
 
 def test_the_worker_says_it(tmp_path, warnings) -> None:
     expected = read_expectation(write(tmp_path, {"tau_heldout": held_out([0.9] * 4)}), None, 4)
-    policy = Ahead(StepCost([1, 64], [1.0, 2.0], draft=(0.1, 0.0)), 4)
+    policy = SchedulerPolicy(StepCost([1, 64], [1.0, 2.0], draft=(0.1, 0.0)), 4)
     stats = DraftStats(None, AcceptanceWatch(expected))
     rng = random.Random(3)
     want = Acceptance()
@@ -254,11 +254,11 @@ def test_the_worker_says_it(tmp_path, warnings) -> None:
         accepted = right.index(False) if False in right else length
         policy.observe([f"r{i % 50}"], [length], [accepted], [0.2])
         if length:
-            policy.count(1, length, accepted, 0.2)
+            policy.count(1, length, accepted)
         want.add_compared(right, 4)
-        stats.update(policy)
+        stats.update(policy.counters)
     assert len(warnings()) == 1
-    told = figures(policy)
+    told = figures(policy.counters)
     assert told["compared"] == want.compared_per_position
     assert told["right"] == want.right_per_position
     assert full_length_tau(rates(told["compared"], told["right"])) == pytest.approx(1.11, abs=0.03)

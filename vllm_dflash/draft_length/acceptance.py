@@ -1,4 +1,7 @@
-"""What a draft is worth: probabilities of acceptance, learned from what was accepted."""
+"""What a draft is worth: probabilities of acceptance, learned from what was accepted.
+
+Shapes: B requests, T tokens of a draft, C cells, G groups of cells, P probabilities that a request may have.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-#: Trials of a cell after which what it learned counts half.
+#: RequestStats of a cell after which what it learned counts half.
 _HALF_LIFE = 150.0
 #: The same inside a request, whose text moves on.
 _REQUEST_HALF_LIFE = 40.0
-#: Trials that the running average counts for against those of one request.
+#: RequestStats that the running average counts for against those of one request.
 _REQUEST_PRIOR = 6.0
 #: Offsets of requests unlike all that were seen lately, and how likely one is beside a kind that was seen.
 _STRANGERS, _RARITY = (-3.0, 3.0), 0.25
-#: Promised tokens after which promises count half, and those that are taken to be kept at the start.
-_PROMISE_HALF_LIFE = 100.0
-_PROMISE_PRIOR = 10.0
+#: Predicted tokens after which predictions count half, and those that are taken to hold at the start.
+_CALIBRATION_HALF_LIFE = 100.0
+_CALIBRATION_PRIOR = 10.0
 #: Ended requests by which the spread between requests is known: so many, or twice as many as are running.
 _RECENT = 8
 
@@ -33,7 +36,7 @@ def _probability(logit: Any) -> Any:
 
 
 @dataclass(slots=True)
-class Trials:
+class RequestStats:
     """Decayed counts of one request: tokens tried, accepted, and how many were expected to be.
 
     ``offset`` says how much better than the average its acceptance is, in log-odds.
@@ -74,12 +77,12 @@ class Trials:
 
 
 def _add_to_each(
-    trials: Sequence[Trials],
+    trials: Sequence[RequestStats],
     counts_B3: np.ndarray,
     seen_3B: Sequence[np.ndarray],
     kinds: np.ndarray,
 ) -> None:
-    """:meth:`Trials.add` for each of many requests, as arrays: one by one 256 take a millisecond.
+    """:meth:`RequestStats.add` for each of many requests, as arrays: one by one 256 take a millisecond.
 
     Args:
         counts_B3: what they have: tried, accepted, expected.
@@ -106,7 +109,7 @@ def _add_to_each(
         t.tried, t.accepted, t.expected, t.offset = tried, accepted, expected, offset
 
 
-class Predictor:
+class AcceptanceModel:
     """P(a draft token is accepted | those before it were), by cell and by request.
 
     A cell is whatever tells draft tokens apart: their position, the drafter's confidence, the length of a
@@ -127,12 +130,10 @@ class Predictor:
         self._weight_C = np.full(len(self._logit_C), weight)
         self._group_C = np.zeros(len(prior), int) if groups is None else np.asarray(groups, int)
         self._num_groups = int(self._group_C.max()) + 1
-        self._requests: dict[str, list[Trials]] = {}
+        self._requests: dict[str, list[RequestStats]] = {}
         self._recent: list[list[float]] = []
         self._likely: np.ndarray | None = None
-        #: Curves of requests that have shown nothing, by cells, until anything is learned.
-        self._unknown: dict[bytes, list[float]] = {}
-        #: What :meth:`curves` was asked last, and its answer, until anything is learned: a step's two
+        #: What :meth:`survival` was asked last, and its answer, until anything is learned: a step's two
         #: decisions are mostly about the same requests.
         self._asked: tuple[bytes, tuple[str, ...]] | None = None
         self._answer = np.empty((0, 0))
@@ -146,7 +147,7 @@ class Predictor:
         Args:
             cells: ``[B, T]``, or ``[T]`` where all requests have the same ones.
         """
-        known, nothing = self._requests, [Trials()] * self._num_groups
+        known, nothing = self._requests, [RequestStats()] * self._num_groups
         trials = [known.get(r, nothing) for r in requests]
         offset_GB = np.array([[t[g].offset for t in trials] for g in range(self._num_groups)])
         if self._num_groups == 1:
@@ -157,7 +158,7 @@ class Predictor:
             offset_BT = np.take_along_axis(offset_GB.T, self._group_C[cells], axis=1)
         return _probability(self._logit_C[cells] + offset_BT)
 
-    def curves(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
+    def survival(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
 
         For a request that has shown nothing yet the mean over what requests are like; ``cells`` as for
@@ -167,30 +168,17 @@ class Predictor:
         if asked == self._asked:
             return self._answer
         out = np.cumprod(self.conditional(cells, requests), axis=1)
-        for i, request in enumerate(requests):
-            if request not in self._requests:
-                out[i] = self.curve(cells if cells.ndim == 1 else cells[i], request)
+        new = [i for i, request in enumerate(requests) if request not in self._requests]
+        if new and cells.ndim == 1:
+            out[new] = self.likely_survival(cells).mean(axis=0)
+        else:
+            for i in new:
+                out[i] = self.likely_survival(cells[i]).mean(axis=0)
         self._asked, self._answer = asked, out
         return out
 
-    def curve(self, cells_T: np.ndarray, request: str) -> list[float]:
-        """What :meth:`curves` gives for one request, as numbers: arrays are slow for so few."""
-        of_request = self._requests.get(request)
-        if of_request is None:
-            key = cells_T.tobytes()
-            if key not in self._unknown:
-                self._unknown[key] = self.likely_curves(cells_T).mean(axis=0).tolist()
-            return self._unknown[key]
-        out, p = [], 1.0
-        for logit, group in zip(
-            self._logit_C[cells_T].tolist(), self._group_C[cells_T].tolist(), strict=True
-        ):
-            p /= 1 + math.exp(-logit - of_request[group].offset)
-            out.append(p)
-        return out
-
-    def likely_curves(self, cells_T: np.ndarray) -> np.ndarray:
-        """Curves that a request of which nothing is known may have, ``[kinds of requests, T]``."""
+    def likely_survival(self, cells_T: np.ndarray) -> np.ndarray:
+        """:meth:`survival` of requests of which nothing is known, by what they may be like, ``[P, T]``."""
         offsets = self.likely_offsets()[:, self._group_C[cells_T]]
         return np.cumprod(_probability(self._logit_C[cells_T] + offsets), axis=1)
 
@@ -205,10 +193,10 @@ class Predictor:
         """
         if len(cells_T) == 0:
             return
-        self._learned()
+        self._asked = None
         of_request = self._requests.get(request)
         if of_request is None:
-            of_request = self._requests[request] = [Trials() for _ in range(self._num_groups)]
+            of_request = self._requests[request] = [RequestStats() for _ in range(self._num_groups)]
         seen: list[list[Any]] = [[0, 0, 0.0] for _ in of_request]
         decay = 0.5 ** (1 / _HALF_LIFE)
         for t, cell in enumerate(cells_T.tolist()):
@@ -245,11 +233,11 @@ class Predictor:
         """
         if not len(requests):
             return
-        self._learned()
+        self._asked = None
         known, T = self._requests, int(tried_B.max())
         for request in requests:
             if request not in known:
-                known[request] = [Trials()]
+                known[request] = [RequestStats()]
         trials = [known[request][0] for request in requests]
         state_B4 = np.array([(t.tried, t.accepted, t.expected, t.offset) for t in trials])
         at_T = np.arange(T)
@@ -267,11 +255,6 @@ class Predictor:
         seen = (tried_B, accepted_B, expected_B)
         _add_to_each(trials, state_B4[:, :3], seen, self.likely_offsets()[:, 0])
 
-    def _learned(self) -> None:
-        """Answers given before hold no longer."""
-        self._unknown.clear()
-        self._asked = None
-
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
         return request in self._requests
@@ -283,7 +266,7 @@ class Predictor:
             kept = max(_RECENT, 2 * (len(self._requests) + 1))
             self._recent = [*self._recent[1 - kept :], [t.offset for t in trials]]
             self._likely = None
-            self._learned()
+            self._asked = None
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:
         """Offsets ``[kinds, groups]`` that a request of which nothing is known may have: quantiles of those
@@ -298,30 +281,30 @@ class Predictor:
         return self._likely
 
 
-class Promises:
-    """How much of what chosen drafts promised came true.
+class Calibration:
+    """How much of what was predicted of chosen drafts came true.
 
-    Of many drafts those that promise most are chosen, and among them are more that promise too much than
-    too little. Averages over all drafts cannot know that.
+    Of many drafts those with the best predictions are chosen, and among them are more that are predicted too
+    well than too badly (selection bias). Averages over all drafts cannot know that.
     """
 
     def __init__(self) -> None:
-        self._promised = self._kept = _PROMISE_PRIOR
+        self._predicted = self._accepted = _CALIBRATION_PRIOR
 
-    def add(self, promised: Any, kept: Any) -> None:
-        """Counts one verified draft, or some, the oldest first: accepted tokens expected, and accepted."""
-        # Each one and what was promised after it.
-        after = np.flip(np.cumsum(np.flip(np.atleast_1d(promised))))
-        weights = 0.5 ** ((after - promised) / _PROMISE_HALF_LIFE)
-        decay = float(0.5 ** (after[0] / _PROMISE_HALF_LIFE))
-        prior = (1 - decay) * _PROMISE_PRIOR
-        self._promised = self._promised * decay + float((weights * promised).sum()) + prior
-        self._kept = self._kept * decay + float((weights * kept).sum()) + prior
+    def add(self, predicted: Any, accepted: Any) -> None:
+        """Counts one verified draft, or some, the oldest first: accepted tokens predicted, and accepted."""
+        # Each one and what was predicted after it.
+        after = np.flip(np.cumsum(np.flip(np.atleast_1d(predicted))))
+        weights = 0.5 ** ((after - predicted) / _CALIBRATION_HALF_LIFE)
+        decay = float(0.5 ** (after[0] / _CALIBRATION_HALF_LIFE))
+        prior = (1 - decay) * _CALIBRATION_PRIOR
+        self._predicted = self._predicted * decay + float((weights * predicted).sum()) + prior
+        self._accepted = self._accepted * decay + float((weights * accepted).sum()) + prior
 
     @property
-    def share(self) -> float:
-        """What part of a promise to count on: all, unless fewer were kept than chance explains."""
-        return min((self._kept + self._kept**0.5) / self._promised, 1.0)
+    def factor(self) -> float:
+        """What part of a prediction to count on: all, unless fewer were accepted than chance explains."""
+        return min((self._accepted + self._accepted**0.5) / self._predicted, 1.0)
 
 
 #: Edges in the log-odds of the drafter's confidence.

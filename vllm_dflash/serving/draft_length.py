@@ -18,9 +18,8 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.draft_length.doze import Doze
-from vllm_dflash.draft_length.policy import Plan, Policy, Request
-from vllm_dflash.draft_length.totals import DRAFTER
+from vllm_dflash.draft_length.counters import DRAFTER
+from vllm_dflash.draft_length.worker_policy import Plan, Request, WorkerPolicy
 from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_limits import request_limit
 from vllm_dflash.serving.draft_stats import DraftStats, make_stats
@@ -33,13 +32,12 @@ _NO_MATCH = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class _Look:
-    """What was decided for the next step, and when that began; batch rows of the plan's requests, and those
-    to run the drafter for."""
+    """What was decided for the next step; batch rows of the plan's requests, and those to run the drafter
+    for."""
 
     plan: Plan
     rows: list[int]
     drafting: list[int]
-    entered: float
 
 
 class DraftLengths:
@@ -59,7 +57,7 @@ class DraftLengths:
         self.num_tokens = proposer.max_query_len - (not proposer.sample_from_anchor)
         # Drafts that are sampled come with their probabilities, a row for every request.
         self.together = bool(proposer._enable_probabilistic_draft_probs)
-        self.policy = Policy(cost, self.num_tokens, self.together)
+        self.policy = WorkerPolicy(cost, self.num_tokens, self.together)
         self.lookup = None if self.together else lookup
         self.stats = stats
         self.context = DeferredContext(proposer)
@@ -69,10 +67,6 @@ class DraftLengths:
         self.sent: dict[str, Sent] = {}
         self._looked: _Look | None = None
         self._requests: set[str] = set()
-        self._doze = Doze()
-        self._context = 0
-        self._napped = self._nap_tokens = 0
-        self._nap_seconds = 0.0
 
     @property
     def alone(self) -> bool:
@@ -165,42 +159,27 @@ class DraftLengths:
         if metadata.num_actual_tokens != num_requests or not proposer.drafting:
             return None
         self.sent = {}
-        look: _Look | None = None
-        if self._doze.skips():
-            now = time.perf_counter()
-            self._nap_seconds += now - self.clock.began + self.policy.cost.overhead
-            self._nap_tokens += num_requests
-            self._napped += 1
-            self._context += num_requests
-        elif runner.discard_request_mask.np[:num_requests].any():
+        if runner.discard_request_mask.np[:num_requests].any():
             return None
-        else:
-            tokens = sampled_token_ids[:, 0].tolist()
-            look = self._look(tokens, [0] * num_requests, metadata, most)
-            if look.drafting:
-                self._looked = look
-                return None
+        tokens = sampled_token_ids[:, 0].tolist()
+        look = self._look(tokens, [0] * num_requests, metadata, most)
+        if look.drafting:
+            self._looked = look
+            return None
         began = time.perf_counter()
         features = proposer.take_features(hidden_states, positions, metadata, None)
         # Nobody drafts behind them, so any tokens will do for anchors.
         anchors = runner.input_ids.gpu[:num_requests]
         self.context.add(features, anchors, positions, metadata, None)
-        now = time.perf_counter()
-        if look is None:
-            self.clock.ended = now
-            return [[] for _ in range(num_requests)]
-        return self._finish(look, None, None, now - began, num_requests)
+        return self._finish(look, None, None, time.perf_counter() - began, num_requests)
 
     def _look(self, anchors: list[int], num_rejected: list[int], metadata: Any, most: int) -> _Look:
-        entered = time.perf_counter()
-        steps = 1 + self._napped
-        self._account_for_naps()
         rows, requests = self._observe(anchors, num_rejected, metadata)
-        plan = self.policy.plan(requests, min(most, self.num_tokens), steps)
+        plan = self.policy.plan(requests, min(most, self.num_tokens))
         drafting = [rows[i] for i in plan.drafting]
         if self.together and drafting:
             drafting = list(range(len(anchors)))
-        return _Look(plan, rows, drafting, entered)
+        return _Look(plan, rows, drafting)
 
     def _finish(
         self,
@@ -213,8 +192,6 @@ class DraftLengths:
         """Drafts of each request of the batch; ``seconds`` of the draft pass, or for the context alone."""
         out = self._settle(look, tokens, confidence, num_requests)
         self._note(seconds, bool(look.drafting))
-        search = self.clock.ended - look.entered - seconds
-        self._doze.note(self.policy.gain, search / float(look.plan.seconds_M[0]))
         return out
 
     def _settle(
@@ -226,7 +203,7 @@ class DraftLengths:
     ) -> list[list[int]]:
         plan, rows, drafting = look.plan, look.rows, look.drafting
         of_plan = [drafting.index(rows[i]) for i in plan.drafting] if tokens is not None else []
-        drafts = self.policy.settle(
+        drafts = self.policy.allocate(
             plan,
             None if tokens is None else tokens[of_plan],
             None if confidence is None else confidence[of_plan],
@@ -297,7 +274,6 @@ class DraftLengths:
 
     def _time(self, now: float) -> None:
         cost, clock, step = self.policy.cost, self.clock, self._step
-        self._context = step.context
         if clock.ended:
             cost.observe_overhead(clock.began - clock.ended)
         if not clock.began:
@@ -308,14 +284,14 @@ class DraftLengths:
             cost.observe_step(tokens, step.num_requests, step.context, step.seconds, step.drafts)
 
     def _note(self, draft_seconds: float, drafted: bool) -> None:
-        totals, step = self.policy.totals, self._step
+        counters, step = self.policy.counters, self._step
         if step.seconds and step.decoding:
             seconds = step.seconds + self.policy.cost.overhead + draft_seconds
-            totals.add(
+            counters.add(
                 step.emitted, step.num_requests, step.context, seconds, step.drafts, draft_seconds
             )
         elif step.seconds:
-            totals.add_prompts(
+            counters.add_prompts(
                 step.num_requests,
                 step.context,
                 step.seconds,
@@ -323,21 +299,10 @@ class DraftLengths:
                 step.accepted,
                 draft_seconds,
             )
-        totals.drafted_steps += drafted
+        counters.drafted_steps += drafted
         if self.stats is not None:
-            self.stats.update(self.policy)
+            self.stats.update(counters)
         self.clock.ended = time.perf_counter()
-
-    def _account_for_naps(self) -> None:
-        """Counts the steps since the last look, in which nothing was drafted."""
-        if self._napped:
-            tokens, steps = self._nap_tokens, self._napped
-            self.policy.totals.add(
-                tokens, round(tokens / steps), self._context, self._nap_seconds, steps=steps
-            )
-            self.policy.totals.lengths[0] += tokens
-        self._napped = self._nap_tokens = 0
-        self._nap_seconds = 0.0
 
     def _forget(self, present: set[str]) -> None:
         self.policy.forget(self._requests - present)

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.draft_length.policy import Policy
-from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
+from vllm_dflash.draft_length.counters import DRAFTER, LOOKUP, Counters
 from vllm_dflash.serving.expectation import AcceptanceWatch, read_expectation
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -126,7 +125,7 @@ def make_stats(vllm_config: Any) -> DraftStats:
 
 
 class DraftStats:
-    """Publishes a policy's totals.
+    """Publishes a policy's counters.
 
     Args:
         path: of :func:`stats_file`, or None for the log only.
@@ -139,39 +138,31 @@ class DraftStats:
         self._logged = time.monotonic()
         self._before: dict[str, Any] | None = None
 
-    def update(self, policy: Policy) -> None:
+    def update(self, counters: Counters) -> None:
         """Called once a step; cheap unless the log is due."""
         if self._file is not None:
-            self._file.put(lambda: figures(policy))
+            self._file.put(lambda: figures(counters))
         now = time.monotonic()
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            after = figures(policy)
+            after = figures(counters)
             if self._file is not None:
                 after |= _read(verified_file(self._file.path)) or {}
             logger.info("vllm-dflash: %s", sentence(after, self._before))
             self._before = after
         if self.watch is not None:
-            self.watch.look(policy.totals.compared, policy.totals.right)
+            self.watch.look(counters.compared, counters.right)
 
 
-def figures(policy: Policy) -> dict[str, Any]:
-    """A policy's totals as plain numbers."""
-    totals = policy.totals
+def figures(counters: Counters) -> dict[str, Any]:
+    """Counters as plain numbers."""
+    single = ("steps", "drafted_steps", "tokens", "seconds", "plain_seconds")
+    lists = ("lengths", "compared", "right")
+    by_source = ("drafts", "proposed", "accepted", "expected")
     return {
-        "steps": totals.steps,
-        "drafted_steps": totals.drafted_steps,
-        "tokens": totals.tokens,
-        "seconds": totals.seconds,
-        "plain_seconds": totals.plain_seconds,
-        "lengths": list(totals.lengths),
-        "drafts": dict(totals.drafts),
-        "proposed": dict(totals.proposed),
-        "accepted": dict(totals.accepted),
-        "expected": dict(totals.expected),
-        "compared": list(totals.compared),
-        "right": list(totals.right),
-        "believes_confidence": policy.believes_confidence,
+        **{name: getattr(counters, name) for name in single},
+        **{name: list(getattr(counters, name)) for name in lists},
+        **{name: dict(getattr(counters, name)) for name in by_source},
     }
 
 

@@ -2,21 +2,24 @@
 
 Drafts stay on the device there: each step the scheduler says how many tokens of its draft go to the verifier
 with each request, and whether the step ends with a draft pass at all (``num_spec_tokens_to_schedule``).
-Both are vLLM's own quantities; here they follow :class:`~vllm_dflash.draft_length.ahead.Ahead`.
+Both are vLLM's own quantities; here they follow
+:class:`~vllm_dflash.draft_length.scheduler_policy.SchedulerPolicy`. All of this runs in the engine core.
+
+Shapes: B requests of a step, K draft tokens of a request.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vllm_dflash.draft_length.ahead import Ahead, Slot
 from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.scheduler_policy import Batch, SchedulerPolicy
 from vllm_dflash.serving import draft_limits, support
 from vllm_dflash.serving.draft_stats import DraftStats, make_stats
 from vllm_dflash.serving.patching import specialise
@@ -31,9 +34,10 @@ class _Step:
 
     Attributes:
         scheduled: when, by the clock.
-        lengths: draft tokens by request, and its row of ``promised``.
-        promised: how many of a row's first 0, 1, ... draft tokens are expected to be accepted; the last row
-            is for requests of which nothing was promised.
+        names: its requests, ``[B]``.
+        lengths_B: draft tokens of each.
+        predicted_BK: how many of its first 0, 1, ... draft tokens will be accepted by prediction,
+            ``[B, K + 1]``.
         context: tokens of all requests in the cache.
         tokens: scheduled altogether.
         even: whether all requests had none or all of their draft tokens, or as many as there are graphs for.
@@ -41,8 +45,9 @@ class _Step:
     """
 
     scheduled: float
-    lengths: dict[str, tuple[int, int]]
-    promised: list[list[float]]
+    names: list[str]
+    lengths_B: np.ndarray
+    predicted_BK: np.ndarray
     context: float
     tokens: int
     even: bool
@@ -59,124 +64,130 @@ class EngineLengths:
         limit: tokens of a request behind which nothing is drafted.
     """
 
-    def __init__(self, scheduler: Any, policy: Ahead, stats: DraftStats, limit: int) -> None:
+    def __init__(
+        self, scheduler: Any, policy: SchedulerPolicy, stats: DraftStats, limit: int
+    ) -> None:
         self.scheduler, self.policy, self.stats, self.limit = scheduler, policy, stats, limit
         #: Draft tokens of each request that the latest step ends with.
         self.num_drafted = policy.num_tokens
+        #: Rows of ``_predicted`` by request; the last one is for requests of which nothing was predicted.
         self._rows: dict[str, int] = {}
-        self._promised = [[0.0] * (policy.num_tokens + 1)]
+        self._predicted = np.zeros((1, policy.num_tokens + 1))
         self._in_flight: dict[int, _Step] = {}
         self._updated = 0.0
-        self._step: _Step | None = None
         self._drafted: bool | None = None
-        #: Drafts of the step that is taken in, their tokens, those accepted, and those promised to be.
-        self._verified = [0, 0, 0, 0.0]
+        #: Drafts of the step that is taken in, their tokens, and those accepted.
+        self._verified = [0, 0, 0]
 
-    def trim(self) -> None:
-        """Before a step is scheduled: leaves each request as much of its draft as is to be verified."""
+    def before_schedule(self) -> None:
+        """Leaves each request as much of its draft as is to be verified."""
         running = [r for r in self.scheduler.running if not r.is_prefill_chunk]
-        self._rows, self._promised = {}, [[0.0] * (self.policy.num_tokens + 1)]
-        if not any(r.spec_token_ids for r in running):
+        drafted = [len(r.spec_token_ids) for r in running]
+        self._rows, self._predicted = {}, np.zeros((1, self.policy.num_tokens + 1))
+        if not any(drafted):
             return
-        slots = [self._slot(r, len(r.spec_token_ids)) for r in running]
-        chosen = self.policy.lengths(slots)
+        chosen = self.policy.verify_lengths(self._batch(running, drafted, [0] * len(running)))
         self._rows = {r.request_id: row for row, r in enumerate(running)}
-        promised = np.zeros((len(running) + 1, self.policy.num_tokens + 1))
-        np.cumsum(chosen.promised_BK, axis=1, out=promised[:-1, 1:])
-        self._promised = promised.tolist()
-        for request, length in zip(running, chosen.lengths, strict=True):
-            if length < len(request.spec_token_ids):
+        self._predicted = np.zeros((len(running) + 1, self.policy.num_tokens + 1))
+        np.cumsum(chosen.predicted_BK, axis=1, out=self._predicted[:-1, 1:])
+        for request, length, given in zip(running, chosen.lengths, drafted, strict=True):
+            if length < given:
                 # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                 request.spec_token_ids = list(request.spec_token_ids[:length])
 
-    def scheduled(self, output: Any) -> None:
-        """After a step has been scheduled: whether it ends with a draft pass."""
-        scheduler = self.scheduler
-        if not output.num_scheduled_tokens:
+    def after_schedule(self, output: Any) -> None:
+        """Says whether the step that was scheduled ends with a draft pass."""
+        scheduled = output.num_scheduled_tokens
+        if not scheduled:
             return
-        drafts = output.scheduled_spec_decode_tokens
+        drafts, known = output.scheduled_spec_decode_tokens, self.scheduler.requests
         limit = output.num_spec_tokens_to_schedule
-        slots, lengths, context, even = [], {}, 0, set()
-        for name, tokens in output.num_scheduled_tokens.items():
-            request = scheduler.requests[name]
-            length = len(drafts.get(name, ()))
-            lengths[name] = (length, self._rows.get(name, -1))
-            even.add(length)
-            context += request.num_computed_tokens
-            known = request.num_tokens + request.num_output_placeholders
-            if request.num_computed_tokens + tokens >= known:
-                slots.append(self._slot(request, limit, tokens))
-        drafting = limit > 0 and self.policy.draft(slots)
+        lengths = [len(drafts.get(name, ())) for name in scheduled]
+        requests = [known[name] for name in scheduled]
+        context = sum([r.num_computed_tokens for r in requests])
+        # Requests that go on after it: those of which nothing is left to compute but what it brings.
+        going_on = [
+            (r, tokens)
+            for r, tokens in zip(requests, scheduled.values(), strict=True)
+            if r.num_computed_tokens + tokens >= r.num_tokens + r.num_output_placeholders
+        ]
+        drafting = False
+        if limit > 0 and going_on:
+            decoding, tokens = zip(*going_on, strict=True)
+            batch = self._batch(decoding, [limit] * len(decoding), tokens)
+            drafting = self.policy.should_draft(batch)
         if not drafting:
             output.num_spec_tokens_to_schedule = 0
         before, self.num_drafted = self.num_drafted, limit if drafting else 0
+        rows = [self._rows.get(name, -1) for name in scheduled]
+        even = set(lengths)
         self._in_flight[id(output)] = _Step(
             scheduled=time.perf_counter(),
-            lengths=lengths,
-            promised=self._promised,
+            names=list(scheduled),
+            lengths_B=np.array(lengths),
+            predicted_BK=self._predicted[rows],
             context=float(context),
             tokens=output.total_num_scheduled_tokens,
             even=len(even) == 1 and even <= {0, before, *self.policy.even_lengths},
             drafting=drafting,
         )
 
-    def _slot(self, request: Any, drafted: int, tokens: int = 0) -> Slot:
-        """A request as the policy sees it.
+    def _batch(self, requests: Sequence[Any], drafted: list[int], tokens: Sequence[int]) -> Batch:
+        """Requests as the policy sees them.
 
         Args:
-            drafted: draft tokens that it has, or will have.
-            tokens: those of the step just scheduled, where it is about the drafts behind that.
+            drafted: draft tokens that each has, or will have.
+            tokens: of each in the step just scheduled, where it is about the drafts behind that; else 0.
         """
-        # Each step brings a token at least, and the verifier's own is the last one.
-        coming = (tokens > 0) + (request.num_output_placeholders > 0)
-        most = request.max_tokens - request.num_output_tokens - coming - 1
-        context = request.num_computed_tokens + tokens
-        most = min(most, self.limit - context - 1)
-        limit = draft_limits.request_limit(
-            request.sampling_params, request.num_output_tokens, request.num_output_placeholders
-        )
-        most = most if limit is None else min(most, limit)
-        return Slot(request.request_id, context, drafted, max(most, 0))
+        ids, most, context = [], [], 0
+        for request, scheduled in zip(requests, tokens, strict=True):
+            written, coming = request.num_output_tokens, request.num_output_placeholders
+            computed = request.num_computed_tokens + scheduled
+            # Each step brings a token at least, and the verifier's own is the last one.
+            steps = (scheduled > 0) + (coming > 0)
+            left = min(request.max_tokens - written - steps, self.limit - computed) - 1
+            limit = draft_limits.request_limit(request.sampling_params, written, coming)
+            if limit is not None and limit < left:
+                left = limit
+            ids.append(request.request_id)
+            most.append(left if left > 0 else 0)
+            context += computed
+        return Batch(ids, float(context), drafted, most)
 
-    def done(self, output: Any, result: Any) -> None:
+    def on_output(self, output: Any, result: Any) -> None:
         """Before a step's result is taken in: learns from it."""
         now = time.perf_counter()
-        step = self._step = self._in_flight.pop(id(output), None)
+        step = self._in_flight.pop(id(output), None)
         if step is None:
             return
-        invalid = output.num_invalid_spec_tokens or {}
-        emitted = drafts = accepted = 0
-        names: list[str] = []
-        lengths: list[int] = []
-        kept: list[int] = []
-        promised: list[float] = []
-        sampled = result.sampled_token_ids
-        for name, (length, row_of) in step.lengths.items():
-            request = self.scheduler.requests.get(name)
-            row = result.req_id_to_index.get(name)
-            if request is None or request.is_finished() or row is None or not sampled:
-                continue
-            tokens = len(sampled[row])
-            if not tokens:  # part of a prompt
-                continue
-            emitted += tokens
-            accepted += tokens - 1
-            drafts += length
+        at, sampled = [], []
+        if result.sampled_token_ids:
+            requests, rows = self.scheduler.requests, result.req_id_to_index
+            for i, name in enumerate(step.names):
+                request, row = requests.get(name), rows.get(name)
+                if request is None or row is None or request.is_finished():
+                    continue
+                num_tokens = len(result.sampled_token_ids[row])
+                if num_tokens:  # else part of a prompt
+                    at.append(i)
+                    sampled.append(num_tokens)
+        lengths_B, accepted_B = step.lengths_B[at], np.array(sampled, dtype=int) - 1
+        drafts, accepted = int(lengths_B.sum()), int(accepted_B.sum())
+        names = [step.names[i] for i in at]
+        if invalid := output.num_invalid_spec_tokens:
             # What a grammar excluded is in the step, but no evidence.
-            checked = length - invalid.get(name, 0)
-            names.append(name)
-            lengths.append(checked)
-            kept.append(tokens - 1)
-            promised.append(step.promised[row_of][checked])
-        self.policy.observe(names, lengths, kept, promised)
-        requests = len(step.lengths)
+            lengths_B = lengths_B - [invalid.get(name, 0) for name in names]
+        self.policy.observe(names, lengths_B, accepted_B, step.predicted_BK[at, lengths_B])
+        num_requests = len(step.names)
         seconds = now - max(self._updated, step.scheduled)
-        self.policy.totals.drafted_steps += step.drafting
-        if step.tokens == requests + drafts and emitted >= requests:
+        counters = self.policy.counters
+        counters.drafted_steps += step.drafting
+        emitted = accepted + len(at)
+        if step.tokens == num_requests + drafts and emitted >= num_requests:
             # The pass of this step or of the one before is in between, by how the device works.
             sure = self._drafted == step.drafting
             self.policy.observe_step(
-                num_requests=requests,
+                num_requests=num_requests,
                 drafts=drafts,
                 context=step.context,
                 emitted=emitted,
@@ -185,9 +196,9 @@ class EngineLengths:
                 drafted=step.drafting if sure else None,
             )
         else:
-            passed = self.policy.pass_seconds(requests) if step.drafting else 0.0
-            self.policy.totals.add_prompts(
-                requests, step.context, max(seconds - passed, 0.0), drafts, accepted, passed
+            passed = self.policy.pass_seconds(num_requests) if step.drafting else 0.0
+            counters.add_prompts(
+                num_requests, step.context, max(seconds - passed, 0.0), drafts, accepted, passed
             )
         self._updated, self._drafted = now, step.drafting
 
@@ -198,15 +209,13 @@ class EngineLengths:
         counts[0] += 1
         counts[1] += length
         counts[2] += accepted
-        if self._step is not None:
-            counts[3] += self._step.promised[self._step.lengths[name][1]][length]
 
     def publish(self) -> None:
         """Once a step's result has been taken in."""
         if self._verified[0]:
-            self.policy.count(*self._verified)  # type: ignore[arg-type]
-            self._verified = [0, 0, 0, 0.0]
-        self.stats.update(self.policy)
+            self.policy.count(*self._verified)
+            self._verified = [0, 0, 0]
+        self.stats.update(self.policy.counters)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests have ended."""
@@ -220,16 +229,16 @@ def choosing(cls: type) -> type:
         draft_lengths: Any = None  # an EngineLengths
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
-            self.draft_lengths.trim()
+            self.draft_lengths.before_schedule()
             return super().schedule(*args, **kwargs)
 
         def _update_after_schedule(self, scheduler_output: Any) -> None:
-            self.draft_lengths.scheduled(scheduler_output)
+            self.draft_lengths.after_schedule(scheduler_output)
             super()._update_after_schedule(scheduler_output)
             self.draft_lengths.forget(scheduler_output.finished_req_ids)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-            self.draft_lengths.done(scheduler_output, model_runner_output)
+            self.draft_lengths.on_output(scheduler_output, model_runner_output)
             out = super().update_from_output(scheduler_output, model_runner_output)
             self.draft_lengths.publish()
             return out
@@ -251,7 +260,7 @@ def adopt(scheduler: Any, vllm_config: Any, cost: StepCost) -> None:
     """
     if not specialise(scheduler, "vllm_dflash.serving.scheduler:choosing"):
         return
-    policy = Ahead(cost, scheduler.num_spec_tokens, support.graph_lengths(vllm_config))
+    policy = SchedulerPolicy(cost, scheduler.num_spec_tokens, support.graph_lengths(vllm_config))
     limit = draft_limits.position_limit(vllm_config.speculative_config, scheduler.max_model_len)
     lengths = EngineLengths(scheduler, policy, make_stats(vllm_config), limit)
     scheduler.draft_lengths = lengths

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dflash.draft_length.totals import DRAFTER, LOOKUP
+from vllm_dflash.draft_length.counters import DRAFTER, LOOKUP
 from vllm_dflash.serving.draft_stats import StatsFile
 from vllm_dflash.serving.patching import specialise
 

@@ -7,13 +7,9 @@ import numpy as np
 from vllm_dflash.draft_length.cost import StepCost
 
 DRAFTER, LOOKUP = "drafter", "lookup"
-#: Steps that took longer than so many plain ones say nothing of speculation.
-_HELD_UP = 10.0
-#: Share of the latest step in how late steps are on average.
-_LATENESS_RATE = 1 / 100
 
 
-class Totals:
+class Counters:
     """Counts since start, by source where they differ.
 
     Args:
@@ -29,8 +25,8 @@ class Totals:
             with prompt chunks as long as they took without their drafts.
         lengths: how often each draft length was chosen, ``[K + 1]``.
         drafts, proposed, accepted, expected: drafts and their tokens by source. Where the scheduler chooses
-            these are vLLM's counts; a :class:`~vllm_dflash.draft_length.policy.Policy` counts what it could
-            compare with the text that followed, so not those of requests' last steps.
+            these are vLLM's counts; the worker counts what it could compare with the text that followed, so
+            not those of requests' last steps.
         compared, right: the drafter's drafts by position, ``[K]``: those with a token of the text in its
             place and every position before it right, and those of them that were right there, too.
     """
@@ -45,13 +41,17 @@ class Totals:
         self.accepted = {DRAFTER: 0, LOOKUP: 0}
         self.expected = {DRAFTER: 0.0, LOOKUP: 0.0}
         self.compared, self.right = [0] * num_tokens, [0] * num_tokens
-        # Mean of how much longer steps take than their costs say.
-        self._lateness = 1.0
 
     @property
     def speedup(self) -> float | None:
         """Estimated speed over that without speculation; None before the first step."""
         return self.plain_seconds / self.seconds if self.seconds else None
+
+    def verified(self, source: str, drafts: int, proposed: int, accepted: int) -> None:
+        """Counts drafts that went to the verifier, their tokens, and those accepted."""
+        self.drafts[source] += drafts
+        self.proposed[source] += proposed
+        self.accepted[source] += accepted
 
     def compare(self, first: int, right: int, wrong: bool) -> None:
         """Counts what the text says of one draft of the drafter's.
@@ -66,6 +66,11 @@ class Totals:
             self.right[k] += 1
         if wrong:
             self.compared[right] += 1
+
+    def chose(self, lengths_B: np.ndarray) -> None:
+        """Counts draft lengths of a step's requests."""
+        for length, times in enumerate(np.bincount(lengths_B).tolist()):
+            self.lengths[length] += times
 
     def compare_batch(self, tried_B: np.ndarray, right_B: np.ndarray) -> None:
         """:meth:`compare` of new drafts: of each the positions whose fate is known, and those right."""
@@ -82,27 +87,24 @@ class Totals:
         seconds: float,
         drafts: int = 0,
         draft_seconds: float = 0.0,
-        steps: int = 1,
     ) -> None:
-        """Counts a step, or several that are alike.
+        """Counts a step without prompt chunks.
+
+        Its time without speculation is scaled by the costs of the two, so that a step that was held up is so
+        in both.
 
         Args:
             num_tokens: emitted.
-            num_requests, context: of each step, and their tokens altogether.
+            num_requests, context: its requests, and their tokens altogether.
             seconds: that it took, ``draft_seconds`` of them for its draft pass.
-            drafts: draft tokens that each step verified.
+            drafts: draft tokens that it verified.
         """
         plain = self.cost.verify_one(num_requests, context, 0)
-        verified = self.cost.verify_one(num_requests, context, drafts) if drafts else plain
-        # A step that took much longer was held up by something else.
-        seconds = min(seconds, _HELD_UP * plain * steps)
-        # Costs are those of typical steps. Some are late, and none as early: plain ones would be, too.
-        late = max(seconds - draft_seconds, 0.0) / (verified * steps)
-        self._lateness += (1 - (1 - _LATENESS_RATE) ** steps) * (late - self._lateness)
-        self.steps += steps
+        modelled = self.cost.verify_one(num_requests, context, drafts) + draft_seconds
+        self.steps += 1
         self.tokens += num_tokens
         self.seconds += seconds
-        self.plain_seconds += self._lateness * plain * num_tokens / num_requests
+        self.plain_seconds += seconds * plain / modelled * num_tokens / num_requests
 
     def add_prompts(
         self,
@@ -119,7 +121,6 @@ class Totals:
         pass, and those ``accepted`` take plain steps.
         """
         plain = self.cost.verify_one(num_requests, context, 0)
-        verifying = self.cost.verify_one(num_requests, context, drafts) - plain if drafts else 0.0
+        verifying = self.cost.verify_one(num_requests, context, drafts) - plain
         self.seconds += seconds + draft_seconds
-        self.plain_seconds += max(seconds - verifying, 0.0)
-        self.plain_seconds += self._lateness * plain * accepted / num_requests
+        self.plain_seconds += max(seconds - verifying, 0.0) + plain * accepted / num_requests
