@@ -36,9 +36,10 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: setup
 	$(PYTEST) -m "not slow and not long"
 
-# The loop of somebody who edits: nothing that starts an engine or compiles; a minute on two cores.
+# The loop of somebody who edits: what starts no engine, compiles and emulates no kernel, runs no commands by the hundred.
+FAST := --ignore=tests/install --ignore=tests/ops --ignore=tests/test_bad_values.py
 test-fast: setup
-	$(PYTEST) -m "not engine and not slow and not long" $(FAST)
+	$(PYTEST) $(FAST) -m "not engine and not slow and not long"
 
 # What CI runs beside it.
 test-long: setup
@@ -70,7 +71,7 @@ $(VENV)/.release $(VENV)/.docs: $(VENV)/.%: $(VENV)/.built
 
 # The pages of docs/ in build/site; a link or a name that leads nowhere is an error.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
 versions: setup

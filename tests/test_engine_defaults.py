@@ -119,6 +119,7 @@ class Engine:
 def made(engine: Engine) -> VerifierEngine:
     out = VerifierEngine.__new__(VerifierEngine)
     out.engine, out._recording = engine, False
+    out.generated = engine_module.Generated()
     return out
 
 

@@ -19,8 +19,8 @@ from vllm_dflash.training.host_memory import (
     on_device,
     one_ahead,
 )
-from vllm_dflash.training.loop import with_feature_gib
 from vllm_dflash.training.run_folder import RunFolder
+from vllm_dflash.training.trainer import with_feature_gib
 from vllm_dflash.verifier import Verifier
 
 GIB = 2**30
@@ -93,12 +93,12 @@ def test_the_default_is_half_shared_by_the_workers(monkeypatch):
 
 def test_a_resumed_run_keeps_its_number(tmp_path, monkeypatch):
     """What is available changes from day to day; which sequences are extracted together must not."""
-    monkeypatch.setattr("vllm_dflash.training.loop.default_feature_gib", lambda ranks: 7.5)
+    monkeypatch.setattr("vllm_dflash.training.trainer.default_feature_gib", lambda ranks: 7.5)
     config = TrainConfig(Verifier("v"), "d", tmp_path / "out")
     first = with_feature_gib(config)
     assert first.feature_gib == 7.5
     RunFolder(config.run_path, {"feature_gib": first.feature_gib})
-    monkeypatch.setattr("vllm_dflash.training.loop.default_feature_gib", lambda ranks: 3.0)
+    monkeypatch.setattr("vllm_dflash.training.trainer.default_feature_gib", lambda ranks: 3.0)
     assert with_feature_gib(config).feature_gib == 7.5
     assert with_feature_gib(replace(config, restart=True)).feature_gib == 3.0
     assert with_feature_gib(replace(config, feature_gib=2.0)).feature_gib == 2.0

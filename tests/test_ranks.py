@@ -17,12 +17,12 @@ from test_learner import CONFIG, HPARAMS, make_learner, make_sample, snapshot
 from vllm_dflash.training import ranks as module
 from vllm_dflash.training.config import StepLayout
 from vllm_dflash.training.learner import Learner
-from vllm_dflash.training.loop import save_pause
 from vllm_dflash.training.memory import learner_memory
 from vllm_dflash.training.plan import owner, plan_windows, rows_by_rank
 from vllm_dflash.training.ranks import Ranks, checksum
 from vllm_dflash.training.session import TrainingSession
 from vllm_dflash.training.sharding import shards
+from vllm_dflash.training.trainer import save_pause
 
 SIZE = 2
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 
 from vllm_dflash import renamed
 from vllm_dflash.cli import app
-from vllm_dflash.training import loop
+from vllm_dflash.training import trainer
 from vllm_dflash.training.run_folder import RunFolder
 
 OLD = (
@@ -25,7 +27,7 @@ NEW = (
 
 def test_old_flags_say_the_same_and_their_new_names(monkeypatch) -> None:
     configs: list = []
-    monkeypatch.setattr(loop, "train", lambda config, reporter: configs.append(config))
+    monkeypatch.setattr(trainer, "train", lambda config, reporter: configs.append(config))
     first = ("train", "v", "--data", "rows.jsonl", "-o", "out")
     old = CliRunner().invoke(app, [*first, *OLD.split()], catch_exceptions=False)
     assert old.stderr.count("\n") == 1
@@ -64,5 +66,16 @@ def test_a_run_made_with_old_names_is_the_same_run(tmp_path) -> None:
     folder.commit_state(3, {})
     (tmp_path / "d").mkdir()
     summary = {"config": old, "steps": 3}
-    (tmp_path / "d" / loop.TRAINING_FILE).write_text(json.dumps(summary))
-    assert loop.finished(tmp_path / "d", folder) == summary
+    (tmp_path / "d" / trainer.TRAINING_FILE).write_text(json.dumps(summary))
+    assert trainer.finished(tmp_path / "d", folder) == summary
+
+
+def test_the_chart_reads_reports_with_the_old_mode() -> None:
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root / "tools"))
+    import demo_chart
+
+    for file in (root / "benchmarks" / "results").glob("demo_*.json"):
+        report = json.loads(file.read_text())
+        assert "ours" in report["modes"]
+        assert "vllm-dflash, same drafter" in demo_chart.draw(report)

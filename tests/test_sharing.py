@@ -181,8 +181,8 @@ class Sleeper(FakeEngine):
 @pytest.mark.parametrize("kind", ["sleep", "restart"])
 def test_one_engine_at_a_time(tmp_path, fake_engine, monkeypatch, kind) -> None:
     monkeypatch.setattr(Sleeper, "awake", set())
-    fake_engine.wall_s |= {"none": [2.0], "ours": [1.0]}
-    config = bench_config(tmp_path, modes=("none", "ours"), sharing=kind)
+    fake_engine.wall_s |= {"none": [2.0], "plugin": [1.0]}
+    config = bench_config(tmp_path, modes=("none", "plugin"), sharing=kind)
     result = run_bench(config, PROMPTS, engine_factory=Sleeper)
     assert result["errors"] == {}
     assert result["sharing"]["kind"] == kind
@@ -192,33 +192,33 @@ def test_one_engine_at_a_time(tmp_path, fake_engine, monkeypatch, kind) -> None:
     }[kind]
     log = [entry for entry in Sleeper.log if kind == "sleep" or entry[1].startswith("run")]
     if kind == "sleep":
-        order = [("none", 1), ("ours", 1), ("ours", 2), ("none", 2)]
-        order += [("ours", 1), ("none", 1), ("none", 2), ("ours", 2)]
+        order = [("none", 1), ("plugin", 1), ("plugin", 2), ("none", 2)]
+        order += [("plugin", 1), ("none", 1), ("none", 2), ("plugin", 2)]
         assert log[:4] == [
             ("none", "start"),
             ("none", "sleep"),
-            ("ours", "start"),
-            ("ours", "sleep"),
+            ("plugin", "start"),
+            ("plugin", "sleep"),
         ]
         assert log[4:-2] == [entry for mode, c in order for entry in turn(mode, c)]
     else:
-        order = [("none", 1), ("none", 2), ("ours", 1), ("ours", 2)]
-        order += [("ours", 1), ("ours", 2), ("none", 1), ("none", 2)]
+        order = [("none", 1), ("none", 2), ("plugin", 1), ("plugin", 2)]
+        order += [("plugin", 1), ("plugin", 2), ("none", 1), ("none", 2)]
         assert log == [entry for mode, c in order for entry in turn(mode, c)]
-        assert Sleeper.log.count(("ours", "start")) == Sleeper.log.count(("ours", "close")) == 2
+        assert Sleeper.log.count(("plugin", "start")) == Sleeper.log.count(("plugin", "close")) == 2
     assert not Sleeper.awake
-    ours = result["modes"]["ours"]["concurrency"]
+    ours = result["modes"]["plugin"]["concurrency"]
     assert {c: f["over_none"]["ratio"] for c, f in ours.items()} == {"1": 2.0, "2": 2.0}
 
 
 def test_a_mode_that_fails_in_its_turn_is_left_out(tmp_path, fake_engine, monkeypatch) -> None:
     monkeypatch.setattr(Sleeper, "awake", set())
     fake_engine.fail_start.add("stock")
-    config = bench_config(tmp_path, modes=("none", "stock", "ours"), sharing="restart")
+    config = bench_config(tmp_path, modes=("none", "stock", "plugin"), sharing="restart")
     result = run_bench(config, PROMPTS, engine_factory=Sleeper)
     assert runner.failed_modes(result) == ["stock"]
     assert Sleeper.log.count(("stock", "start")) == 1
-    assert len(result["modes"]["ours"]["concurrency"]["2"]["output_tokens_per_s"]["raw"]) == 2
+    assert len(result["modes"]["plugin"]["concurrency"]["2"]["output_tokens_per_s"]["raw"]) == 2
     assert not Sleeper.awake
 
 

@@ -115,8 +115,8 @@ def train(
             SamplingOptions, options, max_tokens=response_limit(max_tokens, options["max_len"])
         ),
     )
-    from vllm_dflash.training.loop import train as run
     from vllm_dflash.training.reporting import Reporter
+    from vllm_dflash.training.trainer import train as run
 
     run(config, Reporter())
 

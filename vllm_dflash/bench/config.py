@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.bench.sharing import KINDS
 from vllm_dflash.bounds import DTYPES, POSITIVE, Bound, count, int_list, words
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.renamed import bench_modes
 from vllm_dflash.settings import check, option
 from vllm_dflash.training.config import DTYPE_HELP, speculative_tokens
 
+#: All engines at once; weights in host memory between turns (vLLM's sleep mode); one process a turn.
+SHARING = ("together", "sleep", "restart")
 MODES = ("none", "ngram", "stock", "plugin")
 #: Stock with vLLM's adaptive verification, for its V2 runner on a GPU.
 ADAPTIVE = "adaptive"
@@ -41,7 +42,7 @@ class BenchConfig:
             flatters every drafter.
         max_model_len: vLLM stops drafting for a batch that comes within a draft of it. None: see
             :func:`vllm_dflash.bench.runner.run_bench`.
-        sharing: one of :data:`~vllm_dflash.bench.sharing.KINDS`, or ``auto``.
+        sharing: one of :data:`SHARING`, or ``auto``.
         prefix_caching: off, so that a repeat does all the work again.
         out_dir: also gets ``logs/<mode>.log``.
         engine_args: further ``AsyncEngineArgs`` of every mode; they win over the fields above.
@@ -75,7 +76,7 @@ class BenchConfig:
     sharing: str = option(
         "auto",
         "Engines on one device: together, sleep or restart between turns, or auto: what fits.",
-        choices=("auto", *KINDS),
+        choices=("auto", *SHARING),
     )
     enforce_eager: bool = _engine(False, "No compilation: quick start, slow serving.")
     prefix_caching: bool = _engine(False, "Let repeats reuse cached prompts.")

@@ -16,8 +16,6 @@ from vllm_dflash.checkpoint import weight_bytes
 from vllm_dflash.environment import available_bytes, gpu_memory, total_bytes
 from vllm_dflash.training.verifier_memory import kv_bytes
 
-#: All engines at once; weights in host memory between turns (vLLM's sleep mode); one process a turn.
-KINDS = ("together", "sleep", "restart")
 #: Share of what is free on the device that the engines take together.
 MEMORY_SHARE = 0.85
 #: Share of an engine's memory that is neither weights nor KV cache.
@@ -60,7 +58,7 @@ class Sharing:
     """The plan.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`~vllm_dflash.bench.config.SHARING`.
         engine_args: what every engine gets for it.
         sentence: the plan in words.
     """
@@ -109,7 +107,7 @@ def plan_sharing(
     """How engines share a device.
 
     Args:
-        wanted: one of :data:`KINDS`, or ``auto``: the first of them that fits.
+        wanted: one of :data:`~vllm_dflash.bench.config.SHARING`, or ``auto``: the first of them that fits.
         models: folders or hub names that each engine loads.
         verifier_config: transformers' configuration of the verifier.
         requests: in flight at most, which the KV cache of an engine has to hold.
