@@ -56,8 +56,8 @@ def train(
     command = (
         sys.executable, "-c", _MAIN, "train", verifier.resolve(), "-o", out,
         "--data", data[0], "--eval-data", data[1], "--dtype", dtype,
-        "--max-len", "1024", "--max-tokens", "256", "--layers", "2", "--block-size", "8",
-        "--draft-vocab", "8192", "--lr", "1.5e-3", "--anchors", "32", "--max-steps", str(steps),
+        "--max-len", "1024", "--max-tokens", "256", "--num-layers", "2", "--block-size", "8",
+        "--draft-vocab", "8192", "--lr", "1.5e-3", "--num-anchors", "32", "--max-steps", str(steps),
     )  # fmt: skip
     process = subprocess.Popen(
         list(map(str, command)), env={**os.environ, **ARMS[arm]}, stdout=subprocess.DEVNULL

@@ -37,8 +37,8 @@ def train(
         sys.executable, "-c", "from vllm_dflash.cli import main; main()", "train",
         verifier.resolve(), "--data", data[0], "--eval-data", data[1], "-o", out,
         "--dtype", "bfloat16", "--max-len", "1024", "--max-tokens", "256",
-        "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
-        "--lr", "1.5e-3", "--anchors", "32", "--max-steps", str(steps),
+        "--num-layers", "2", "--block-size", "8", "--draft-vocab", "8192",
+        "--lr", "1.5e-3", "--num-anchors", "32", "--max-steps", str(steps),
     )  # fmt: skip
     subprocess.run(
         list(map(str, command)),

@@ -50,8 +50,8 @@ def train(verifier: Path, data: Path, drafter: Path, steps: int, *heldout: str |
     """Trains a drafter; the run's summary, with the seconds that it took beyond its three stages."""
     minutes = call(
         "train", verifier, "--data", data, "-o", drafter, *heldout, *LENGTHS,
-        "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
-        "--lr", "1.5e-3", "--anchors", "32", "--max-steps", str(steps),
+        "--num-layers", "2", "--block-size", "8", "--draft-vocab", "8192",
+        "--lr", "1.5e-3", "--num-anchors", "32", "--max-steps", str(steps),
     )  # fmt: skip
     summary = json.loads((drafter / "dflash_training.json").read_text())
     return {**summary, "start_s": 60 * (minutes - sum(summary["minutes"].values()))}
@@ -154,7 +154,7 @@ def summarize(bench: dict, evaluation: dict, training: dict, total_minutes: floa
         "prompts": bench["config"]["num_prompts"],
         "repeats": bench["config"]["repeats"],
         "compiled": not bench["config"]["enforce_eager"],
-        "speedup": figures["ours"]["1"]["over_none"]["ratio"],
+        "speedup": figures["plugin"]["1"]["over_none"]["ratio"],
         "modes": figures,
         "machine": describe_machine(),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),

@@ -110,7 +110,7 @@ LENGTHS = ("--max-len", "160", "--max-tokens", "48", "--dtype", "auto")
 
 
 def test_train_and_the_run_that_it_resumes(starts, old_cpu, verifier, prompts_file, tmp_path):
-    train = ("train", verifier, "--data", prompts_file, "-o", tmp_path / "d", "--layers", "1")
+    train = ("train", verifier, "--data", prompts_file, "-o", tmp_path / "d", "--num-layers", "1")
     train += ("--block-size", "8", *LENGTHS)
     dtype, said = starts(*train)
     assert dtype == "float32"

@@ -114,7 +114,7 @@ class Commands:
             "num_prompts": int(self.value(line, "--num-prompts")),
             "enforce_eager": "--enforce-eager" in line,
         }
-        modes = {m: {"concurrency": {"1": figures, "4": figures}} for m in ("none", "ours")}
+        modes = {m: {"concurrency": {"1": figures, "4": figures}} for m in ("none", "plugin")}
         self.write(Path(self.value(line, "-o")) / "report.json", {"config": config, "modes": modes})
         self.seconds += 300
         return 300

@@ -6,14 +6,14 @@ Shape suffixes: A anchors, K drafted positions of a block, H drafter hidden size
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LossName = Literal["dpace", "ce", "kl"]
+from vllm_dflash.modeling.loss_kinds import LOSSES
 
 #: Decay constants of the paper's checkpoints, by block size (arXiv 2602.06036, section 4).
 _GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
@@ -46,15 +46,15 @@ def dpace_weights(target_probs_AK: Tensor, valid_AK: Tensor, alpha: float) -> Te
         return prefix.flip(-1).cumsum(-1).flip(-1) * valid_AK
 
 
-def logit_bytes(dtype: torch.dtype, loss: LossName = "dpace") -> int:
+def logit_bytes(dtype: torch.dtype, loss: str = "dpace") -> int:
     """Bytes that one logit takes at most: itself, a copy in fp32, its log-probability, kl's targets."""
     wide = torch.promote_types(dtype, torch.float32)
     copy = 0 if wide == dtype else wide.itemsize
-    return dtype.itemsize + copy + (4 if loss == "kl" else 1) * wide.itemsize
+    return dtype.itemsize + copy + (4 if LOSSES[loss].needs_final_states else 1) * wide.itemsize
 
 
 def chunk_anchors(
-    num_draft_tokens: int, vocab: int, dtype: torch.dtype, loss: LossName = "dpace"
+    num_draft_tokens: int, vocab: int, dtype: torch.dtype, loss: str = "dpace"
 ) -> int:
     """Anchors whose logits fit :data:`CHUNK_BYTES`; at least one."""
     return max(1, CHUNK_BYTES // (num_draft_tokens * vocab * logit_bytes(dtype, loss)))
@@ -83,7 +83,7 @@ def block_loss(
     labels_AK: Tensor,
     valid_AK: Tensor,
     *,
-    loss: LossName = "dpace",
+    loss: str = "dpace",
     gamma: float = 7.0,
     alpha: float = 0.5,
     verifier_logits: Callable[[slice], Tensor] | None = None,
@@ -109,17 +109,18 @@ def block_loss(
     Raises:
         ValueError: an unknown loss, or no verifier's logits for ``kl``.
     """
-    if loss not in ("ce", "dpace", "kl"):
-        raise ValueError(f"unknown loss {loss!r}; use 'dpace', 'ce' or 'kl'")
-    if loss != "kl":
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; use one of {', '.join(LOSSES)}")
+    kind = LOSSES[loss]
+    if not kind.needs_final_states:
         verifier_logits = None
     elif verifier_logits is None:
-        raise ValueError("the kl loss needs the verifier's logits")
+        raise ValueError(f"the {loss} loss needs the verifier's logits")
 
     def weights(ce_AK: Tensor, valid_AK: Tensor) -> Tensor:
-        if loss == "dpace":
-            return dpace_weights(torch.exp(-ce_AK), valid_AK, alpha)
-        return decay_weights(ce_AK.shape[1], gamma).to(ce_AK) * valid_AK
+        if kind.decays:
+            return decay_weights(ce_AK.shape[1], gamma).to(ce_AK) * valid_AK
+        return dpace_weights(torch.exp(-ce_AK), valid_AK, alpha)
 
     device = hidden_AKH.device.type
     dtype = hidden_AKH.dtype
