@@ -232,8 +232,8 @@ class SchedulerPolicy:
     def observe(
         self,
         requests: Sequence[str],
-        lengths: Sequence[int],
-        accepted: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
+        accepted: Sequence[int] | np.ndarray,
         predicted: np.ndarray,
     ) -> None:
         """Learns from the requests of a step, once it is done.
