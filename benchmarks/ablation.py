@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from policy_cost import POLICY, Clock  # noqa: E402
 from worlds import K, SchedulerWorld, WorkerWorld, made  # noqa: E402
 
 from vllm_dflash.bench.report import write_json  # noqa: E402
@@ -88,7 +89,7 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
     ),
     "probes": (
         "none, new requests tried all the same",
-        [(explore, "PROBE_SHARE", 0.0)],
+        [(explore, "PROBE_SHARE", 0.0), (explore, "LEAST_PROBE_SHARE", 0.0)],
     ),
     "trying new requests": (
         "probes only",
@@ -160,6 +161,7 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
         [(SchedulerPolicy, "_choose", _best_lengths)],
     ),
     "cost of uneven batches": ("none", [(SchedulerPolicy, "observe_step", _even_only)]),
+    "decaying probes": ("always as many", [(explore, "PROBE_DECAY", 1.0)]),
     "paying probes back": ("the budget only", [(SchedulerPolicy, "observe_step", _unpaid)]),
     "probes kept": ("two in a row", [(scheduler_policy, "_PROBES_KEPT", 2)]),
     "probes owed": ("one", [(scheduler_policy, "_PROBES_OWED", 1)]),
@@ -304,23 +306,12 @@ SCHEDULER: dict[str, dict[str, Any]] = {
 }
 
 
-class Clock:
-    """CPU seconds of the thread in an object's methods."""
-
-    def __init__(self, of: Any, names: tuple[str, ...]) -> None:
-        self.seconds = 0.0
-        for name in names:
-            setattr(of, name, self._around(getattr(of, name)))
-
-    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.thread_time() - began
-
-        return timed
+def timed(policy: Any, *names: str) -> Clock:
+    """The clock that runs in these methods of it from now on."""
+    clock = Clock()
+    for name in names:
+        setattr(policy, name, clock.around(getattr(policy, name)))
+    return clock
 
 
 def worker(given: Mapping[str, Any], seed: int, steps: int) -> dict[str, float]:
@@ -331,7 +322,7 @@ def worker(given: Mapping[str, Any], seed: int, steps: int) -> dict[str, float]:
     truth = made(lambda n: 1 + slope * n, draft=draft)
     truth.check = given.pop("check", 0.0)
     chosen = WorkerPolicy(made(lambda n: 1 + believed * n, draft=draft), K)
-    clock = Clock(chosen, ("plan", "allocate", "forget"))
+    clock = timed(chosen, "plan", "allocate", "forget")
     world = WorkerWorld(chosen, truth, given.pop("quality"), seed=seed, **given)
     for step in range(steps):
         if step == steps // 2 and then is not None:
@@ -355,10 +346,7 @@ def scheduler(given: Mapping[str, Any], seed: int, steps: int) -> dict[str, floa
     world = SchedulerWorld(seed=seed, **given)
     if true is not None:
         world.truth = StepCost([1, 512], [1.0, 1.0 + 511 * true[0]], draft=(true[1], 0.0))
-    clock = Clock(
-        world.policy,
-        ("verify_lengths", "should_draft", "observe", "observe_step", "count", "forget"),
-    )
+    clock = timed(world.policy, *POLICY, "forget")
     world.run(steps)
     return {
         "speed": world.speed(),

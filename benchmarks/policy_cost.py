@@ -30,6 +30,8 @@ REQUESTS = (1, 16, 64, 256)
 K = 15
 ACCEPTANCE = 0.8
 WARM_UP, STEPS = 20, 60
+#: Methods of the policy that work in a step.
+POLICY = ("verify_lengths", "should_draft", "observe", "observe_step", "count")
 
 
 def main() -> None:
@@ -168,8 +170,7 @@ def names() -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
 
         old = ("lengths", "draft", "observe", "observe_step", "count")
         return Ahead, old, ("trim", "scheduled", "done")
-    new = ("verify_lengths", "should_draft", "observe", "observe_step", "count")
-    return SchedulerPolicy, new, ("before_schedule", "after_schedule", "on_output")
+    return SchedulerPolicy, POLICY, ("before_schedule", "after_schedule", "on_output")
 
 
 def request(i: int) -> Any:

@@ -67,7 +67,7 @@ def test_what_every_vllm_process_imports_is_light(file):
         assert not below(imports(file, lazy=True), *heavy)
 
 
-@pytest.mark.parametrize("file", ["serving/seams.py", "serving/__init__.py"])
+@pytest.mark.parametrize("file", ["serving/seams.py", "serving/patching.py", "serving/__init__.py"])
 def test_seams_do_not_import_vllm_before_they_are_asked(file):
     assert not below(imports(file, lazy=False), "vllm", "torch")
 

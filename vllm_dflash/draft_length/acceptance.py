@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-#: RequestStats of a cell after which what it learned counts half.
+#: Trials of a cell after which what it learned counts half.
 _HALF_LIFE = 150.0
 #: The same inside a request, whose text moves on.
 _REQUEST_HALF_LIFE = 40.0
-#: RequestStats that the running average counts for against those of one request.
+#: Trials that the running average counts for against those of one request.
 _REQUEST_PRIOR = 6.0
 #: Offsets of requests unlike all that were seen lately, and how likely one is beside a kind that was seen.
 _STRANGERS, _RARITY = (-3.0, 3.0), 0.25

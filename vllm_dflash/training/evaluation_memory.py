@@ -78,10 +78,7 @@ def plan_evaluation(
         card: bytes of one GPU.
     """
     card = int(card * (1 - SPARE))
-    numbers = drafter_parameters(drafter)
-    layers = drafter.num_hidden_layers
-    total = numbers["fc"] + layers * numbers["layer"] + numbers["vocabulary"]
-    total += 2 * drafter.hidden_size
+    total = drafter_parameters(drafter)["all"]
 
     def plan(sizes: VerifierSizes = sizes, engine: EngineOptions = engine) -> MemoryPlan:
         itemsize = verifier_itemsize(engine)
@@ -91,7 +88,7 @@ def plan_evaluation(
             ("drafter: as it is served, and its drafts", total * itemsize
              + acceptance_memory(drafter, num_draft_tokens, engine.max_len, itemsize)),
         ]  # fmt: skip
-        seat = (layers, num_draft_tokens)
+        seat = (drafter.num_hidden_layers, num_draft_tokens)
         return share_card(text, sizes, drafter, engine, card, rows, seat, sequences=1)
 
     def least(**changes: Any) -> int:

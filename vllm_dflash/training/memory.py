@@ -59,18 +59,21 @@ class LearnerMemory:
 
 
 def drafter_parameters(config: DrafterConfig) -> dict[str, int]:
-    """Numbers of parameters: ``fc``, ``layer`` (one layer's), ``matrices`` of a layer, ``vocabulary``."""
+    """Numbers of parameters: ``fc``, ``layer`` (one layer's), ``matrices`` of a layer, ``vocabulary``, and
+    ``all`` of the drafter's."""
     hidden, dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     matrices = hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     bias = (queries + 2 * keys + hidden) if config.attention_bias else 0
     own = config.vocab_size + config.logits_vocab_size if config.has_own_vocab_weights else 0
-    return {
+    numbers = {
         "fc": config.num_features * hidden,
         "layer": matrices + bias + 2 * hidden + 2 * dim,
         "matrices": matrices,
         "vocabulary": own * hidden,
     }
+    layers = config.num_hidden_layers * numbers["layer"]
+    return {**numbers, "all": numbers["fc"] + layers + numbers["vocabulary"] + 2 * hidden}
 
 
 def learner_memory(
@@ -84,7 +87,7 @@ def learner_memory(
     """Follows a step over sequences of ``max_len`` tokens with their anchors at the end: the worst case."""
     numbers = drafter_parameters(config)
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    total = numbers["fc"] + layers * numbers["layer"] + numbers["vocabulary"] + 2 * hidden
+    total = numbers["all"]
     frozen = layers * config.head_dim  # k_norm's weights are not trained
     matrices = layers * numbers["matrices"] + numbers["fc"]
     moments = max(_moments(config, hparams.optimizer, ranks))

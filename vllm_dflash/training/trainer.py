@@ -14,19 +14,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import (
-    TRAINING_FILE,
-)
+from vllm_dflash.checkpoint import TRAINING_FILE
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.environment import versions
 from vllm_dflash.files import ANY_FILES, claim_file, claim_folder, mark_folder, writing
 from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
 from vllm_dflash.renamed import run_config
-from vllm_dflash.training.config import (
-    StepLayout,
-    TrainConfig,
-)
+from vllm_dflash.training.config import StepLayout, TrainConfig
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.curves import draw_curves
 from vllm_dflash.training.engine import (
