@@ -27,6 +27,8 @@ _PROBES_OWED = 2
 _PROBES_KEPT = 6
 #: Drafts of a step that are learned from; of more each has its turn in one of two steps, of three, ...
 _TAUGHT = 64
+#: Requests that are learned from one by one, which is faster than arrays for so few.
+_FEW = 2
 #: Weight of a new observation in what uneven batches cost more.
 _UNEVEN_RATE = 0.1
 #: What is left of it after a step without one, so that it is looked at again.
@@ -257,7 +259,12 @@ class SchedulerPolicy:
         turns = -(-len(drafted) // _TAUGHT)
         turn = slice(self.counters.steps % turns, None, turns)
         ids = [requests[i] for i in drafted[turn].tolist()]
-        self.by_position.observe_batch(tried_B[turn], accepted_B[turn], ids)
+        tried_B, accepted_B = tried_B[turn], accepted_B[turn]
+        if len(ids) > _FEW:
+            self.by_position.observe_batch(tried_B, accepted_B, ids)
+            return
+        for name, tried, right in zip(ids, tried_B.tolist(), accepted_B.tolist(), strict=True):
+            self.by_position.observe(np.arange(tried), right, name)
 
     def observe_step(
         self,
