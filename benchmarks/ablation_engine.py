@@ -32,17 +32,29 @@ ROOT = Path(__file__).resolve().parents[1]
 #: By name: the file, a piece of it, and what stands there instead.
 SWITCHES: dict[str, list[tuple[str, str, str]]] = {
     "context-at-once": [
-        ("serving/deferred_context.py", "at_once or config.kv_transfer_config is not None", "True")
+        (
+            "serving/worker/v1/deferred_context.py",
+            "at_once or config.kv_transfer_config is not None",
+            "True",
+        )
     ],
     "no-standing-decision": [("draft_length/explore.py", "self._left >= 0", "False")],
     "no-plain-steps": [
-        ("serving/draft_length.py", "if self._group is None:\n            # Ranks", "if False:\n#")
+        (
+            "serving/worker/v1/draft_controller.py",
+            "if self._group is None:\n            # Ranks",
+            "if False:\n#",
+        )
     ],
     "rejection-sampler": [
-        ("serving/draft_length.py", "        skip_rejection_sampling(proposer.runner)\n", "")
+        (
+            "serving/worker/v1/draft_controller.py",
+            "        skip_rejection_sampling(proposer.runner)\n",
+            "",
+        )
     ],
     "drafts-asked-for": [
-        ("serving/draft_length.py", "        send_with_output(proposer.runner)\n", "")
+        ("serving/worker/v1/draft_controller.py", "        send_with_output(proposer.runner)\n", "")
     ],
     "no-confidence": [
         ("draft_length/worker_policy.py", "known.trials >= _ENOUGH and", "False and"),

@@ -4,8 +4,8 @@
 
 Steps of a model scheduler, whose drafts are accepted with probability 0.8: no engine, no model. Counted is
 the CPU time of the thread in a step: ``policy_ms`` in the policy alone (decisions and learning), ``ms`` in
-everything that :class:`~vllm_dflash.serving.scheduler.EngineLengths` does around it. With ``--before`` the
-package of that revision takes turns with this one, each round in a fresh process.
+everything that ``serving.engine_core.scheduler.EngineLengths`` does around it. With ``--before`` the package
+of that revision takes turns with this one, each round in a fresh process.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measure(num_requests: int) -> dict[str, float]:
 
 def run(num_requests: int, policy_alone: bool) -> float:
     from vllm_dflash.draft_length.cost import StepCost
-    from vllm_dflash.serving.scheduler import EngineLengths
+    from vllm_dflash.serving.engine_core.scheduler import EngineLengths
 
     cost = StepCost(
         [1, 256, 8192], [6e-3, 8e-3, 0.12], draft=(1e-3, 2e-6), per_context=1e-9, max_tokens=8192

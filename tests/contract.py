@@ -34,42 +34,42 @@ _IMPL = "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl"
 _PARAMETERS = "parameters of "
 #: File, or file:function -> expressions there (``[]``: an item of) -> what they are in vLLM.
 ROLES: dict[str, dict[str, str]] = {
-    "serving/adapter.py": {"vllm_config": "vllm.config.VllmConfig"},
-    "serving/block_inputs.py": {
+    "serving/worker/features/layer_hooks.py": {"vllm_config": "vllm.config.VllmConfig"},
+    "serving/worker/v1/block_inputs.py": {
         "proposer": _PROPOSER, "metadata": _METADATA, "type()": _METADATA,
     },
-    "serving/context_kv.py": {
+    "serving/worker/context_kv.py": {
         "self.model": _DRAFT_MODEL, "model": _DRAFT_MODEL, "impl": _IMPL,
         "attn": "vllm.model_executor.layers.attention.Attention",
         "attn.impl": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
     },
-    "serving/cpu_recurrent.py": {
+    "serving/worker/cpu_recurrent.py": {
         "layer": "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention",
         "metadata": "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata",
         "original": "vllm.model_executor.layers.mamba.mamba_mixer2.selective_state_update",
     },
-    "serving/deferred_context.py": {
+    "serving/worker/v1/deferred_context.py": {
         "metadata": _METADATA, "scheduler_output": _OUTPUT,
     },
-    "serving/draft_length.py": {"runner": _RUNNER, "metadata": _METADATA},
+    "serving/worker/v1/draft_controller.py": {"runner": _RUNNER, "metadata": _METADATA},
     "serving/verified.py": {"scheduler": _SCHEDULER},
     "serving/draft_return.py": {"runner": _RUNNER},
-    "serving/runner_v1.py": {
+    "serving/worker/v1/model_runner.py": {
         "self": _RUNNER, "output": _OUTPUT, "batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
     },
-    "serving/runner_v1.py:_prepare_inputs": {
+    "serving/worker/v1/model_runner.py:_prepare_inputs": {
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
     },
-    "serving/runner_v1.py:propose_draft_token_ids": {
+    "serving/worker/v1/model_runner.py:propose_draft_token_ids": {
         "given": f"{_PARAMETERS}{_RUNNER}.propose_draft_token_ids",
     },
-    "serving/runner_v2.py": {"scheduler_output": _OUTPUT},
-    "serving/engine_core.py": {
+    "serving/worker/v2/model_runner.py": {"scheduler_output": _OUTPUT},
+    "serving/engine_core/start.py": {
         "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
     },
-    "serving/engine_core.py:_initialize_kv_caches": {"self": "vllm.v1.engine.core.EngineCore"},
-    "serving/engine_core.py:init": {"self": _SCHEDULER},
-    "serving/worker_start.py": {"worker": "vllm.v1.worker.gpu_worker.Worker"},
+    "serving/engine_core/start.py:_initialize_kv_caches": {"self": "vllm.v1.engine.core.EngineCore"},
+    "serving/engine_core/start.py:init": {"self": _SCHEDULER},
+    "serving/worker/start.py": {"worker": "vllm.v1.worker.gpu_worker.Worker"},
     "serving/support.py": {
         "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
         "draft": _MODEL_CONFIG,
@@ -79,80 +79,82 @@ ROLES: dict[str, dict[str, str]] = {
         "draft": _MODEL_CONFIG, "request": _REQUEST, "self": _SCHEDULER, "scheduler": _SCHEDULER,
         "vllm_config": "vllm.config.VllmConfig", "params": "vllm.sampling_params.SamplingParams",
     },
-    "serving/sampler_v1.py": {
+    "serving/worker/v1/sampler.py": {
         "runner": _RUNNER,
         "runner.input_batch": "vllm.v1.worker.gpu_input_batch.InputBatch",
         "sampler": "vllm.v1.sample.sampler.Sampler",
         "sampling_metadata": "vllm.v1.sample.metadata.SamplingMetadata",
         "metadata": "vllm.v1.spec_decode.metadata.SpecDecodeMetadata",
     },
-    "serving/thinking_budget.py:_move_on": {
+    "serving/worker/v1/thinking_budget.py:_move_on": {
         "self": "vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder",
     },
-    "serving/drafter_model.py": {
+    "serving/worker/drafter_model.py": {
         "vllm_config": "vllm.config.VllmConfig",
         "shared": "vllm.lora.layers.VocabParallelEmbeddingWithLoRA",
     },
-    "serving/graphs.py": {"module": _GRAPHS, "config": "vllm.config.VllmConfig"},
-    "serving/graphs.py:_init_candidates": {"self": f"{_GRAPHS}.ModelCudaGraphManager"},
-    "serving/kv_groups.py": {
+    "serving/worker/v2/cudagraphs.py": {"module": _GRAPHS, "config": "vllm.config.VllmConfig"},
+    "serving/worker/v2/cudagraphs.py:_init_candidates": {"self": f"{_GRAPHS}.ModelCudaGraphManager"},
+    "serving/worker/v1/kv_groups.py": {
         "runner": _RUNNER, "metadata": _METADATA, "block": _METADATA, "common": _METADATA,
         "runner.input_batch.block_table[]": "vllm.v1.worker.block_table.BlockTable",
         "group.attention": "vllm.v1.worker.utils.AttentionGroup",
     },
-    "serving/metrics.py": {
+    "serving/frontend/metrics.py": {
         "base": "vllm.v1.spec_decode.metrics.SpecDecodingProm",
         "speculative_config": "vllm.config.SpeculativeConfig",
         "spec_decoding_stats": "vllm.v1.spec_decode.metrics.SpecDecodingStats",
         "stats": "vllm.v1.spec_decode.metrics.SpecDecodingStats",
     },
-    "serving/probe.py": {"vllm_config": "vllm.config.VllmConfig"},
-    "serving/proposer_v1.py": {
+    "serving/worker/features/probe.py": {"vllm_config": "vllm.config.VllmConfig"},
+    "serving/worker/v1/proposer.py": {
         "vllm_config": "vllm.config.VllmConfig", "self.runner": _RUNNER, "inner": _DRAFT_MODEL,
         "self.model": "vllm.model_executor.models.qwen3_dflash.DFlashQwen3ForCausalLM",
         "kv_cache_config": "vllm.v1.kv_cache_interface.KVCacheConfig",
         "cache_group": "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
     },
-    "serving/proposer_v1.py:propose": {"kwargs": f"{_PARAMETERS}{_PROPOSER}.propose"},
-    "serving/calibration.py:_run": {"runner": _RUNNER_V2},
-    "serving/calibration.py:costs_file": {"vllm_config": "vllm.config.VllmConfig"},
-    "serving/scheduler.py": {
+    "serving/worker/v1/proposer.py:propose": {"kwargs": f"{_PARAMETERS}{_PROPOSER}.propose"},
+    "serving/worker/calibration.py:_run": {"runner": _RUNNER_V2},
+    "serving/worker/calibration.py:costs_file": {"vllm_config": "vllm.config.VllmConfig"},
+    "serving/engine_core/scheduler.py": {
         "vllm_config": "vllm.config.VllmConfig", "scheduler": _SCHEDULER, "self.scheduler": _SCHEDULER,
         "cls": _SCHEDULER, "request": _REQUEST, "r": _REQUEST, "output": _OUTPUT,
         "result": "vllm.v1.outputs.ModelRunnerOutput", "scheduler_output": _OUTPUT,
     },
-    "serving/speculative_config.py": {
+    "serving/frontend/speculative_config.py": {
         "self": "vllm.EngineArgs", "engine_args": "vllm.EngineArgs",
         "target_model_config": _MODEL_CONFIG, "verifier": _MODEL_CONFIG,
     },
-    "serving/speculator_v2.py": {
+    "serving/worker/v2/speculator.py": {
         "cls": _SPECULATOR, "speculator": _SPECULATOR, "inner": _DRAFT_MODEL,
         "vllm_config": "vllm.config.VllmConfig", "batch": "vllm.v1.worker.gpu.input_batch.InputBatch",
     },
-    "serving/speculator_v2.py:propose": {"given": f"{_PARAMETERS}{_SPECULATOR}.propose"},
-    "serving/speculator_v2.py:prepare_dflash_inputs": {
+    "serving/worker/v2/speculator.py:propose": {"given": f"{_PARAMETERS}{_SPECULATOR}.propose"},
+    "serving/worker/v2/speculator.py:prepare_dflash_inputs": {
         "given": f"{_PARAMETERS}{_V2}.prepare_dflash_inputs",
     },
-    "serving/speculator_v2.py:_build_block": {
+    "serving/worker/v2/speculator.py:_build_block": {
         "given": f"{_PARAMETERS}{_V2}.prepare_dflash_inputs",
         "tables": "vllm.v1.worker.gpu.block_table.BlockTables",
     },
-    "serving/tap.py": {
+    "serving/worker/features/tap.py": {
         "vllm_config": "vllm.config.VllmConfig",
         "inner[]": "vllm.model_executor.models.interfaces.EagleModelMixin",
     },
-    "serving/tap.py:_tap_layer": {"self": "vllm.model_executor.models.interfaces.EagleModelMixin"},
+    "serving/worker/features/tap.py:_tap_layer": {
+        "self": "vllm.model_executor.models.interfaces.EagleModelMixin"
+    },
     "serving/draft_stats.py:make_stats": {
         "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
     },
-    "serving/verifier.py:_check": {
+    "serving/worker/features/verifier.py:_check": {
         "processor": "vllm.model_executor.layers.logits_processor.LogitsProcessor",
     },
-    "serving/verifier.py:_unsharded": {
+    "serving/worker/features/verifier.py:_unsharded": {
         "module": "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
         "group": "vllm.distributed.parallel_state.GroupCoordinator",
     },
-    "serving/verifier.py:execute_model": {"self": _RUNNER_V2},
+    "serving/worker/features/verifier.py:execute_model": {"self": _RUNNER_V2},
     "training/worker.py": {"self": "vllm.v1.worker.gpu_worker.Worker"},
     "training/session.py": {"runner": _RUNNER},
     "training/engine.py": {
@@ -175,11 +177,11 @@ ROLES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 #: What no expression of ours shows: paths that must be there, and why.
 BY_HAND = {
-    # serving/context_kv.py knows the layout of their caches by the class's name.
-    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl": "serving/context_kv.py: _PAGED",
-    "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl": "serving/context_kv.py: _PAGED",
-    "vllm.v1.attention.backends.flashinfer.FlashInferImpl": "serving/context_kv.py: _PAGED",
-    "vllm.config.SpeculativeConfig.num_speculative_tokens": "serving/speculative_config.py",
+    # serving/worker/context_kv.py knows the layout of their caches by the class's name.
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl": "serving/worker/context_kv.py: _PAGED",
+    "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl": "serving/worker/context_kv.py: _PAGED",
+    "vllm.v1.attention.backends.flashinfer.FlashInferImpl": "serving/worker/context_kv.py: _PAGED",
+    "vllm.config.SpeculativeConfig.num_speculative_tokens": "serving/frontend/speculative_config.py",
 }
 #: Attributes that vLLM sets on whatever class, with the module that does: an identifier in it.
 MENTIONED = {
@@ -308,17 +310,17 @@ class Contract:
             self.add(Requirement("name", path), reason)
         for path, names in MENTIONED.items():
             self.add(Requirement("mentions", path, names), "by hand")
-        file = "serving/speculator_v2.py"
+        file = "serving/worker/v2/speculator.py"
         order = _literal(package / file, "_PREPARE_PARAMETERS")
         self.add(Requirement("prefix", f"{_V2}.prepare_dflash_inputs", order), file)
         self.add(Requirement("call", f"{_SPECULATOR}.propose", ("is_profile",), 0, True), file)
-        file = "serving/adapter.py"
+        file = "serving/worker/features/layer_hooks.py"
         made = _function(package / file, "_interface")
         given = sorted({k for n in ast.walk(made) if isinstance(n, ast.Dict) for k in _keys(n)})
         interface = "vllm.model_executor.models.interfaces.SupportsEagle3"
         self.add(Requirement("members", interface, tuple(given)), file)
         # Our propose reads its arguments by name.
-        file = "serving/proposer_v1.py"
+        file = "serving/worker/v1/proposer.py"
         reads = sorted(
             n.slice.value
             for n in ast.walk(_function(package / file, "propose"))

@@ -32,7 +32,7 @@ class Recorder:
     def __init__(self) -> None:
         from vllm.v1.worker import gpu_model_runner
 
-        from vllm_dflash.serving.features import FeatureRecorder
+        from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
 
         self.features = FeatureRecorder()
         self.drafts: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def schedule_asynchronously() -> None:
 def fixed_costs(step: float, token: float, draft: float) -> None:
     """What dummy steps would say, without the minutes that interpreted ones take."""
     from vllm_dflash.draft_length.cost import StepCost
-    from vllm_dflash.serving import calibration
+    from vllm_dflash.serving.worker import calibration
 
     def measured(*args):
         return StepCost([1, 64], [step, step + 63 * token], draft=(draft, 0.0))
@@ -187,7 +187,7 @@ class RecorderV2:
     def __init__(self) -> None:
         from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-        from vllm_dflash.serving.features import FeatureRecorder
+        from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
 
         self.features = FeatureRecorder()
         self.drafts: list[dict[str, Any]] = []

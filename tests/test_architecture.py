@@ -90,6 +90,12 @@ def test_serving_does_not_load_training_by_itself(file):
     assert not below(imports(file, lazy=False), "vllm_dflash.training", "vllm_dflash.bench")
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("serving/worker/v")])
+def test_the_two_runners_do_not_know_one_another(file):
+    other = {"v1": "v2", "v2": "v1"}[file.split("/")[2]]
+    assert not below(imports(file, lazy=True), f"vllm_dflash.serving.worker.{other}")
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_unpickles(file):
     """But for the mask token's own embedding, which vLLM reads from a .pt: as tensors, without code."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dflash.serving.kv_groups import KVGroups
+from vllm_dflash.serving.worker.v1.kv_groups import KVGroups
 
 K, BLOCK, LENGTH, REQUESTS, TOKENS = 5, 16, 256, 8, 128
 MASK = 42
@@ -76,7 +76,7 @@ def test_equal_to_vllms(lens, rejected, plain) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.spec_decode.dflash import DFlashProposer as Stock
 
-    from vllm_dflash.serving.block_inputs import BlockInputs
+    from vllm_dflash.serving.worker.v1.block_inputs import BlockInputs
 
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
@@ -116,7 +116,7 @@ def test_equal_to_vllms(lens, rejected, plain) -> None:
 @pytest.mark.parametrize("rows", [[1], [0, 2], [2]])
 def test_blocks_of_some_requests(rows) -> None:
     """As if the batch had only those; the context's slots are those of all."""
-    from vllm_dflash.serving.block_inputs import BlockInputs
+    from vllm_dflash.serving.worker.v1.block_inputs import BlockInputs
 
     lens, seq_lens, rejected = [40, 6, 1], [40, 17, 23], torch.tensor([0, 5, 0])
     positions = torch.cat([torch.arange(s - n, s) for s, n in zip(seq_lens, lens, strict=True)])
@@ -146,7 +146,7 @@ def test_blocks_of_some_requests(rows) -> None:
 
 def test_rows_of_mrope_and_the_end_of_the_model() -> None:
     """M-RoPE positions have three equal rows for text; slots stop at the longest sequence allowed."""
-    from vllm_dflash.serving.block_inputs import BlockInputs
+    from vllm_dflash.serving.worker.v1.block_inputs import BlockInputs
 
     proposer = make_proposer()
     positions = torch.arange(LENGTH - 4, LENGTH - 1)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_dflash.serving import calibration, worker_start
+from vllm_dflash.serving.worker import calibration
+from vllm_dflash.serving.worker import start as worker_start
 
 SEQUENCES = 16
 

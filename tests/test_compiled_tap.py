@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vllm_dflash.serving.tap import FeatureTap, write_features
+from vllm_dflash.serving.worker.features.tap import FeatureTap, write_features
 
 pytestmark = pytest.mark.long
 T, H, LAYERS, TAPPED = 24, 64, 3, (0, 1)

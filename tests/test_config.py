@@ -23,7 +23,7 @@ from vllm_dflash.config import (
     target_layer_id,
 )
 from vllm_dflash.config_formats import AmbiguousConfig, UnsupportedDrafter
-from vllm_dflash.serving.speculative_config import mend_causality
+from vllm_dflash.serving.frontend.speculative_config import mend_causality
 
 PUBLIC = Path(__file__).with_name("public_drafters")
 #: Public drafters that are not plain DFlash, and the word that names them.

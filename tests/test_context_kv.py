@@ -65,7 +65,7 @@ def make_model(
     for name in ("_project_context_kv", "precompute_and_store_context_kv"):
         setattr(model, name, MethodType(getattr(Stock, name), model))
     # vLLM's CPU kernel norms all layers with the first one's weight; see drafter_model.py.
-    from vllm_dflash.serving.drafter_model import DrafterLayers
+    from vllm_dflash.serving.worker.drafter_model import DrafterLayers
 
     model._normalize_context_k = MethodType(DrafterLayers._normalize_context_k, model)
     return model
@@ -77,7 +77,7 @@ def make_model(
 @pytest.mark.parametrize("writer", [Writer, FlashAttentionImpl], ids=["by vLLM", "paged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_to_vllms(dtype, writer, is_neox, v_scale, slots) -> None:
-    from vllm_dflash.serving.context_kv import ContextKV
+    from vllm_dflash.serving.worker.context_kv import ContextKV
 
     stock, ours = (make_model(dtype, writer, v_scale, is_neox) for _ in range(2))
     states = torch.randn(11, HIDDEN).to(dtype)
@@ -100,7 +100,7 @@ def test_equal_to_vllms(dtype, writer, is_neox, v_scale, slots) -> None:
 
 
 def test_memory_profiling_writes_nothing() -> None:
-    from vllm_dflash.serving.context_kv import ContextKV
+    from vllm_dflash.serving.worker.context_kv import ContextKV
 
     model = make_model(torch.float32, Writer)
     kv = ContextKV(model)
@@ -112,7 +112,7 @@ def test_memory_profiling_writes_nothing() -> None:
 
 def test_a_cache_that_is_bound_later_is_seen() -> None:
     """vLLM allocates the cache after the first (profiling) calls, and may do so again."""
-    from vllm_dflash.serving.context_kv import ContextKV
+    from vllm_dflash.serving.worker.context_kv import ContextKV
 
     model = make_model(torch.float32, FlashAttentionImpl)
     kv = ContextKV(model)
@@ -128,7 +128,7 @@ def test_a_cache_that_is_bound_later_is_seen() -> None:
 
 def test_other_layouts_are_left_to_vllm() -> None:
     """A cache that is not laid out as known goes through the backend's own writer."""
-    from vllm_dflash.serving.context_kv import ContextKV
+    from vllm_dflash.serving.worker.context_kv import ContextKV
 
     model = make_model(torch.float32, FlashAttentionImpl)
     model._attn_layers[1].impl.kv_sharing_target_layer_name = "model.layers.0"
@@ -140,7 +140,7 @@ def test_a_cache_that_vllm_drops_is_freed() -> None:
     """vLLM profiles CUDA graphs with a cache of its own and gives it back before the real one is made."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_dflash.serving.context_kv import ContextKV
+    from vllm_dflash.serving.worker.context_kv import ContextKV
 
     model = make_model(torch.float32, FlashAttentionImpl)
     kv = ContextKV(model)
@@ -155,7 +155,7 @@ def test_a_cache_that_vllm_drops_is_freed() -> None:
 
 def test_scales_are_those_of_the_moment() -> None:
     """With --calculate-kv-scales vLLM sets them by the first request, after dummy steps have run."""
-    from vllm_dflash.serving.context_kv import ContextKV
+    from vllm_dflash.serving.worker.context_kv import ContextKV
 
     model = make_model(torch.float32, FlashAttentionImpl)
     for attn in model._attn_layers:

@@ -9,8 +9,8 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_dflash import ops
-from vllm_dflash.serving import deferred_context
-from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving.worker.v1 import deferred_context
+from vllm_dflash.serving.worker.v1.deferred_context import DeferredContext
 
 BLOCK = 4
 

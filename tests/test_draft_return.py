@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
 from vllm_dflash.serving import draft_return
-from vllm_dflash.serving.runner_v1 import drafting_runner
+from vllm_dflash.serving.worker.v1.model_runner import drafting_runner
 
 
 class Runner:

@@ -7,7 +7,7 @@ from html import unescape
 
 import tiny
 
-from vllm_dflash.serving.chat import token_texts
+from vllm_dflash.serving.frontend.chat import token_texts
 from vllm_dflash.training.drafts_page import is_page, write_page
 from vllm_dflash.training.tokenization import Example
 

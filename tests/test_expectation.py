@@ -22,7 +22,7 @@ from vllm_dflash.modeling.acceptance import Acceptance, full_length_tau, rates
 from vllm_dflash.serving import expectation
 from vllm_dflash.serving.draft_stats import DraftStats, figures
 from vllm_dflash.serving.expectation import AcceptanceWatch, read_expectation
-from vllm_dflash.serving.metrics import AcceptanceCollector
+from vllm_dflash.serving.frontend.metrics import AcceptanceCollector
 
 RATES = [0.8, 0.7, 0.6]
 

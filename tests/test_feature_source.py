@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("vllm")
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_dflash.serving.feature_source import FeatureSource, feature_source
-from vllm_dflash.serving.proposer_v1 import Proposer
-from vllm_dflash.serving.speculator_v2 import observed
+from vllm_dflash.serving.worker.features.source import FeatureSource, feature_source
+from vllm_dflash.serving.worker.v1.proposer import Proposer
+from vllm_dflash.serving.worker.v2.speculator import observed
 
 
 class Speculator:

@@ -11,8 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder, check_features
-from vllm_dflash.serving.verifier import FinalStates
+from vllm_dflash.serving.worker.features.recorder import (
+    BrokenFeatures,
+    FeatureRecorder,
+    check_features,
+)
+from vllm_dflash.serving.worker.features.verifier import FinalStates
 
 WIDTH = 3
 

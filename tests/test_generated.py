@@ -16,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from vllm_dflash.serving.features import FeatureRecorder
+from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
 from vllm_dflash.training.config import TrainConfig
 from vllm_dflash.training.feature_store import FeatureStore
 from vllm_dflash.training.generated import GeneratedFeatures, ReadFeatures

@@ -11,7 +11,7 @@ import torch
 from test_context_kv import FlashAttentionImpl
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_dflash.serving.context_kv import _paged_views
+from vllm_dflash.serving.worker.context_kv import _paged_views
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_ops

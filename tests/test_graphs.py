@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_dflash.serving import support
-from vllm_dflash.serving.graphs import wrap_init_candidates
+from vllm_dflash.serving.worker.v2.cudagraphs import wrap_init_candidates
 
 K = 7
 

@@ -91,7 +91,7 @@ def ours(trained, prompts, folder) -> dict[str, Any]:
     """The same runs with our drafter."""
     engine = {"model": str(trained.verifier), **ENGINE, "speculative_config": speculative(trained)}
     out = tiny.engine_job(job(engine, cases(prompts), random=False), folder)
-    assert out["proposer"] == "vllm_dflash.serving.proposer_v1.Proposer"
+    assert out["proposer"] == "vllm_dflash.serving.worker.v1.proposer.Proposer"
     assert out["drafter_model"] == "DrafterModel"
     return out["runs"]
 

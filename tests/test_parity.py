@@ -96,7 +96,7 @@ class Reference:
         own = self.drafter.state_dict()
         self.drafter.load_state_dict({n: weights[n].float() for n in own})
         if first_k_norm:
-            # What vLLM's own drafter does on the CPU: see serving/drafter_model.py.
+            # What vLLM's own drafter does on the CPU: see serving/worker/drafter_model.py.
             first = self.drafter.layers[0].self_attn.k_norm.weight
             for layer in self.drafter.layers[1:]:
                 norms_of_context(layer.self_attn, first)
@@ -352,7 +352,7 @@ def test_mixed_layers_without_the_ops(verifier, prompts, folder) -> None:
 
 @pytest.mark.slow
 def test_stock_vllm_norms_all_layers_like_the_first(verifier, prompts, folder) -> None:
-    """What serving/drafter_model.py mends: vLLM's CPU kernel takes the first k_norm for all layers.
+    """What serving/worker/drafter_model.py mends: vLLM's CPU kernel takes the first k_norm for all layers.
 
     Also shows that the comparison of this file can fail. When vLLM mends it, this test says so.
     """

@@ -10,7 +10,7 @@ import torch
 
 from vllm_dflash import ops
 from vllm_dflash.serving.draft_limits import position_limit, rotary_positions
-from vllm_dflash.serving.drafter_model import _without
+from vllm_dflash.serving.worker.drafter_model import _without
 from vllm_dflash.training.config import EngineOptions
 from vllm_dflash.training.engine import fit_max_len
 

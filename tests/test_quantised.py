@@ -13,7 +13,7 @@ import torch
 from test_parity import drafted
 from verifiers import reference
 
-from vllm_dflash.serving.verifier import shared_weights
+from vllm_dflash.serving.worker.features.verifier import shared_weights
 
 DTYPE = "bfloat16"  # what vLLM's quantised CPU kernels know
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dflash.serving.runner_v1 import drafting_runner
 from vllm_dflash.serving.verified import Sent
+from vllm_dflash.serving.worker.v1.model_runner import drafting_runner
 
 
 class Runner:

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.serving import engine_core, speculative_config, support
+from vllm_dflash.serving import support
+from vllm_dflash.serving.engine_core import start as engine_core
+from vllm_dflash.serving.frontend import speculative_config
 
 
 @pytest.fixture

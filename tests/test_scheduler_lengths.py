@@ -83,7 +83,7 @@ def test_lengths_and_pauses_change_nothing(
     )
     assert out["batches"] == 1 + asynchronous
     name = "AsyncScheduler" if asynchronous else "Scheduler"
-    assert out["scheduler"] == f"vllm_dflash.serving.scheduler.{name}"
+    assert out["scheduler"] == f"vllm_dflash.serving.engine_core.scheduler.{name}"
     assert token_ids(out) == plain
     figures = out["lengths"]
     assert figures["steps"] > 15

@@ -22,11 +22,11 @@ from vllm_dflash.checkpoint import save_drafter
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, ENV_DISABLE, Options
-from vllm_dflash.serving import metrics as serving_metrics
 from vllm_dflash.serving import patching, seams
-from vllm_dflash.serving.metrics import drafter_metrics_class
+from vllm_dflash.serving.frontend import metrics as serving_metrics
+from vllm_dflash.serving.frontend.metrics import drafter_metrics_class
+from vllm_dflash.serving.frontend.speculative_config import wrap_create_speculative_config
 from vllm_dflash.serving.seams import Seam
-from vllm_dflash.serving.speculative_config import wrap_create_speculative_config
 
 # ---- register() ----
 
@@ -107,7 +107,7 @@ def test_in_a_fresh_process():
         import vllm.v1.worker.gpu_model_runner as runner
         import vllm.v1.metrics.loggers as loggers
         from vllm.engine.arg_utils import EngineArgs
-        from vllm_dflash.serving.proposer_v1 import Proposer
+        from vllm_dflash.serving.worker.v1.proposer import Proposer
         from vllm_dflash.serving import patching, seams
         print("RESULT", json.dumps({
             "light": light, "hooks": hooks, "runners": runners,
@@ -139,7 +139,7 @@ def test_in_a_fresh_process():
         "proposer": True,
         "metrics": "DrafterProm",
         "args": True,
-        "architecture": "vllm_dflash.serving.drafter_model",
+        "architecture": "vllm_dflash.serving.worker.drafter_model",
     }
     said = done.stdout + done.stderr
     assert said.count("registered for method dflash") == 1
@@ -909,7 +909,7 @@ def test_the_drafter_checks_values_while_loading():
     """Only the generator is ours; vLLM's loader below it is replaced."""
     from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 
-    from vllm_dflash.serving.drafter_model import DrafterModel
+    from vllm_dflash.serving.worker.drafter_model import DrafterModel
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DFlashQwen3ForCausalLM, "load_weights", lambda self, w: dict(w))

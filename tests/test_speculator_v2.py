@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from vllm_dflash.options import Options
-from vllm_dflash.serving import speculator_v2
-from vllm_dflash.serving.features import FeatureRecorder
-from vllm_dflash.serving.tap import FeatureTap
+from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
+from vllm_dflash.serving.worker.features.tap import FeatureTap
+from vllm_dflash.serving.worker.v2 import speculator as speculator_v2
 
 
 class Plain:
@@ -251,7 +251,7 @@ def test_block_tables_of_another_unit_are_an_error() -> None:
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_draft_vocabulary_is_sampled_inside_itself(greedy) -> None:
     """Not from logits scattered over the verifier's vocabulary, unless they are needed."""
-    from vllm_dflash.serving.drafter_model import DrafterModel
+    from vllm_dflash.serving.worker.drafter_model import DrafterModel
 
     class Sampling(Drafting):
         use_local_argmax_reduction = False

@@ -106,7 +106,7 @@ def test_serving_on_two_ranks(trained, prompts, folder) -> None:
     out = serve(trained.verifier, trained.drafter, prompts, folder)
     for rank in out["ranks"]:
         assert rank == {
-            "proposer": "vllm_dflash.serving.proposer_v1.Proposer",
+            "proposer": "vllm_dflash.serving.worker.v1.proposer.Proposer",
             "tap": True,
             "kv_heads": 1,
             "query_heads": 1,

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
-from vllm_dflash.serving.thinking_budget import ThinkingBudgets
+from vllm_dflash.serving.worker.v1.thinking_budget import ThinkingBudgets
 
 VOCAB = 6
 MOST_DRAFTS = 4

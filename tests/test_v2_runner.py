@@ -97,7 +97,7 @@ def test_drafts_and_outputs(
         dflash_ops=ops,
     )
     assert out["runner"].startswith("vllm.v1.worker.cpu.model_runner")
-    assert out["proposer"] == "vllm_dflash.serving.speculator_v2.DFlashSpeculator"
+    assert out["proposer"] == "vllm_dflash.serving.worker.v2.speculator.DFlashSpeculator"
     assert out["drafter_model"] == "DrafterModel"
     assert out["tap"] == ops
     assert set(out["ops"]) == (set(SCHEMAS) if ops else set())

@@ -18,7 +18,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vllm_dflash.modeling.losses import block_loss
-from vllm_dflash.serving.verifier import VerifierLogits
+from vllm_dflash.serving.worker.features.verifier import VerifierLogits
 
 VOCAB, HIDDEN = 40, 16
 IDS = torch.tensor([1, 2, 7, 30, 39])

@@ -96,7 +96,7 @@ def test_training(model_type, verifier, prompts_file, folder) -> None:
 BROKEN = """
 import sys
 from vllm_dflash import cli
-from vllm_dflash.serving.features import FeatureRecorder
+from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
 
 observe = FeatureRecorder.observe
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_tapped_names_the_way_out() -> None:
 
     from torch import nn
 
-    from vllm_dflash.serving.adapter import adapt_verifier
+    from vllm_dflash.serving.worker.features.layer_hooks import adapt_verifier
 
     def config(layers: int = 4, stages: int = 1, **speculative) -> N:
         return N(

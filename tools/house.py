@@ -19,6 +19,8 @@ PACKAGE = "vllm_dflash"
 ORDER = (
     "__init__", "options", "bounds", "renamed", "settings", "files", "config", "config_formats",
     "checkpoint", "guard", "processes", "environment", "modeling", "draft_length", "ops", "serving",
+    "serving.worker.features", "serving.worker", "serving.worker.v1", "serving.worker.v2",
+    "serving.engine_core", "serving.frontend",
     "verifier", "cpu_dtype", "bench.engine_process", "training", "bench", "plugin", "cli",
 )  # fmt: skip
 #: Arrows that are left out: doors of a class to the files that read and write it, by an import when called.
@@ -46,7 +48,8 @@ class Module:
         self.path = path.relative_to(root).as_posix()
         parts = self.path.removesuffix(".py").removesuffix("/__init__").split("/")
         self.name = ".".join(parts)
-        self.part = self.name if self.name in ORDER else parts[0]
+        above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        self.part = next((name for name in above if name in ORDER), parts[0])
         text = path.read_text()
         self.num_lines, self.tree = text.count("\n"), ast.parse(text)
 

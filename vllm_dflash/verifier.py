@@ -180,7 +180,7 @@ class Verifier:
         """The template that vLLM brings for models of this kind that have none."""
         if importlib.util.find_spec("vllm") is None:
             return None
-        from vllm_dflash.serving.chat import fallback_template
+        from vllm_dflash.serving.frontend.chat import fallback_template
 
         return fallback_template(self.load_config().model_type, self.tokenizer or self.model)
 

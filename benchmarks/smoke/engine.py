@@ -141,7 +141,7 @@ def start(config: dict[str, Any]) -> tuple[Any, dict[str, Any], list[dict[str, A
     if config["plugin"]:
         if config["interpreted"]:
             engine_jobs.fixed_costs(*REHEARSED_COSTS)
-        from vllm_dflash.serving import calibration
+        from vllm_dflash.serving.worker import calibration
 
         measured = calibration.measured
 

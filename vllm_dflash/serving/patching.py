@@ -132,7 +132,9 @@ def install() -> list[str]:
         return missing
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(DRAFTER_ARCH, "vllm_dflash.serving.drafter_model:DrafterModel")
+    ModelRegistry.register_model(
+        DRAFTER_ARCH, "vllm_dflash.serving.worker.drafter_model:DrafterModel"
+    )
     pending: dict[str, list[Seam]] = {}
     for seam in seams:
         module = sys.modules.get(seam.module)

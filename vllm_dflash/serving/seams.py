@@ -85,6 +85,7 @@ class Seam:
 
 
 _OURS = "vllm_dflash.serving."
+_FINAL_STATES = f"{_OURS}worker.features.verifier:keeping_final_states"
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
 _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner."
 _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
@@ -92,7 +93,10 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
 _MAMBA = "vllm.model_executor.layers.mamba"
 _REJECTION = "vllm.v1.sample.rejection_sampler"
 _HYBRIDS = "docs/dev/upstream/hybrids-on-a-cpu.md"
-_RUNNER_V1, _OBSERVED = f"{_OURS}runner_v1:drafting_runner", f"{_OURS}speculator_v2:observed"
+_RUNNER_V1, _OBSERVED = (
+    f"{_OURS}worker.v1.model_runner:drafting_runner",
+    f"{_OURS}worker.v2.speculator:observed",
+)
 
 
 def _seams(
@@ -118,7 +122,7 @@ def _seams(
 SEAMS = (
     # ---- front end and configuration ----
     *_seams("vllm.engine.arg_utils:EngineArgs.", "create_speculative_config(target_model_config)",
-        f"{_OURS}speculative_config:wrap_create_speculative_config", FRONT_END,
+        f"{_OURS}frontend.speculative_config:wrap_create_speculative_config", FRONT_END,
         "dflash_* options, draft length from the checkpoint, drafter and verifier compared before loading"),
     *_seams("vllm.config.vllm:VllmConfig.", "_dflash_needs_multi_kv_group(self)",
         f"{_OURS}support:serve_several_kv_groups", "all processes",
@@ -126,7 +130,7 @@ SEAMS = (
         "vLLM issue 50710, PR 47914 (V2 only)", V1_GONE),
     *_seams("vllm.v1.metrics.loggers:PrometheusStatLogger.",
         "_spec_decoding_cls(speculative_config, labelnames, per_engine_labelvalues)",
-        f"{_OURS}metrics:drafter_metrics_class", FRONT_END,
+        f"{_OURS}frontend.metrics:drafter_metrics_class", FRONT_END,
         "drafter name, tau and chosen lengths in /metrics; a stat_logger_plugins entry point would switch "
         "statistics on in every server"),
     *_seams("vllm.v1.engine.output_processor:OutputProcessor.", "process_outputs(engine_core_outputs)",
@@ -134,11 +138,11 @@ SEAMS = (
         "the tokens of each step of a request, which a client can get joined", when="object"),
     # ---- engine core ----
     *_seams("vllm.v1.engine.core:EngineCore.", "_initialize_kv_caches(vllm_config)",
-        f"{_OURS}engine_core:wrap_initialize_kv_caches", ENGINE_CORE,
+        f"{_OURS}engine_core.start:wrap_initialize_kv_caches", ENGINE_CORE,
         "once the workers are warm: what steps cost there, asked for by collective_rpc. Not __init__, inside "
         "which vLLM loads plugins"),
     *_seams(_SCHEDULER, "__init__(vllm_config, kv_cache_config)",
-        f"{_OURS}engine_core:wrap_scheduler_init", ENGINE_CORE,
+        f"{_OURS}engine_core.start:wrap_scheduler_init", ENGINE_CORE,
         "the scheduler's class becomes a subclass, by the rows below; scheduler_cls is the user's"),
     *_seams(_SCHEDULER, "add_request(request); schedule; _update_after_schedule(scheduler_output); "
         "update_draft_token_ids(draft_token_ids)",
@@ -149,7 +153,7 @@ SEAMS = (
         "what is for faults: when those are mended", "class"),
     *_seams(_SCHEDULER, "schedule; _update_after_schedule(scheduler_output); "
         "update_from_output(scheduler_output, model_runner_output); update_draft_token_ids(draft_token_ids)",
-        f"{_OURS}scheduler:choosing", ENGINE_CORE,
+        f"{_OURS}engine_core.scheduler:choosing", ENGINE_CORE,
         "draft lengths and draft passes that the scheduler chooses",
         "vLLM PR 32374 has a table by batch size", when="class"),
     *_seams(_SCHEDULER, "update_draft_token_ids(draft_token_ids); make_spec_decoding_stats("
@@ -163,39 +167,39 @@ SEAMS = (
         f"{_OURS}draft_return:answer_from_output", ENGINE_CORE, "as above", until=V1_GONE),
     # ---- worker ----
     *_seams("vllm.v1.worker.gpu_worker:Worker.", "compile_or_warm_up_model(self)",
-        f"{_OURS}worker_start:wrap_warm_up", WORKER,
+        f"{_OURS}worker.start:wrap_warm_up", WORKER,
         "measures what steps cost, once the engine can run them and before vLLM watches for compilation"),
     *_seams("vllm.v1.worker.cpu_worker:CPUWorker.", "compile_or_warm_up_model(self)",
-        f"{_OURS}worker_start:wrap_warm_up", WORKER, "as above"),
+        f"{_OURS}worker.start:wrap_warm_up", WORKER, "as above"),
     *_seams("vllm.v1.worker.gpu_worker:Worker.", "_maybe_activate_jit_monitor",
-        f"{_OURS}worker_start:wrap_warm_up", WORKER,
+        f"{_OURS}worker.start:wrap_warm_up", WORKER,
         "the moment before that watch begins, while the warm-up runs", when="object"),
     *_seams("vllm.model_executor.models.interfaces:EagleModelMixin.",
         "_maybe_add_hidden_state(aux_hidden_states, layer_idx, hidden_states, residual)",
-        f"{_OURS}tap:install_tap", WORKER,
+        f"{_OURS}worker.features.tap:install_tap", WORKER,
         "verifier layers write features into one buffer, instead of a tensor each and a concatenation",
         when="object"),
     *_seams("vllm.model_executor.models.interfaces:SupportsEagle3.", "set_aux_hidden_state_layers(layers)",
-        f"{_OURS}adapter:adapted", WORKER,
+        f"{_OURS}worker.features.layer_hooks:adapted", WORKER,
         "verifiers without this interface get it: hooks on their layers, forward returns a mark",
         until=_EVERY_VERIFIER, when="class"),
     *_seams("vllm.model_executor.layers.logits_processor:LogitsProcessor.",
         "_get_logits(hidden_states, lm_head, embedding_bias)",
-        f"{_OURS}verifier:VerifierLogits", TRAINING,
+        f"{_OURS}worker.features.verifier:VerifierLogits", TRAINING,
         "for the kl loss: the verifier's logits of chosen tokens, with its own scales and caps",
         when="object"),
-    *_seams(_V1, "execute_model(scheduler_output)", f"{_OURS}verifier:keeping_final_states", TRAINING,
+    *_seams(_V1, "execute_model(scheduler_output)", _FINAL_STATES, TRAINING,
         "for the kl loss: the states that lm_head reads; a hook would not see a replayed CUDA graph",
         when="class"),
-    *_seams(_V2, "execute_model(scheduler_output)", f"{_OURS}verifier:keeping_final_states", TRAINING,
+    *_seams(_V2, "execute_model(scheduler_output)", _FINAL_STATES, TRAINING,
         "as above", when="class"),
     # ---- V1 runner ----
     *_seams("vllm.v1.worker.gpu_model_runner:", "DFlashProposer(vllm_config, device, runner)",
-        f"{_OURS}proposer_v1:Proposer", WORKER_V1,
+        f"{_OURS}worker.v1.proposer:Proposer", WORKER_V1,
         "a subclass of vLLM's: features, ops, chosen lengths, several KV cache groups", until=V1_GONE),
     *_seams("vllm.v1.spec_decode.dflash:DFlashProposer.",
         "propose(target_positions, target_hidden_states, common_attn_metadata)",
-        f"{_OURS}proposer_v1:Proposer", WORKER_V1,
+        f"{_OURS}worker.v1.proposer:Proposer", WORKER_V1,
         "overridden there by name; vLLM's runner passes keywords", until=V1_GONE, when="class"),
     *_seams(_V1, "execute_model(scheduler_output)", _RUNNER_V1, WORKER_V1,
         "when a step begins; context that waits is written before its blocks pass on",
@@ -218,46 +222,46 @@ SEAMS = (
         "docs/dev/upstream/seeded-chunks.md", MENDED, "class"),
     *_seams(f"{_REJECTION}:RejectionSampler.",
         "forward(metadata, draft_probs, logits, sampling_metadata); _get_logprobs_tensors",
-        f"{_OURS}sampler_v1:Sampler", WORKER_V1,
+        f"{_OURS}worker.v1.sampler:Sampler", WORKER_V1,
         "logprob_token_ids is lost beside drafts, or ends the engine",
         "docs/dev/upstream/logprob-token-ids.md", MENDED, "class"),
     *_seams("vllm.v1.sample.sampler:Sampler.", "gather_logprobs(logprobs, num_logprobs, token_ids)",
-        f"{_OURS}sampler_v1:Sampler", WORKER_V1,
+        f"{_OURS}worker.v1.sampler:Sampler", WORKER_V1,
         "those of each position, while the rejection sampler gathers",
         "docs/dev/upstream/logprob-token-ids.md", MENDED, "object"),
     *_seams("vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.",
         "sync_batch(batch_update); update_state(output_token_ids, spec_token_ids); "
         "apply_to_logits(logits, predict_bonus_token, spec_token_ids); "
         "_find_last_sequence_index(target_list, token_ids)",
-        f"{_OURS}thinking_budget:ThinkingBudgets", WORKER_V1,
+        f"{_OURS}worker.v1.thinking_budget:ThinkingBudgets", WORKER_V1,
         "thinking_token_budget is missed beside drafts, and forces tokens in other requests",
         "docs/dev/upstream/thinking-budget.md", MENDED, "class"),
     *_seams(f"{_REJECTION}:", "apply_sampling_constraints(logits)",
-        f"{_OURS}cpu_sampling:wrap_apply_sampling_constraints", WORKER_V1_CPU,
+        f"{_OURS}worker.cpu_sampling:wrap_apply_sampling_constraints", WORKER_V1_CPU,
         "top-k of a batch without draft tokens takes the maximum of nothing and ends the engine",
         NONE, MENDED, "cpu"),
     *_seams(f"{_REJECTION}:",
         "expand_batch_to_tokens(x, cu_num_tokens, num_tokens, replace_from, replace_to)",
-        f"{_OURS}cpu_sampling:wrap_expand_batch_to_tokens", WORKER_V1_CPU,
+        f"{_OURS}worker.cpu_sampling:wrap_expand_batch_to_tokens", WORKER_V1_CPU,
         "it never writes its result there: temperature, top-k and top-p of draft rows are chance",
         "vLLM issue 55005", MENDED, "cpu"),
     *_seams(f"{_MAMBA}.mamba_mixer2:", "causal_conv1d_update(x, conv_state, weight, bias, activation, "
         "conv_state_indices, num_accepted_tokens, query_start_loc)",
-        f"{_OURS}cpu_recurrent:wrap_causal_conv1d_update", WORKER_CPU,
+        f"{_OURS}worker.cpu_recurrent:wrap_causal_conv1d_update", WORKER_CPU,
         "Mamba-2 layers ignore what was accepted", _HYBRIDS, MENDED, "cpu hybrid"),
     *_seams(f"{_MAMBA}.mamba_mixer2:", "selective_state_update(state, x, dt, A, B, C)",
-        f"{_OURS}cpu_recurrent:wrap_selective_state_update", WORKER_CPU,
+        f"{_OURS}worker.cpu_recurrent:wrap_selective_state_update", WORKER_CPU,
         "Mamba-2 layers take the table of states for a list", _HYBRIDS, MENDED, "cpu hybrid"),
     *_seams(f"{_MAMBA}.ops.cpu.gdn_attention:", "_spec_forward",
-        f"{_OURS}cpu_recurrent:wrap_spec_forward", WORKER_CPU,
+        f"{_OURS}worker.cpu_recurrent:wrap_spec_forward", WORKER_CPU,
         "GDN layers misplace the convolution's tokens in steps of fewer than 1 + K",
         f"{NONE}; vLLM PR 46090 brought them", MENDED, "cpu hybrid"),
     # ---- V2 runner ----
     *_seams("vllm.v1.worker.gpu.model_runner:", "init_speculator(vllm_config, device)",
-        f"{_OURS}speculator_v2:wrap_init_speculator", WORKER_V2,
+        f"{_OURS}worker.v2.speculator:wrap_init_speculator", WORKER_V2,
         "the speculator's class becomes a subclass, by the rows below"),
     *_seams("vllm.v1.worker.gpu.model_runner:", "set_eagle3_aux_hidden_state_layers(model, spec_config)",
-        f"{_OURS}speculator_v2:wrap_set_layers", WORKER_V2,
+        f"{_OURS}worker.v2.speculator:wrap_set_layers", WORKER_V2,
         "called once the verifier is loaded, before the drafter; refuses those without the Eagle3 interface",
         until=_EVERY_VERIFIER),
     *_seams(f"{_SPECULATOR}:DFlashSpeculator.", "load_draft_model(target_model)", _OBSERVED, WORKER_V2,
@@ -273,18 +277,18 @@ SEAMS = (
         "_build_uniform_attn_metadata; _prepare_eplb_forward; _generate_draft", _OBSERVED, WORKER_V2,
         "the context's K/V of a step without a draft pass", *_IN_033, when="class"),
     *_seams(_V2, "execute_model(scheduler_output, dummy_run)",
-        f"{_OURS}runner_v2:following_runner", WORKER_V2,
+        f"{_OURS}worker.v2.model_runner:following_runner", WORKER_V2,
         "the speculator follows the step's schedule: in vLLM 0.31 it does not, in 0.32 without effect",
         *_IN_033, when="class"),
     *_seams(f"{_SPECULATOR}:",
         "prepare_dflash_inputs(input_buffers, input_batch, context_slot_mapping, cp_size)",
-        f"{_OURS}speculator_v2:wrap_prepare_inputs", WORKER_V2, "one launch for all KV cache groups"),
+        f"{_OURS}worker.v2.speculator:wrap_prepare_inputs", WORKER_V2, "one launch for all KV cache groups"),
     *_seams("vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.", "_init_candidates(self)",
-        f"{_OURS}graphs:wrap_init_candidates", WORKER_V2,
+        f"{_OURS}worker.v2.cudagraphs:wrap_init_candidates", WORKER_V2,
         "full CUDA graphs for steps with few draft tokens or none",
         "vLLM PR 45953 has them for a table by batch size"),
     *_seams("vllm.v1.worker.gpu.cudagraph_utils:", "build_dynamic_sd_schedule_lookup",
-        f"{_OURS}graphs:wrap_init_candidates", WORKER_V2,
+        f"{_OURS}worker.v2.cudagraphs:wrap_init_candidates", WORKER_V2,
         "the lengths of those graphs, while vLLM lists them",
         "vLLM PR 45953 has them for a table by batch size", when="object"),
 )

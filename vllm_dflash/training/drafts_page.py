@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import atomic_write
-from vllm_dflash.serving.chat import token_texts
+from vllm_dflash.serving.frontend.chat import token_texts
 from vllm_dflash.training.tokenization import Example
 
 #: Conversations of a page; their text is to be read, not counted.

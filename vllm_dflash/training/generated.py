@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder, Rows
+from vllm_dflash.serving.worker.features.recorder import BrokenFeatures, FeatureRecorder, Rows
 from vllm_dflash.training.feature_store import SHARD_BYTES, FeatureStore
 from vllm_dflash.training.plan import content_key
 from vllm_dflash.training.prefixes import prefix_digests

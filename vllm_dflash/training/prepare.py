@@ -113,7 +113,7 @@ def check_prompts(
         ValueError: they cannot: no template, none that fits the data, no such parser.
     """
     if verifier.reasoning_parser is not None:
-        from vllm_dflash.serving.chat import check_parser_name
+        from vllm_dflash.serving.frontend.chat import check_parser_name
 
         check_parser_name(verifier.reasoning_parser)
     if _renders_itself(verifier, engine_args):

@@ -118,11 +118,11 @@ class MarkedReplies:
 class ParsedReplies:
     """Splits replies with one of vLLM's reasoning parsers, as a server that names it does.
 
-    Takes and raises what :class:`~vllm_dflash.serving.chat.ReasoningSplit` does.
+    Takes and raises what :class:`~vllm_dflash.serving.frontend.chat.ReasoningSplit` does.
     """
 
     def __init__(self, name: str, tokenizer: Any, model_config: Any = None) -> None:
-        from vllm_dflash.serving.chat import ReasoningSplit
+        from vllm_dflash.serving.frontend.chat import ReasoningSplit
 
         self.tokenizer = tokenizer
         self.split = ReasoningSplit(name, tokenizer, model_config)

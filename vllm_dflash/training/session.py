@@ -18,9 +18,9 @@ from torch import Tensor
 from vllm_dflash import checkpoint
 from vllm_dflash.config import CheckpointFormat, DrafterConfig
 from vllm_dflash.modeling.acceptance import Acceptance
-from vllm_dflash.serving.feature_source import feature_source
-from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder
-from vllm_dflash.serving.verifier import (
+from vllm_dflash.serving.worker.features.recorder import BrokenFeatures, FeatureRecorder
+from vllm_dflash.serving.worker.features.source import feature_source
+from vllm_dflash.serving.worker.features.verifier import (
     FinalStates,
     VerifierLogits,
     shared_weights,

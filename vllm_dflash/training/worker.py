@@ -33,7 +33,7 @@ class WorkerExtension:
     def _vllm_dflash_ranks(self) -> Any:
         ranks = self.__dict__.get("_vllm_dflash_group")
         if ranks is None:
-            from vllm_dflash.serving.worker_start import tensor_parallel_group
+            from vllm_dflash.serving.worker.start import tensor_parallel_group
             from vllm_dflash.training.ranks import Ranks
 
             ranks = self.__dict__["_vllm_dflash_group"] = Ranks(tensor_parallel_group())

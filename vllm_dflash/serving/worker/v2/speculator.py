@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from vllm_dflash import ops
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.options import Options
-from vllm_dflash.serving import calibration, patching, support
-from vllm_dflash.serving.adapter import adapt_verifier
+from vllm_dflash.serving import patching, support
 from vllm_dflash.serving.draft_limits import position_limit
-from vllm_dflash.serving.drafter_model import DrafterModel
-from vllm_dflash.serving.tap import FeatureTap, install_tap
+from vllm_dflash.serving.worker import calibration
+from vllm_dflash.serving.worker.drafter_model import DrafterModel
+from vllm_dflash.serving.worker.features.layer_hooks import adapt_verifier
+from vllm_dflash.serving.worker.features.tap import FeatureTap, install_tap
 
 #: The speculator whose ``propose`` is running; ``prepare_dflash_inputs`` of vLLM does not get it.
 _proposing: Any = None
@@ -29,7 +30,7 @@ def observed(cls: type) -> type:
     ``propose`` is passed through whole, because its parameters change from release to release. Made per
     class: DFlash 2, LiLiCorr and DSpark inherit from ``DFlashSpeculator``, so that cannot be replaced.
 
-    The instances are a :class:`~vllm_dflash.serving.feature_source.FeatureSource`, and have a ``tap``
+    The instances are a :class:`~vllm_dflash.serving.worker.features.source.FeatureSource`, and have a ``tap``
     (where the verifier's layers write their features, None where vLLM collects them), ``num_wanted`` (draft
     tokens that the step is to end with, None for all), ``dummy_drafts`` (whether dummy steps draft) and
     ``step_cost`` (what steps cost, once that is measured).
@@ -128,7 +129,9 @@ def observed(cls: type) -> type:
 
         def choose_lengths(self) -> None:
             """The scheduler chooses lengths from now on."""
-            patching.specialise(self._runner, "vllm_dflash.serving.runner_v2:following_runner")
+            patching.specialise(
+                self._runner, "vllm_dflash.serving.worker.v2.model_runner:following_runner"
+            )
 
         def _observe(
             self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor
@@ -150,7 +153,7 @@ def observed(cls: type) -> type:
 
 def adopt(speculator: Any, options: Options) -> None:
     """Turns a speculator of vLLM into an observed one; the instance is changed, not vLLM's class."""
-    patching.specialise(speculator, "vllm_dflash.serving.speculator_v2:observed")
+    patching.specialise(speculator, "vllm_dflash.serving.worker.v2.speculator:observed")
     speculator._greedy_draft_vocab = options.greedy_draft_vocab
     speculator._use_ops = options.ops and ops.worthwhile(speculator.device)
 

@@ -20,12 +20,12 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.counters import DRAFTER
 from vllm_dflash.draft_length.worker_policy import Plan, Request, WorkerPolicy
-from vllm_dflash.serving.deferred_context import DeferredContext
 from vllm_dflash.serving.draft_limits import request_limit
 from vllm_dflash.serving.draft_stats import DraftStats, make_stats
-from vllm_dflash.serving.lookup import PromptLookup
-from vllm_dflash.serving.step_clock import StepClock, StepDone
 from vllm_dflash.serving.verified import Sent
+from vllm_dflash.serving.worker.v1.deferred_context import DeferredContext
+from vllm_dflash.serving.worker.v1.lookup import PromptLookup
+from vllm_dflash.serving.worker.v1.step_clock import StepClock, StepDone
 
 _NO_MATCH = np.empty(0, dtype=np.int64)
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.serving import draft_limits, scheduler, support, worker_start
+from vllm_dflash.serving import draft_limits, support
 from vllm_dflash.serving.draft_stats import StatsFile, engine_name, stats_file, verified_file
+from vllm_dflash.serving.engine_core import scheduler
 from vllm_dflash.serving.verified import SourceCounts
+from vllm_dflash.serving.worker.start import choose_lengths, step_cost
 
 logger = logging.getLogger("vllm.vllm_dflash")
 _FIXED = "vllm-dflash drafts a fixed number of tokens: %s"
@@ -33,9 +35,9 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
             return made
         reason = support.unsupported_reason(vllm_config)
         if reason is None:
-            costs = self.model_executor.collective_rpc(worker_start.step_cost)
+            costs = self.model_executor.collective_rpc(step_cost)
             if all(cost is not None for cost in costs):
-                self.model_executor.collective_rpc(worker_start.choose_lengths)
+                self.model_executor.collective_rpc(choose_lengths)
                 setattr(made, _COST, StepCost.from_dict(costs[0]))
                 return made
             reason = "its workers sent no costs"

@@ -15,9 +15,9 @@ def mend(runner: Any) -> None:
     """Mends a V1 runner with a drafter, once its batch is laid out."""
     holder = runner.input_batch.thinking_budget_state_holder
     if holder is not None:
-        specialise(holder, "vllm_dflash.serving.thinking_budget:ThinkingBudgets")
+        specialise(holder, "vllm_dflash.serving.worker.v1.thinking_budget:ThinkingBudgets")
     if type(runner.rejection_sampler) is RejectionSampler:
-        specialise(runner.rejection_sampler, "vllm_dflash.serving.sampler_v1:Sampler")
+        specialise(runner.rejection_sampler, "vllm_dflash.serving.worker.v1.sampler:Sampler")
 
 
 class Sampler(RejectionSampler):

@@ -9,7 +9,7 @@ from vllm_dflash.serving.draft_return import attach_drafts
 from vllm_dflash.serving.verified import name_sources
 
 if TYPE_CHECKING:
-    from vllm_dflash.serving.proposer_v1 import Proposer
+    from vllm_dflash.serving.worker.v1.proposer import Proposer
 
 
 def drafting_runner(cls: type) -> type:

@@ -12,19 +12,21 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
-from vllm_dflash.serving import calibration, patching, sampler_v1, support
-from vllm_dflash.serving.adapter import adapt_verifier
-from vllm_dflash.serving.block_inputs import BlockInputs
-from vllm_dflash.serving.deferred_context import DeferredContext
+from vllm_dflash.serving import patching, support
 from vllm_dflash.serving.draft_limits import position_limit
-from vllm_dflash.serving.drafter_model import DrafterModel
-from vllm_dflash.serving.kv_groups import DraftGroup, KVGroups
-from vllm_dflash.serving.tap import FeatureTap, install_tap
+from vllm_dflash.serving.worker import calibration
+from vllm_dflash.serving.worker.drafter_model import DrafterModel
+from vllm_dflash.serving.worker.features.layer_hooks import adapt_verifier
+from vllm_dflash.serving.worker.features.tap import FeatureTap, install_tap
+from vllm_dflash.serving.worker.v1 import sampler
+from vllm_dflash.serving.worker.v1.block_inputs import BlockInputs
+from vllm_dflash.serving.worker.v1.deferred_context import DeferredContext
+from vllm_dflash.serving.worker.v1.kv_groups import DraftGroup, KVGroups
 
 if TYPE_CHECKING:
     from vllm_dflash.draft_length.cost import StepCost
-    from vllm_dflash.serving.draft_length import DraftLengths
-    from vllm_dflash.serving.features import FeatureRecorder
+    from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
+    from vllm_dflash.serving.worker.v1.draft_controller import DraftLengths
 
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -275,8 +277,10 @@ class Proposer(DFlashProposer):
 
     def measure(self, runner: Any) -> None:
         """Once the engine can run steps: mends the runner, and measures what steps cost if that is wanted."""
-        ours = patching.specialise(runner, "vllm_dflash.serving.runner_v1:drafting_runner")
-        sampler_v1.mend(runner)
+        ours = patching.specialise(
+            runner, "vllm_dflash.serving.worker.v1.model_runner:drafting_runner"
+        )
+        sampler.mend(runner)
         if ours and support.enabled(self.vllm_config) and isinstance(self.model, DrafterModel):
             path = calibration.costs_file(self.vllm_config)
             self.step_cost = calibration.measured_if_possible(calibration.RunsV1(self), path)
@@ -290,7 +294,7 @@ class Proposer(DFlashProposer):
             self.context = DeferredContext(self, at_once=True)
             return
         # Deferred: prompt lookup brings numba.
-        from vllm_dflash.serving import draft_length
+        from vllm_dflash.serving.worker.v1 import draft_controller as draft_length
 
         self.lengths = draft_length.make(self, self.step_cost)
 

@@ -258,7 +258,7 @@ def adopt(scheduler: Any, vllm_config: Any, cost: StepCost) -> None:
     Args:
         cost: what steps take the workers.
     """
-    if not specialise(scheduler, "vllm_dflash.serving.scheduler:choosing"):
+    if not specialise(scheduler, "vllm_dflash.serving.engine_core.scheduler:choosing"):
         return
     policy = SchedulerPolicy(cost, scheduler.num_spec_tokens, support.graph_lengths(vllm_config))
     limit = draft_limits.position_limit(vllm_config.speculative_config, scheduler.max_model_len)

@@ -126,7 +126,9 @@ class FinalStates:
 
     def __init__(self, runner: Any) -> None:
         self.last: Tensor | None = None
-        if not specialise(runner, "vllm_dflash.serving.verifier:keeping_final_states"):
+        if not specialise(
+            runner, "vllm_dflash.serving.worker.features.verifier:keeping_final_states"
+        ):
             raise ValueError(
                 "this vLLM's runner does not look as expected, so its final states cannot be kept for the kl "
                 "loss; train with another loss, or with a supported vLLM"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dflash.serving.verifier import FinalStates
+from vllm_dflash.serving.worker.features.verifier import FinalStates
 
 #: Features ``[T, F]`` and, where they are recorded, final states ``[T, H]``.
 Rows = tuple[Tensor, Tensor | None]

@@ -17,7 +17,7 @@ from vllm.model_executor.models.qwen3_dflash import (
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
-from vllm_dflash.serving.context_kv import ContextKV
+from vllm_dflash.serving.worker.context_kv import ContextKV
 
 
 class DrafterLayer(DFlashQwen3DecoderLayer):

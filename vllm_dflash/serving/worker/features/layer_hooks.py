@@ -13,12 +13,17 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
 from vllm_dflash.serving.patching import specialise
-from vllm_dflash.serving.probe import first_output_is_whole
-from vllm_dflash.serving.tap import FeatureTap, cannot_tap, feature_buffer, write_features
-from vllm_dflash.serving.verifier import find_embedding, language_model
+from vllm_dflash.serving.worker.features.probe import first_output_is_whole
+from vllm_dflash.serving.worker.features.tap import (
+    FeatureTap,
+    cannot_tap,
+    feature_buffer,
+    write_features,
+)
+from vllm_dflash.serving.worker.features.verifier import find_embedding, language_model
 
 logger = logging.getLogger("vllm.vllm_dflash")
-_ADAPTED = "vllm_dflash.serving.adapter:adapted"
+_ADAPTED = "vllm_dflash.serving.worker.features.layer_hooks:adapted"
 
 
 def adapt_verifier(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from vllm_dflash.serving.features import FeatureRecorder
+    from vllm_dflash.serving.worker.features.recorder import FeatureRecorder
 
 
 @runtime_checkable
