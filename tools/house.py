@@ -21,7 +21,7 @@ ORDER = (
     "checkpoint", "guard", "processes", "environment", "modeling", "draft_length", "ops", "serving",
     "serving.worker.features", "serving.worker", "serving.worker.v1", "serving.worker.v2",
     "serving.engine_core", "serving.frontend",
-    "verifier", "cpu_dtype", "bench.engine_process", "training", "bench", "plugin", "cli",
+    "verifier", "cpu_dtype", "bench.engine_process", "training", "learning", "bench", "plugin", "cli",
 )  # fmt: skip
 #: Arrows that are left out: doors of a class to the files that read and write it, by an import when called.
 DOORS = {

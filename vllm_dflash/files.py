@@ -31,7 +31,7 @@ from vllm_dflash import __version__
 MARK = ".vllm-dflash.json"
 #: Paths that a command reads: one, several, or none.
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None
-Kind = Literal["drafter", "run", "bench", "features", "model"]
+Kind = Literal["drafter", "run", "bench", "features", "model", "learning"]
 #: For :func:`claim_folder`: whatever else lies in the folder, since nothing there will be replaced.
 ANY_FILES = ".*"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -36,6 +37,16 @@ class Options:
             ``num_speculative_tokens``; "fixed" always drafts so many, or what vLLM's batch-size table says.
         lookup: "auto" takes prompt lookup's draft for a request where it promises more than the drafter's;
             "off" leaves it out. Only with ``draft_length`` "auto".
+        learn: folder in which the drafter learns from what the server answers; "" for a drafter that stays
+            as it is. The further options are for it.
+        learn_weights: "decode" learns the weights that the context's K/V do not depend on, so that running
+            requests and cached prefixes stay as good as they were; "all" learns all of them.
+        learn_slice_ms: milliseconds of training that a request may have to wait for.
+        learn_share: of the time of a server that is never idle, for learning; 0 for idle time only.
+        learn_gib: host memory of the features of the conversations that are kept.
+        learn_store: whether their tokens are kept on "disk" too, at most ``learn_disk_gib`` of them and for
+            ``learn_days``.
+        learn_filter: ``module:function`` that sees each conversation before it is kept.
     """
 
     check: bool = True
@@ -43,6 +54,15 @@ class Options:
     ops: bool = True
     draft_length: str = field(default="auto", metadata={"allowed": ("auto", "fixed")})
     lookup: str = field(default="auto", metadata={"allowed": ("auto", "off")})
+    learn: str = field(default="", metadata={"like": ""})
+    learn_weights: str = field(default="decode", metadata={"allowed": ("decode", "all")})
+    learn_slice_ms: float = field(default=100.0, metadata={"like": 1.0, "low": 1, "high": 60_000})
+    learn_share: float = field(default=0.0, metadata={"like": 1.0, "low": 0, "high": 0.9})
+    learn_gib: float = field(default=2.0, metadata={"like": 1.0, "low": 0.01, "high": 2**16})
+    learn_store: str = field(default="memory", metadata={"allowed": ("memory", "disk")})
+    learn_disk_gib: float = field(default=1.0, metadata={"like": 1.0, "low": 0.01, "high": 2**16})
+    learn_days: float = field(default=30.0, metadata={"like": 1.0, "low": 0.001, "high": 36_500})
+    learn_filter: str = field(default="", metadata={"like": ""})
 
     @classmethod
     def from_speculative_config(cls, config: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -64,6 +84,9 @@ class Options:
                     f"speculative-config key {key!r} (value {value!r}) is not an option of "
                     f"vllm-dflash; its options are {', '.join(sorted(allowed))}"
                 )
+            if "like" in allowed[name].metadata:
+                values[allowed[name].name] = _checked(key, value, allowed[name].metadata)
+                continue
             choices = allowed[name].metadata.get("allowed", (True, False))
             # 1 == True, and is no switch.
             if type(value) is not type(choices[0]) or value not in choices:
@@ -87,6 +110,21 @@ class Options:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _checked(key: str, value: Any, wanted: Mapping[str, Any]) -> Any:
+    """A text or a number in its bounds; ValueError for anything else."""
+    if isinstance(wanted["like"], str):
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"speculative-config key {key!r} is {value!r}; give a text")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not wanted["low"] <= value <= wanted["high"]:
+        raise ValueError(
+            f"speculative-config key {key!r} is {value!r}; give a number from {wanted['low']} to "
+            f"{wanted['high']}"
+        )
+    return float(value)
 
 
 def plugin_disabled() -> bool:

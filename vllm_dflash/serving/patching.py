@@ -48,7 +48,7 @@ def problem(seam: Seam, module: ModuleType) -> str | None:
     return f"{seam.name} has no parameter {', '.join(lost)}" if lost else None
 
 
-def _load(text: str) -> Any:
+def load(text: str) -> Any:
     """What ``module:attribute`` names."""
     module, _, name = text.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -69,7 +69,7 @@ def _apply(seam: Seam, module: ModuleType) -> None:
         logger.warning("vllm-dflash: %s in this vLLM; %s", "; ".join(wrong), _STAYS)
         return
     try:
-        ours, name = _load(seam.ours), seam.attribute.rpartition(".")[2]
+        ours, name = load(seam.ours), seam.attribute.rpartition(".")[2]
         owner = _owner(seam, module)
         setattr(owner, name, ours if inspect.isclass(ours) else ours(getattr(owner, name)))
     except Exception:
@@ -186,7 +186,7 @@ def specialise(thing: Any, ours: str, *args: Any) -> bool:
     if wrong:
         logger.warning("vllm-dflash: %s in this vLLM; %s", "; ".join(wrong), _STAYS)
         return False
-    made = _load(ours)
+    made = load(ours)
     if not inspect.isclass(made):
         made = made(cls, *args)
         setattr(made, _PATCHED, (*done, ours))

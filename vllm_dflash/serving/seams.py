@@ -22,6 +22,7 @@ When = Literal["import", "cpu", "cpu hybrid", "class", "object"]
 # Where it runs.
 FRONT_END = "front end"
 ENGINE_CORE = "engine core"
+ENGINE_CORE_LEARNING = "engine core, with dflash_learn only"
 WORKER = "worker"
 TRAINING = "worker, of vllm-dflash train only"
 WORKER_V1 = "worker, V1 runner"
@@ -160,6 +161,12 @@ SEAMS = (
         "request_id, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens)",
         f"{_OURS}verified:counting", ENGINE_CORE,
         "what became of drafts, by source: only the scheduler knows", when="class"),
+    *_seams("vllm.v1.engine.core:EngineCoreProc.", "_process_input_queue(self); _process_engine_step(self)",
+        "vllm_dflash.learning.engine_core:learning_core", ENGINE_CORE_LEARNING,
+        "slices of training while there is nothing to do", when="class"),
+    *_seams(_SCHEDULER, "_free_request(request)",
+        "vllm_dflash.learning.engine_core:capturing", ENGINE_CORE_LEARNING,
+        "the tokens of finished requests", when="class"),
     *_seams("vllm.v1.executor.multiproc_executor:MultiprocExecutor.", "sample_tokens(grammar_output)",
         f"{_OURS}draft_return:keep_drafts", ENGINE_CORE,
         "draft tokens come with the step's output, not by a question after every step", until=V1_GONE),

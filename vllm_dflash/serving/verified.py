@@ -72,7 +72,7 @@ def count_verified(scheduler: Any, count: Callable[[str, int, int], None]) -> No
         count: gets the request's id, how many draft tokens were verified, and how many of them accepted.
     """
     if specialise(scheduler, "vllm_dflash.serving.verified:counting"):
-        scheduler.count_verified = count
+        scheduler.count_verified = (*scheduler.count_verified, count)
 
 
 def counting(cls: type) -> type:
@@ -80,7 +80,7 @@ def counting(cls: type) -> type:
     names = tuple(inspect.signature(cls.make_spec_decoding_stats).parameters)[1:]  # type: ignore[attr-defined]
 
     class Counting(cls):  # type: ignore[valid-type,misc]
-        count_verified: Callable[[str, int, int], None]
+        count_verified: tuple[Callable[[str, int, int], None], ...] = ()
 
         def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
             # vLLM's call has keywords, and comes for each request of each step.
@@ -88,7 +88,8 @@ def counting(cls: type) -> type:
             name, invalid = given["request_id"], given.get("num_invalid_spec_tokens") or {}
             # Those that a grammar excluded were filled in only to keep their number.
             proposed = given["num_draft_tokens"] - invalid.get(name, 0)
-            self.count_verified(name, proposed, given["num_accepted_tokens"])
+            for count in self.count_verified:
+                count(name, proposed, given["num_accepted_tokens"])
             return super().make_spec_decoding_stats(*args, **kwargs)
 
         def update_draft_token_ids(self, draft_token_ids: Any) -> None:

@@ -251,12 +251,24 @@ class Learner:
             Metrics of the whole step; ``bad`` names the sequences that made loss or gradients non-finite,
             in which case the weights are as before.
         """
+        *_, metrics = self.step_by_parts(step, samples)
+        assert metrics is not None
+        return metrics
+
+    def step_by_parts(
+        self, step: int, samples: Sequence[Sample]
+    ) -> Iterator[dict[str, Any] | None]:
+        """:meth:`step`, with a pause (None) behind each part of ``layout.anchors_in_flight`` anchors."""
         samples = [s for s in samples if s.anchor_candidates()]
         own = self._none()
         own["tokens"] = sum(s.features_TF.shape[0] for s in samples)
         own["keys"] = tuple(s.key for s in samples)
         for part in self._parts(samples, [self.pick_anchors(step, s) for s in samples]):
             own |= {n: _added([own[n], more]) for n, more in self._learn(*part).items()}
+            yield None
+        yield self._finish_step(step, own)
+
+    def _finish_step(self, step: int, own: dict[str, Any]) -> dict[str, Any]:
         parts = self.ranks.gather(own)
         keys, bad = (sorted({k for p in parts for k in p.pop(n)}) for n in ("keys", "bad"))
         if not keys:

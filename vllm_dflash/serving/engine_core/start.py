@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_dflash.draft_length.cost import StepCost
-from vllm_dflash.serving import draft_limits, support
+from vllm_dflash.options import Options
+from vllm_dflash.serving import draft_limits, patching, support
 from vllm_dflash.serving.draft_stats import StatsFile, engine_name, stats_file, verified_file
 from vllm_dflash.serving.engine_core import scheduler
 from vllm_dflash.serving.verified import SourceCounts
@@ -31,6 +32,8 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def _initialize_kv_caches(self, vllm_config, *args, **kwargs):
         made = original(self, vllm_config, *args, **kwargs)
+        if Options.from_additional_config(vllm_config.additional_config).learn:
+            _learn(self)
         if not support.requested(vllm_config):
             return made
         reason = support.unsupported_reason(vllm_config)
@@ -45,6 +48,14 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
         return made
 
     return _initialize_kv_caches
+
+
+def _learn(core: Any) -> None:
+    """Has a server's engine core learn; one without a loop of its own (``LLM`` in this process) cannot."""
+    if hasattr(core, "_process_input_queue"):
+        patching.specialise(core, "vllm_dflash.learning.engine_core:learning_core")
+    else:
+        logger.warning("vllm-dflash learns in servers only; dflash_learn has no effect here")
 
 
 def wrap_scheduler_init(original: Callable[..., None]) -> Callable[..., None]:

@@ -33,6 +33,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from vllm_dflash.modeling.acceptance import full_length_tau, rates
 from vllm_dflash.serving.draft_stats import engine_of, read_stats, stats_file
 from vllm_dflash.serving.expectation import AcceptanceWatch, Expectation, read_expectation
+from vllm_dflash.serving.frontend.learning_metrics import LearningCollector
 
 _PREFIX = "vllm_dflash:"
 
@@ -212,6 +213,9 @@ def drafter_metrics_class(base: type) -> type:
             name = getattr(speculative_config, "dflash_stats", None)
             engines = per_engine_labelvalues
             paths = {} if name is None else {i: stats_file(engine_of(name, i)) for i in engines}
+            learn = getattr(speculative_config, "dflash_learn", None)
+            if learn is not None:
+                registry.register(LearningCollector(Path(learn)))
             if paths:
                 rows = [([str(v) for v in engines[i]], path) for i, path in paths.items()]
                 registry.register(DraftLengthCollector(labelnames, rows))

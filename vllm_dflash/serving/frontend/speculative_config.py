@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import uuid
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_dflash import __version__
@@ -14,6 +14,7 @@ from vllm_dflash.checkpoint import check_weights, quantization, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.config_formats import AmbiguousConfig, UnsupportedDrafter, is_speculators
 from vllm_dflash.options import ADDITIONAL_CONFIG_KEY, PREFIX, Options
+from vllm_dflash.serving import patching
 from vllm_dflash.serving.draft_limits import position_limit
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -156,6 +157,11 @@ def wrap_create_speculative_config(original):
             # No key of ours: all defaults, unless an earlier call on these arguments took them out.
             options = Options.from_additional_config(self.additional_config)
         model, tokens = given.get("model"), rest.get("num_speculative_tokens", self.spec_tokens)
+        if options.learn:
+            options = replace(options, learn=os.path.abspath(options.learn))
+            choose = patching.load("vllm_dflash.learning.start:drafter_to_serve")
+            model = choose(options.learn, model, tokens, self, target_model_config)
+            given["model"] = rest["model"] = model
         checkpoint = drafter = None
         if model:
             try:
@@ -207,6 +213,8 @@ def wrap_create_speculative_config(original):
         if made is not None and options.draft_length == "auto":
             # Travels to the workers with it; not a field, so it keys no compile cache.
             made.dflash_stats = _server_name(self)
+        if made is not None and options.learn:
+            made.dflash_learn = options.learn
         if made is not None and made.draft_model_config is not None:
             limit = position_limit(made, target_model_config.max_model_len)
             if limit < target_model_config.max_model_len:

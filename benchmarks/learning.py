@@ -1,0 +1,411 @@
+"""A server that learns from its traffic, by a seeded client over HTTP.
+
+    python benchmarks/learning.py drift VERIFIER DRAFTER --own A.jsonl --foreign B.jsonl --test B-test.jsonl
+    python benchmarks/learning.py cold VERIFIER --own A.jsonl --test A-test.jsonl
+    python benchmarks/learning.py cost VERIFIER DRAFTER --own A.jsonl
+    python benchmarks/learning.py swaps VERIFIER DRAFTER --own A.jsonl --requests 5000
+
+``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
+learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. ``cold``: from
+``"model": "auto"``, tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning
+on and off, alternating. ``swaps``: a version is put in place every few seconds while requests run, and every
+answer is compared with that of a server without speculation, in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.bench.report import write_json
+from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
+
+_WAIT = 900.0
+
+
+class Server:
+    """``vllm serve`` in a process of its own.
+
+    Args:
+        speculative: its speculative configuration, None for none.
+        args: further options.
+    """
+
+    def __init__(
+        self, verifier: str, speculative: dict[str, Any] | None, args: Sequence[str]
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", verifier]
+        command += [
+            "--served-model-name",
+            "model",
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+            *args,
+        ]
+        if speculative is not None:
+            command += ["--speculative-config", json.dumps(speculative)]
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + _WAIT
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.close()
+                    tail = Path(self.log.name).read_text()[-3000:]
+                    raise RuntimeError(f"the server did not start:\n{tail}") from None
+                time.sleep(1)
+
+    def ask(
+        self, messages: list[dict[str, str]], max_tokens: int, learn: bool = True
+    ) -> dict[str, Any]:
+        """The answer's text, its tokens, and the seconds that it took; ``error`` where it failed."""
+        body = {
+            "model": "model",
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "vllm_xargs": {"dflash_learn": str(learn).lower()},
+        }
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        started = time.monotonic()
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                raw = json.loads(answer.read())
+        except (urllib.error.URLError, OSError) as error:
+            return {"error": str(error), "text": "", "tokens": 0, "seconds": 0.0}
+        return {
+            "text": raw["choices"][0]["message"]["content"],
+            "tokens": raw["usage"]["completion_tokens"],
+            "seconds": time.monotonic() - started,
+        }
+
+    def ask_all(
+        self, prompts: Sequence[Any], max_tokens: int, concurrency: int, learn: bool = True
+    ) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda p: self.ask(p, max_tokens, learn), prompts))
+
+    def counters(self) -> dict[str, float]:
+        """Sums of the metrics over their labels."""
+        out: dict[str, float] = {}
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            for line in answer.read().decode().splitlines():
+                if not line.startswith("#"):
+                    name, value = line.split("{")[0].split()[0], line.rsplit(" ", 1)[1]
+                    out[name] = out.get(name, 0.0) + float(value)
+        return out
+
+    def tau(self, prompts: Sequence[Any], max_tokens: int, concurrency: int) -> float:
+        """Of these prompts, which are not learned from."""
+        before = self.counters()
+        self.ask_all(prompts, max_tokens, concurrency, learn=False)
+        after = self.counters()
+        drafts, accepted = (
+            after[f"vllm:spec_decode_num_{n}_total"] - before[f"vllm:spec_decode_num_{n}_total"]
+            for n in ("drafts", "accepted_tokens")
+        )
+        return 1 + accepted / drafts if drafts else 1.0
+
+    def close(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait(60)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def serving(
+    verifier: str, speculative: dict[str, Any] | None, args: Sequence[str]
+) -> Iterator[Server]:
+    server = Server(verifier, speculative, args)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def load_prompts(path: Path) -> list[list[dict[str, str]]]:
+    """Messages up to the last user turn of each row."""
+    out = []
+    for line in path.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+        out.append(messages[: last + 1])
+    return out
+
+
+def wait_until_learned(folder: Path, seconds: float = 600) -> dict[str, Any]:
+    """The server's status once it has nothing left to learn."""
+    deadline = time.monotonic() + seconds
+    status: dict[str, Any] = {}
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        status = json.loads((folder / "status.json").read_text())
+        if status["to_learn"] < 4 or status["state"] != "learning":
+            time.sleep(2.0)  # the comparison behind the last steps
+            return json.loads((folder / "status.json").read_text())
+    return status
+
+
+def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a measurement: requests of B so far, tau on both test sets."""
+    own, foreign, test = (load_prompts(p) for p in (args.own, args.foreign, args.test))
+    random.Random(args.seed).shuffle(foreign)
+    foreign, own = foreign[: args.requests], own[: len(test)]
+    learn = args.folder / f"learn-{args.weights}"
+    shutil.rmtree(learn, ignore_errors=True)
+    spec = {
+        "method": "dflash",
+        "model": args.drafter,
+        "dflash_draft_length": "fixed",
+        "dflash_learn": str(learn),
+        "dflash_learn_weights": args.weights,
+        **json.loads(args.options),
+    }
+    rows, failed = [], 0
+    with serving(args.verifier, spec, args.engine) as server:
+
+        def measure(requests: int) -> None:
+            status = wait_until_learned(learn) if requests else {}
+            rows.append(
+                {
+                    "traffic_kind": "drift",
+                    "weights": args.weights,
+                    "requests_b": requests,
+                    "seconds": round(time.monotonic() - started, 1),
+                    "tau_a": round(server.tau(own, args.max_tokens, args.concurrency), 4),
+                    "tau_b": round(server.tau(test, args.max_tokens, args.concurrency), 4),
+                    "version": status.get("version", 0),
+                    "steps": status.get("steps", 0),
+                    "learn_seconds": round(status.get("seconds", 0), 1),
+                    "longest_slice_ms": round(1000 * status.get("longest_slice_seconds", 0)),
+                    "promotions": status.get("promotions", 0),
+                    "rollbacks": status.get("rollbacks", 0),
+                    "error": status.get("error", ""),
+                    "requests_failed": failed,
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+
+        server.ask_all(test[:4], args.max_tokens, args.concurrency, learn=False)
+        started = time.monotonic()
+        measure(0)
+        for at in range(0, len(foreign), args.lot):
+            lot = foreign[at : at + args.lot]
+            failed += sum(
+                "error" in a for a in server.ask_all(lot, args.max_tokens, args.concurrency)
+            )
+            measure(at + len(lot))
+    return rows
+
+
+def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a lot of requests: tokens/s with and without, taking turns."""
+    own, test = load_prompts(args.own)[: args.requests], load_prompts(args.test)
+    learn = args.folder / "learn-cold"
+    shutil.rmtree(learn, ignore_errors=True)
+    spec = {
+        "method": "dflash",
+        "model": "auto",
+        "dflash_learn": str(learn),
+        "dflash_learn_weights": "all",
+        **json.loads(args.options),
+    }
+    rows: list[dict[str, Any]] = []
+    with (
+        serving(args.verifier, None, args.engine) as plain,
+        serving(args.verifier, spec, args.engine) as server,
+    ):
+        started = time.monotonic()
+        for at in range(0, len(own) + 1, args.lot):
+            status = wait_until_learned(learn) if at else {}
+            ratios, taus = [], 0.0
+            for _ in range(args.repeats):
+                speeds = []
+                for one in (plain, server):
+                    begun = time.monotonic()
+                    answers = one.ask_all(test, args.max_tokens, args.concurrency, learn=False)
+                    speeds.append(sum(a["tokens"] for a in answers) / (time.monotonic() - begun))
+                ratios.append(speeds[1] / speeds[0])
+            counted = server.counters()
+            taus = counted.get("vllm_dflash:drafter_acceptance_length", 1.0)
+            rows.append(
+                {
+                    "traffic_kind": "cold start",
+                    "requests": at,
+                    "seconds": round(time.monotonic() - started, 1),
+                    "speed_ratio": round(statistics.median(ratios), 3),
+                    "speed_ratio_lowest": round(min(ratios), 3),
+                    "speed_ratio_highest": round(max(ratios), 3),
+                    "tau_since_start": round(taus, 3),
+                    "version": status.get("version", 0),
+                    "steps": status.get("steps", 0),
+                    "promotions": status.get("promotions", 0),
+                    "error": status.get("error", ""),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+            server.ask_all(own[at : at + args.lot], args.max_tokens, args.concurrency)
+    return rows
+
+
+def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a repeat: tokens/s under full load with learning on and off, and answers' latencies at half."""
+    own = load_prompts(args.own)[: args.requests]
+    learn = args.folder / "learn-cost"
+    shutil.rmtree(learn, ignore_errors=True)
+    spec = {"method": "dflash", "model": args.drafter, **json.loads(args.options)}
+    rows: list[dict[str, Any]] = []
+    with (
+        serving(args.verifier, spec, args.engine) as off,
+        serving(args.verifier, {**spec, "dflash_learn": str(learn)}, args.engine) as on,
+    ):
+        for server in (off, on):
+            server.ask_all(own[:8], args.max_tokens, args.concurrency, learn=False)
+        for repeat in range(args.repeats):
+            row: dict[str, Any] = {"traffic_kind": "cost", "repeat": repeat}
+            order = [("off", off), ("on", on)]
+            for name, server in order if repeat % 2 else order[::-1]:
+                begun = time.monotonic()
+                answers = server.ask_all(own, args.max_tokens, args.concurrency)
+                tokens = sum(a["tokens"] for a in answers)
+                row[f"tokens_per_s_{name}"] = round(tokens / (time.monotonic() - begun), 2)
+                if name == "on":
+                    wait_until_learned(learn)  # not while the other one is measured
+            row["ratio"] = round(row["tokens_per_s_on"] / row["tokens_per_s_off"], 4)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row: requests that failed, and answers other than those without speculation."""
+    prompts = load_prompts(args.own)
+    prompts = [prompts[i % len(prompts)] for i in range(args.requests)]
+    learn = args.folder / "learn-swaps"
+    shutil.rmtree(learn, ignore_errors=True)
+    engine = [*args.engine, "--dtype", "float32"]
+    spec = {"method": "dflash", "model": args.drafter, "dflash_learn": str(learn)}
+    spec |= json.loads(args.options)
+    with serving(args.verifier, None, engine) as plain:
+        distinct = {json.dumps(p): p for p in prompts}
+        answers = plain.ask_all(list(distinct.values()), args.max_tokens, args.concurrency)
+        right = {key: a["text"] for key, a in zip(distinct, answers, strict=True)}
+    other = failed = done = 0
+    with serving(args.verifier, spec, engine) as server:
+        server.ask_all(prompts[:64], args.max_tokens, args.concurrency)
+        wait_until_learned(learn)
+        commands = learn / "commands"
+        commands.mkdir(exist_ok=True)
+        begun = time.monotonic()
+        number = 0
+        while done < len(prompts):
+            # Both are there: the given drafter, and what was learned from the first requests.
+            there = sorted(int(p.name) for p in (learn / "versions").iterdir())
+            text = json.dumps({"command": "promote", "version": there[number % len(there)]})
+            part = learn / f"commands.{number}"
+            part.write_text(text)
+            part.rename(commands / f"{number:08d}.json")
+            number += 1
+            lot = prompts[done : done + args.lot]
+            for prompt, answer in zip(
+                lot, server.ask_all(lot, args.max_tokens, args.concurrency), strict=True
+            ):
+                failed += "error" in answer
+                other += answer["text"] != right[json.dumps(prompt)]
+            done += len(lot)
+            print(f"{done} requests, {failed} failed, {other} other answers", flush=True)
+        status = json.loads((learn / "status.json").read_text())
+    return [
+        {
+            "traffic_kind": "swaps",
+            "requests": done,
+            "requests_failed": failed,
+            "outputs_changed": other,
+            "swaps": number + status["promotions"] + status["rollbacks"],
+            "seconds": round(time.monotonic() - begun, 1),
+            "error": status["error"],
+        }
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("drift", "cold", "cost", "swaps"))
+    parser.add_argument("verifier")
+    parser.add_argument("drafter", nargs="?")
+    parser.add_argument("--own", type=Path, required=True)
+    parser.add_argument("--foreign", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--requests", type=int, default=320)
+    parser.add_argument("--lot", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--weights", default="decode", help="dflash_learn_weights")
+    parser.add_argument("--options", default="{}", help="JSON of more speculative options")
+    parser.add_argument(
+        "--engine", nargs="*", default=["--enforce-eager", "--max-model-len", "2048"]
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "dflash-learning"
+    )
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    set_cpu_defaults(kv_gib=1)
+    rows = {"drift": drift, "cold": cold, "cost": cost, "swaps": swaps}[args.what](args)
+    if args.output is not None:
+        settings = {
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items()
+            if k
+            in ("what", "requests", "lot", "max_tokens", "concurrency", "weights", "seed", "engine")
+        }
+        report = {
+            "machine": describe_machine(),
+            "versions": versions(),
+            "config": settings,
+            "rows": rows,
+        }
+        write_json(report, args.output)
+
+
+if __name__ == "__main__":
+    main()

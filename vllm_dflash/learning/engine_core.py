@@ -1,0 +1,212 @@
+"""Learning in vLLM's engine core: requests that finish are kept, idle time is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.learning import worker
+from vllm_dflash.learning.loop import Learning, Settings
+from vllm_dflash.learning.replay import Conversation, Shards
+from vllm_dflash.learning.versions import Versions
+from vllm_dflash.options import Options
+from vllm_dflash.serving.draft_stats import StatsFile
+from vllm_dflash.serving.patching import specialise
+from vllm_dflash.serving.verified import count_verified
+from vllm_dflash.training.ranks import Failure
+
+logger = logging.getLogger("vllm.vllm_dflash")
+_KEY = "dflash-learn-"
+#: ``vllm_xargs`` of a request: whether it may be learned from, and where it comes from.
+OPT_OUT, SOURCE = "dflash_learn", "dflash_source"
+#: Tokens of a response that is worth keeping.
+_MIN_RESPONSE = 8
+_POLL_SECONDS = 0.5
+_DAY = 86400.0
+
+
+def learning_core(cls: type) -> type:
+    """A subclass of one of vLLM's engine core processes that learns while it has nothing to do."""
+
+    class LearningCore(cls):  # type: ignore[valid-type,misc]
+        _dflash_learning: Learning | None = None
+        _dflash_status: StatsFile | None = None
+
+        def _process_input_queue(self) -> None:
+            learning = self._dflash_learning
+            if learning is None:
+                learning = self._dflash_learning = start_learning(self)
+                self._dflash_status = StatsFile(learning.versions.folder / "status.json")
+            worked = True
+            while worked and not self.has_work() and self.is_running() and self.input_queue.empty():
+                worked = learning.slice()
+                self._dflash_status.put(learning.status)
+            super()._process_input_queue()
+
+        def _process_engine_step(self) -> bool:
+            learning, started = self._dflash_learning, time.monotonic()
+            executed = super()._process_engine_step()
+            busy = learning is not None and learning.settings.share > 0
+            if busy and learning.owe(time.monotonic() - started):
+                learning.slice()
+            return executed
+
+    LearningCore.__name__ = LearningCore.__qualname__ = cls.__name__
+    LearningCore.__module__ = cls.__module__
+    return LearningCore
+
+
+class CoreEngine:
+    """:class:`vllm_dflash.learning.loop.Engine` of vLLM's engine core."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def call(self, command: str, *args: Any) -> Any:
+        answers = self.core.model_executor.collective_rpc(worker.run, args=(command, *args))
+        for answer in answers:
+            if isinstance(answer, Failure):
+                raise answer.error()
+        if isinstance(answers[0], dict) and command == "collect":
+            return {k: v for answer in answers for k, v in answer.items()}
+        return answers[0]
+
+    def submit(self, key: str, token_ids: Sequence[int]) -> None:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        params.skip_reading_prefix_cache = True
+        self.core.add_request(
+            Request(
+                key,
+                list(token_ids),
+                params,
+                None,
+                block_hasher=getattr(self.core, "request_block_hasher", None),
+            )
+        )
+
+
+def start_learning(core: Any) -> Learning:
+    """Makes the engine core's :class:`Learning`, and has the scheduler tell it what finishes."""
+    config = core.vllm_config
+    options = Options.from_additional_config(config.additional_config)
+    folder = Path(options.learn)
+    versions = Versions(folder)
+    tokens = int(options.learn_gib * 2**30 / _feature_bytes(config))
+    settings = Settings(
+        options.learn_slice_ms, options.learn_share, tokens, options.learn_weights == "all"
+    )
+    shards = None
+    if options.learn_store == "disk":
+        limit = int(options.learn_disk_gib * 2**30)
+        shards = Shards(folder / "conversations", limit, options.learn_days * _DAY)
+    learning = Learning(versions, CoreEngine(core), settings, shards)
+    scheduler = core.scheduler
+    if specialise(scheduler, "vllm_dflash.learning.engine_core:capturing"):
+        scheduler.learning = learning
+        scheduler.keeps = Keeps(options.learn_filter, config)
+    count_verified(scheduler, lambda _, proposed, accepted: learning.verified(proposed, accepted))
+    _wake(core, folder / "commands")
+    logger.info(
+        "vllm-dflash learns in %s, from up to %d tokens of finished requests", folder, tokens
+    )
+    return learning
+
+
+def _feature_bytes(config: Any) -> int:
+    """Of a token."""
+    drafter = config.speculative_config.draft_model_config.hf_config
+    layers = len(set(getattr(drafter, "dflash_config", {}).get("target_layer_ids", ()))) or 1
+    size = config.model_config.get_hidden_size()
+    return layers * size * config.model_config.dtype.itemsize
+
+
+def _wake(core: Any, commands: Path) -> None:
+    """A thread that wakes an idle engine core when ``vllm-dflash learn`` leaves a command."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    def watch() -> None:
+        while True:
+            time.sleep(_POLL_SECONDS)
+            if commands.is_dir() and any(commands.glob("*.json")):
+                core.input_queue.put((EngineCoreRequestType.WAKEUP, None))
+
+    threading.Thread(target=watch, name="dflash-learn-commands", daemon=True).start()
+
+
+class Keeps:
+    """Which requests are learned from, and what of them.
+
+    Args:
+        hook: ``module:function`` that gets a :class:`Conversation` and returns it, another one, or None to
+            drop it; "" for none.
+        config: vLLM's.
+    """
+
+    def __init__(self, hook: str, config: Any) -> None:
+        self.max_len = config.model_config.max_model_len - 1
+        self.hook: Callable[[Conversation], Conversation | None] | None = None
+        if hook:
+            module, _, name = hook.partition(":")
+            self.hook = getattr(importlib.import_module(module), name)
+
+    def conversation(self, request: Any) -> Conversation | None:
+        """Of a finished request; None if it is not to be learned from."""
+        params, prompt = request.sampling_params, request.prompt_token_ids
+        if params is None or not prompt or request.mm_features or request.lora_request is not None:
+            return None
+        if request.get_finished_reason() not in _complete():
+            return None
+        xargs = params.extra_args or {}
+        if str(xargs.get(OPT_OUT, True)).lower() in ("false", "0", "no"):
+            return None
+        if request.num_output_tokens < _MIN_RESPONSE:
+            return None
+        made = Conversation(
+            tuple(request.all_token_ids[: self.max_len]),
+            len(prompt),
+            str(xargs.get(SOURCE, ""))[:64],
+            time.time(),
+        )
+        return made if self.hook is None else self.hook(made)
+
+
+@functools.cache
+def _complete() -> tuple[Any, ...]:
+    from vllm.v1.engine import FinishReason
+
+    return FinishReason.STOP, FinishReason.LENGTH
+
+
+def capturing(cls: type) -> type:
+    """A subclass of one of vLLM's schedulers that tells what has finished."""
+
+    class Capturing(cls):  # type: ignore[valid-type,misc]
+        learning: Learning
+        keeps: Keeps
+
+        def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            out = super()._free_request(request, *args, **kwargs)
+            if request.request_id.startswith(_KEY):
+                self.learning.extracted(request.request_id)
+                return out
+            try:
+                conversation = self.keeps.conversation(request)
+                if conversation is not None:
+                    self.learning.finished(conversation)
+            except Exception:
+                # The user's hook can raise anything; the request has been answered.
+                logger.exception("vllm-dflash does not learn from a request")
+            return out
+
+    Capturing.__name__ = Capturing.__qualname__ = cls.__name__
+    Capturing.__module__ = cls.__module__
+    return Capturing

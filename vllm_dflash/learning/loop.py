@@ -1,0 +1,399 @@
+"""What a server does in its idle time: rounds of extraction, training and comparison, in short slices.
+
+Everything here runs on the engine core's thread, between its steps. Nothing of vLLM is known here: the engine
+is what :class:`Engine` says.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_dflash.learning.gate import MIN_CONVERSATIONS, Counts, Verdict, judge
+from vllm_dflash.learning.replay import Conversation, Reservoir, Shards, as_example, describe
+from vllm_dflash.learning.versions import GIVEN, Versions
+
+logger = logging.getLogger("vllm.vllm_dflash")
+
+#: Passes over each conversation, as many as ``train`` makes by default.
+PASSES = 6
+#: Sequences of a step, and steps between two comparisons.
+BATCH, ROUND_STEPS = 4, 24
+#: Held-out conversations that a comparison looks at, the latest and a sample.
+COMPARED = 64
+#: Drafts before the served acceptance says anything, and the share of the expected one below which a version
+#: goes back: the two count the same, but on other conversations.
+_LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
+#: What is counted, see ``serving/frontend/learning_metrics.py``.
+_FIGURES = (
+    "captured", "duplicates", "extracted", "not_extracted", "steps", "anchors", "skipped_sequences", "slices",
+    "comparisons", "promotions", "rollbacks",
+)  # fmt: skip
+
+
+class Engine(Protocol):
+    """What learning needs of the engine core."""
+
+    def call(self, command: str, *args: Any) -> Any:
+        """A command of the workers' sessions; the first rank's answer."""
+
+    def submit(self, key: str, token_ids: Sequence[int]) -> None:
+        """Adds a request that computes the features of these tokens; :meth:`Learning.extracted` follows."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server learns.
+
+    Attributes:
+        slice_ms: how long a request may have to wait for a slice of training, about.
+        share: of the time of a server that is never idle, for learning.
+        tokens: most tokens of the conversations kept, by what their features take.
+        everything: whether all weights are learned, also those that the context's K/V are made with.
+    """
+
+    slice_ms: float
+    share: float
+    tokens: int
+    everything: bool
+
+
+class Learning:
+    """A drafter that follows its server's traffic.
+
+    Args:
+        versions: keeps the drafters.
+        engine: of the server.
+        settings: how it learns.
+        shards: keeps conversations on disk, where that is asked for.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        versions: Versions,
+        engine: Engine,
+        settings: Settings,
+        shards: Shards | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.versions, self.engine, self.settings, self.shards = versions, engine, settings, shards
+        self.replay = Reservoir(settings.tokens)
+        self.held_out = Reservoir(settings.tokens // 4, seed=1)
+        self.paused, self.failed = False, ""
+        self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0)
+        self.figures |= {"seconds": 0.0, "longest_slice_seconds": 0.0}
+        self.last: Verdict | None = None
+        self._clock = clock
+        self._parts = 1
+        self._owed = 0.0
+        self._credit = 0
+        self._features: set[str] = set()
+        self._waiting: str | None = None
+        self._served: dict[str, Counts] = {}
+        self._first: dict[str, tuple[int, int]] = {}
+        self._live = [0, 0]
+        #: The version before the one promoted last, while it is on trial; and what came since.
+        self._trial: int | None = None
+        self._since: set[str] = set()
+        self._random = random.Random(0)
+        self._steps = int((versions.history or [{}])[-1].get("steps", 0))
+        self._rounds = self._run()
+        if shards is not None:
+            for conversation in shards.read():
+                self._keep(conversation)
+
+    # -- what the engine core tells --------------------------------------------------------------
+
+    def finished(self, conversation: Conversation) -> None:
+        """A request has finished, and may be learned from."""
+        if self._keep(conversation) and self.shards is not None:
+            self.shards.put(conversation)
+
+    def _keep(self, conversation: Conversation) -> bool:
+        out = conversation.held_out
+        if not (self.held_out if out else self.replay).add(conversation):
+            self.figures["duplicates"] += 1
+            return False
+        self.figures["captured"] += 1
+        if out:
+            self._since.add(conversation.key)
+        else:
+            self._credit += PASSES
+        return True
+
+    def extracted(self, key: str) -> None:
+        """A request of :meth:`Engine.submit` has ended, one way or the other."""
+        if self._waiting == key:
+            self._waiting = None
+
+    def verified(self, proposed: int, accepted: int) -> None:
+        """A draft was verified."""
+        if proposed:
+            self._live[0] += 1
+            self._live[1] += accepted > 0
+
+    def owe(self, seconds: float) -> bool:
+        """The engine has worked for so long; whether a slice is due on a busy server."""
+        share = self.settings.share
+        self._owed += seconds * share / (1 - share)
+        if self._owed < self.settings.slice_ms / 1000:
+            return False
+        # What was not used up is not saved for later.
+        self._owed = 0.0
+        return True
+
+    # -- slices ----------------------------------------------------------------------------------
+
+    def slice(self) -> bool:
+        """Does a little; False if there is nothing to do.
+
+        Whatever goes wrong ends the learning, says so, and leaves the server as it is.
+        """
+        if self.failed:
+            return False
+        started = self._clock()
+        try:
+            self._obey()
+            worked = not self.paused and next(self._rounds)
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {error}"
+            logger.exception(
+                "vllm-dflash stops learning; the server goes on with version %d of its drafter",
+                self.versions.promoted,
+            )
+            return False
+        if worked:
+            took = self._clock() - started
+            self.figures["slices"] += 1
+            self.figures["seconds"] += took
+            longest = max(self.figures["longest_slice_seconds"], took)
+            self.figures["longest_slice_seconds"] = longest
+        return worked
+
+    def _job(self, command: str, *args: Any) -> Generator[bool, None, Any]:
+        self.engine.call(command, *args)
+        while True:
+            started = self._clock()
+            result = self.engine.call("advance", self._parts)
+            took = max(self._clock() - started, 1e-6)
+            most = self._parts * self.settings.slice_ms / 1000 / took
+            self._parts = int(max(1, min(2 * self._parts, most, 64)))
+            yield True
+            if result is not None:
+                return result
+
+    def _run(self) -> Iterator[bool]:
+        self.engine.call("start", self.settings.everything)
+        yield True
+        if GIVEN not in self.versions.there():
+            self.engine.call("export", str(self.versions.path(GIVEN)), "zlab")
+            yield True
+        while True:
+            yield from self._watch_live()
+            steps = min(ROUND_STEPS, self._credit // BATCH)
+            if steps == 0 or len(self.replay) < BATCH:
+                yield False
+                continue
+            yield from self._learn(steps)
+            yield from self._compare()
+
+    def _learn(self, steps: int) -> Generator[bool, None, None]:
+        # The latest half and the sample of what was before weigh as much as their tokens.
+        everything = sorted(self.replay, key=lambda c: c.key)
+        plan = [self._random.sample(everything, BATCH) for _ in range(steps)]
+        self._credit -= steps * BATCH
+        yield from self._extract([c for step in plan for c in step])
+        named = [[c.key for c in step if c.key in self._features] for step in plan]
+        steps_done = [(self._steps + i, keys) for i, keys in enumerate(named) if keys]
+        if not steps_done:
+            return
+        metrics = yield from self._job("learn", steps_done)
+        self._steps += steps
+        self.figures["steps"] += len(steps_done)
+        self.figures["anchors"] += sum(m["anchors"] for m in metrics)
+        self.figures["skipped_sequences"] += sum(len(m["bad"]) for m in metrics)
+
+    def _extract(self, conversations: Sequence[Conversation]) -> Generator[bool, None, None]:
+        """Computes the features that are missing, one conversation at a time."""
+        kept = {c.key for r in (self.replay, self.held_out) for c in r}
+        if not self._features <= kept:
+            self._features &= kept
+            self.engine.call("keep", sorted(self._features))
+        for conversation in conversations:
+            key, rows = conversation.key, len(conversation.token_ids) - 1
+            if key in self._features:
+                continue
+            self.engine.call("register", [as_example(conversation)])
+            self.engine.call("watch", {key: (None, 0, rows)})
+            self._waiting = key
+            self.engine.submit(key, conversation.token_ids[:-1])
+            yield True
+            while self._waiting is not None:
+                yield False
+            failed = self.engine.call("collect", {key: rows})
+            if failed:
+                self.figures["not_extracted"] += 1
+                logger.warning("vllm-dflash does not learn from a request: %s", failed[key])
+                continue
+            self.figures["extracted"] += 1
+            self._features.add(key)
+
+    # -- the gate --------------------------------------------------------------------------------
+
+    def _compared(self) -> list[Conversation]:
+        recent = self.held_out.recent()
+        all_ = sorted(self.held_out, key=lambda c: (c.key in recent, c.time, c.key))
+        latest = all_[-COMPARED // 2 :]
+        older = all_[: -COMPARED // 2]
+        # Always the same ones of the older, so that the served drafter's counts are there.
+        return sorted(older, key=lambda c: c.key)[: COMPARED // 2] + latest
+
+    def _count(
+        self, which: str, conversations: Sequence[Conversation]
+    ) -> Generator[bool, None, dict[str, tuple[int, int, int]]]:
+        yield from self._extract(conversations)
+        keys = [c.key for c in conversations if c.key in self._features]
+        if not keys:
+            return {}
+        return (yield from self._job("count", which, keys))
+
+    def _compare(self) -> Generator[bool, None, None]:
+        conversations = self._compared()
+        if len(conversations) < MIN_CONVERSATIONS:
+            return
+        missing = [c for c in conversations if c.key not in self._served]
+        if missing:
+            self._remember((yield from self._count("served", missing)))
+        keys = {c.key for c in conversations}
+        before = {k: n for k, n in self._served.items() if k in keys}
+        counted = yield from self._count("candidate", conversations)
+        after = {k: (drafts, accepted) for k, (drafts, accepted, _) in counted.items()}
+        recent = self.held_out.recent()
+        groups: dict[str, list[str]] = {}
+        for c in conversations:
+            groups.setdefault(f"source {c.source!r}", []).append(c.key)
+            age = "recent" if c.key in recent else "earlier"
+            groups.setdefault(f"{age} traffic", []).append(c.key)
+        self.figures["comparisons"] += 1
+        self.last = verdict = judge(before, after, groups)
+        if verdict.better:
+            self._promote(verdict, counted)
+        elif verdict.worse:
+            logger.info("vllm-dflash discards what it learned: %s", verdict.reason)
+            self.engine.call("restore")
+        yield True
+
+    def _remember(self, counted: Mapping[str, tuple[int, int, int]]) -> None:
+        for key, (drafts, accepted, first) in counted.items():
+            self._served[key] = (drafts, accepted)
+            self._first[key] = (drafts, first)
+
+    def _promote(self, verdict: Verdict, counted: Mapping[str, tuple[int, int, int]]) -> None:
+        before = self.versions.promoted
+        figures = {
+            "tau_before": verdict.tau_before,
+            "tau_after": verdict.tau_after,
+            "steps": self._steps,
+            "conversations": len(self.replay),
+            "held_out": len(counted),
+        }
+        number = self.versions.promote(
+            lambda path: self.engine.call("export", str(path), "zlab"), figures
+        )
+        self.engine.call("swap")
+        self._serving(counted)
+        self._trial = before
+        self.figures["promotions"] += 1
+        logger.info("vllm-dflash: version %d of the drafter serves: %s", number, verdict.reason)
+
+    def _serving(self, counted: Mapping[str, tuple[int, int, int]]) -> None:
+        """Another drafter serves, with these counts."""
+        self._served, self._first, self._live, self._trial = {}, {}, [0, 0], None
+        self._since = set()
+        self._remember(counted)
+
+    def _watch_live(self) -> Generator[bool, None, None]:
+        """Sends a version back that turns out worse than the one before it."""
+        if self._trial is None:
+            return
+        version, (drafts, hits) = self._trial, self._live
+        offline = [sum(n) for n in zip(*self._first.values(), strict=True)] or [0, 0]
+        expected = offline[1] / max(offline[0], 1)
+        if drafts >= _LIVE_DRAFTS and hits / drafts < _LIVE_SHARE * expected:
+            reason = f"{hits / drafts:.0%} of first draft tokens accepted, {expected:.0%} expected"
+            self._go_to(version, "rolled back", reason)
+            yield True
+            return
+        new = [c for c in self.held_out if c.key in self._since]
+        if len(new) < 2 * MIN_CONVERSATIONS:
+            return
+        served = yield from self._count("served", new)
+        self._remember(served)
+        earlier = yield from self._count(str(self.versions.path(version)), new)
+        verdict = judge(
+            {k: n[:2] for k, n in served.items()}, {k: n[:2] for k, n in earlier.items()}, {}
+        )
+        if verdict.better:
+            self._go_to(version, "rolled back", f"the version before does better: {verdict.reason}")
+        self._trial, self._since = None, set()
+        yield True
+
+    def _go_to(self, version: int, event: str, reason: str = "") -> None:
+        self.versions.switch(version, event, {"reason": reason})
+        self.engine.call("load", str(self.versions.path(version)))
+        self._serving({})
+        self.figures["rollbacks"] += event == "rolled back"
+        logger.warning(
+            "vllm-dflash: version %d of the drafter serves, %s %s", version, event, reason
+        )
+
+    # -- commands and figures --------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        """Carries out what ``vllm-dflash learn`` has left, in its order."""
+        folder = self.versions.folder / "commands"
+        for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+            command = json.loads(file.read_text())
+            file.unlink()
+            name, version = command["command"], command.get("version")
+            if name in ("pause", "resume"):
+                self.paused = name == "pause"
+            elif name == "promote":
+                self._tell(file, lambda v=version: self._go_to(v, "promoted by hand"))
+            elif name == "rollback":
+                earlier = self.versions.before(self.versions.promoted)
+                if earlier is not None:
+                    self._go_to(earlier, "rolled back", "by hand")
+
+    def _tell(self, file: Path, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except ValueError as error:
+            logger.warning("vllm-dflash learn: %s", error)
+
+    def status(self) -> dict[str, Any]:
+        """Everything there is to see, as plain values."""
+        state = "failed" if self.failed else "paused" if self.paused else "learning"
+        drafts, hits = self._live
+        shards = self.shards
+        return {
+            "state": state,
+            "error": self.failed,
+            "version": self.versions.promoted,
+            "history": self.versions.history[-20:],
+            "replay": describe(self.replay),
+            "held_out": describe(self.held_out),
+            "to_learn": self._credit,
+            "last_comparison": self.last.reason if self.last else "",
+            "first_token_accepted": hits / drafts if drafts else None,
+            "written_dropped": shards.dropped if shards else 0,
+            "written_damaged": shards.damaged if shards else 0,
+            **self.figures,
+        }

@@ -1,0 +1,80 @@
+"""Before a learning server starts: which drafter it begins with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.learning.versions import GIVEN, Versions
+from vllm_dflash.training.config import DrafterShape
+
+logger = logging.getLogger("vllm.vllm_dflash")
+#: As ``model``: no drafter yet.
+AUTO = "auto"
+#: A drafter made here has a layer for so many of the verifier's, five at most, and blocks of so many tokens:
+#: a small one learns from little traffic, and costs little until it has.
+_LAYERS_PER_LAYER, _BLOCK = 12, 8
+
+
+def drafter_to_serve(
+    folder: str, given: str | None, tokens: int | None, engine_args: Any, verifier: Any
+) -> str | None:
+    """The drafter that a server starts with: the version promoted last, or the given one.
+
+    Args:
+        folder: the server's ``dflash_learn``.
+        given: ``model`` of the speculative configuration; ``auto`` has a drafter made.
+        tokens: ``num_speculative_tokens``, where it is given.
+        engine_args: vLLM's ``EngineArgs``.
+        verifier: vLLM's ``ModelConfig`` of the verifier.
+
+    Raises:
+        ValueError: the server is one that cannot learn, or the folder is not ours.
+    """
+    for name in ("data_parallel_size", "pipeline_parallel_size"):
+        if getattr(engine_args, name, 1) > 1:
+            raise ValueError(
+                f"dflash_learn is set and {name} is {getattr(engine_args, name)}: a learning server has one "
+                "engine without pipeline stages; leave one of the two out"
+            )
+    versions = Versions(Path(folder))
+    model = versions.to_serve(None if given == AUTO else given)
+    if given != AUTO or model is not None:
+        return model
+    path = versions.path(GIVEN)
+    _make(path, tokens, engine_args, verifier)
+    logger.info("vllm-dflash: no drafter yet; %s learns from the traffic", path)
+    return str(path)
+
+
+def _make(path: Path, tokens: int | None, engine_args: Any, verifier: Any) -> None:
+    """Writes a drafter with random weights for the verifier."""
+    import torch
+
+    from vllm_dflash.checkpoint import save_drafter
+    from vllm_dflash.config import VerifierInfo
+    from vllm_dflash.modeling.drafter import Drafter
+    from vllm_dflash.training.planning import new_drafter
+    from vllm_dflash.training.vocab import choose_mask_token
+    from vllm_dflash.verifier import Verifier
+
+    name, hf_config = str(verifier.model), verifier.hf_config
+    info = VerifierInfo.from_hf_config(hf_config, name)
+    source = Verifier(
+        name,
+        tokenizer=engine_args.tokenizer,
+        revision=engine_args.revision,
+        trust_remote_code=engine_args.trust_remote_code,
+    )
+    avoid = [info.pad_token_id] if info.pad_token_id is not None else []
+    mask = choose_mask_token(source.load_tokenizer(), info.vocab_size, avoid, None)
+    shape = DrafterShape(
+        num_layers=max(1, min(5, info.num_hidden_layers // _LAYERS_PER_LAYER)),
+        block_size=_BLOCK if tokens is None else tokens + 1,
+        num_target_layers=min(5, info.num_hidden_layers),
+    )
+    config = new_drafter(shape, hf_config, mask, name)
+    drafter = Drafter(config)
+    drafter.init_weights(generator=torch.Generator().manual_seed(0))
+    save_drafter(path, config, drafter.state_dict())

@@ -1,0 +1,126 @@
+"""The drafters that a server has learned: kept with their figures, one of them promoted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.checkpoint import check_weights, read_config
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import atomic_write, claim_folder, mark_folder
+
+logger = logging.getLogger("vllm.vllm_dflash")
+#: Version of the drafter that the user gave.
+GIVEN = 0
+#: Versions kept, the promoted one and the one before it among them.
+KEPT = 5
+_STATE = "state.json"
+#: What a folder holds besides our mark.
+FILES = r"(state|status)\.json|(versions|conversations|commands)(/.*)?|status\.[0-9]+"
+
+
+class Versions:
+    """Drafters in ``folder/versions``; ``folder/state.json`` says which one serves.
+
+    A version is written whole before it is named in the state, and the state is replaced whole: a kill at any
+    time leaves a version that was promoted.
+
+    Raises:
+        ValueError: the folder is not one of ours.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        claim_folder(folder, "learning", "dflash_learn", names=FILES, link=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mark_folder(folder, "learning")
+        self.state: dict[str, Any] = {"promoted": GIVEN, "history": []}
+        file = folder / _STATE
+        if file.is_file():
+            try:
+                self.state |= json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}); delete it to begin with the given drafter again"
+                ) from error
+
+    @property
+    def promoted(self) -> int:
+        return int(self.state["promoted"])
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What happened, the latest last."""
+        return self.state["history"]
+
+    def path(self, version: int) -> Path:
+        return self.folder / "versions" / f"{version:06d}"
+
+    def there(self) -> list[int]:
+        """Numbers of the versions on disk."""
+        return sorted(int(p.name) for p in self.path(0).parent.glob("[0-9]*") if p.is_dir())
+
+    def usable(self, version: int) -> bool:
+        """Whether its files can be loaded; a warning says why not."""
+        path = self.path(version)
+        try:
+            check_weights(path, DrafterConfig.from_dict(read_config(path)))
+        except (ValueError, OSError) as error:
+            logger.warning(
+                "vllm-dflash: version %d of the drafter cannot be used: %s", version, error
+            )
+            return False
+        return True
+
+    def to_serve(self, given: str | None) -> str | None:
+        """The drafter to start with: the one promoted, or the newest before it that is whole; the user's
+        where there is none."""
+        promoted = self.promoted
+        for version in sorted((v for v in self.there() if v <= promoted), reverse=True):
+            if self.usable(version):
+                if version != promoted:
+                    self._record("fallback", version)
+                return str(self.path(version))
+        if promoted != GIVEN:
+            self._record("fallback", GIVEN)
+        return given
+
+    def promote(
+        self, write: Callable[[Path], Any], figures: dict[str, Any], version: int | None = None
+    ) -> int:
+        """Has a new version written and names it in the state; its number."""
+        number = version if version is not None else 1 + max([self.promoted, *self.there()])
+        write(self.path(number))
+        self._record("promoted", number, figures)
+        return number
+
+    def switch(self, version: int, event: str, figures: dict[str, Any] | None = None) -> None:
+        """Goes to a version that is on disk.
+
+        Raises:
+            ValueError: it is not there, or cannot be loaded.
+        """
+        if version not in self.there() or not self.usable(version):
+            raise ValueError(
+                f"there is no version {version} in {self.folder}; there are {self.there()}"
+            )
+        self._record(event, version, figures)
+
+    def before(self, version: int) -> int | None:
+        """The newest version on disk before another one."""
+        return max((v for v in self.there() if v < version), default=None)
+
+    def _record(self, event: str, version: int, figures: dict[str, Any] | None = None) -> None:
+        entry = {"event": event, "version": version, "time": time.time(), **(figures or {})}
+        state = {"promoted": version, "history": [*self.history, entry][-200:]}
+        atomic_write(self.folder / _STATE, json.dumps(state, indent=1) + "\n")
+        self.state = state
+        kept = {version, self.before(version), GIVEN, *self.there()[-KEPT:]}
+        for other in self.there():
+            if other not in kept:
+                shutil.rmtree(self.path(other), ignore_errors=True)

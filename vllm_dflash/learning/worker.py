@@ -1,0 +1,240 @@
+"""The worker's half of learning while serving: the training session, beside the drafter that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_dflash import checkpoint
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.modeling.drafter import Drafter
+from vllm_dflash.serving.worker.features.verifier import verifier_dtype
+from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.learner import EVAL_ANCHORS, Sample
+from vllm_dflash.training.ranks import Failure, Ranks
+from vllm_dflash.training.session import TrainingSession
+
+#: A constant rate; the average over the last steps is what is compared and served.
+_HPARAMS = Hyperparameters(
+    num_anchors=64, batch_size=4, warmup_ratio=0.0, min_lr=1.0, ema_decay=0.98
+)
+#: Anchors between two pauses.
+_PART = 64
+#: Parameters of a drafter that its context's K/V are made with.
+_CONTEXT = ("fc.", "hidden_norm.", ".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.")
+_VOCABULARY = ("embed_tokens.", "lm_head.")
+
+
+def run(worker: Any, command: str, *args: Any) -> Any:
+    """In a worker, called by the engine core: ``LearningSession.<command>(*args)``.
+
+    Returns:
+        Its answer; with several ranks a ``Failure`` in place of a ValueError.
+    """
+    session = worker.__dict__.get("_vllm_dflash_learning")
+    if session is None:
+        from vllm_dflash.serving.worker.start import tensor_parallel_group
+
+        ranks = Ranks(tensor_parallel_group())
+        session = worker.__dict__["_vllm_dflash_learning"] = LearningSession(
+            worker.model_runner, ranks
+        )
+    if command not in session.COMMANDS:
+        raise ValueError(f"unknown worker command {command!r}; known: {session.COMMANDS}")
+    try:
+        with session.ranks.together(), torch.inference_mode(False):
+            return getattr(session, command)(*args)
+    except ValueError as error:
+        if session.ranks.size == 1:
+            raise
+        return Failure.of(error, session.ranks.rank)
+
+
+class LearningSession(TrainingSession):
+    """A training session whose work is done in parts, and whose drafter can be put in the server's place."""
+
+    COMMANDS = (
+        "start",
+        "register",
+        "watch",
+        "collect",
+        "keep",
+        "learn",
+        "count",
+        "advance",
+        "export",
+        "swap",
+        "restore",
+        "load",
+    )
+
+    def __init__(self, runner: Any, ranks: Ranks | None = None) -> None:
+        super().__init__(runner, ranks)
+        self.everything = False
+        self._work: Iterator[Any] = iter(())
+        #: Weights of the drafter that serves, in fp32 on the learner's device.
+        self._serving: dict[str, Tensor] = {}
+
+    def start(self, everything: bool) -> dict[str, Any]:
+        """Makes the learner, of the drafter that serves.
+
+        Args:
+            everything: learn also what the context's K/V are made with.
+        """
+        spec = self.source.vllm_config.speculative_config
+        path, tokens = str(spec.model), spec.num_speculative_tokens
+        config = DrafterConfig.from_dict(checkpoint.read_config(path))
+        # Blocks as wide as they are served.
+        width = tokens + (not config.sample_from_anchor)
+        config = config.with_(draft_block_size=width)
+        made = self.begin(
+            config.to_dict("zlab"),
+            _HPARAMS.as_dict(),
+            None,
+            total_steps=1,
+            init_from=path,
+            cache_dir=None,
+            layout={"anchors_in_flight": _PART},
+        )
+        self.everything = everything
+        learner = self._learner()
+        for name, parameter in learner.drafter.named_parameters():
+            if name.startswith(_VOCABULARY) or (
+                not everything and any(part in f".{name}" for part in _dotted(_CONTEXT))
+            ):
+                parameter.requires_grad_(False)
+        self._serving = {n: w.clone() for n, w in learner.weights().items()}
+        return made
+
+    # -- work in parts ---------------------------------------------------------------------------
+
+    def learn(self, steps: list[tuple[int, list[str]]]) -> None:
+        """Takes up training steps, each over the sequences named."""
+        self._work = self._training(steps)
+
+    def count(self, which: str, keys: list[str]) -> None:
+        """Takes up the counting of drafts and accepted tokens (see :meth:`advance`) of a drafter.
+
+        Args:
+            which: ``served``, ``candidate``, or a version's folder.
+        """
+        self._work = self._counting(which, keys)
+
+    def advance(self, parts: int) -> Any:
+        """Does so many parts of the work; its result, None while there is more.
+
+        With several ranks a part is a whole step, whose sums all must reach together.
+        """
+        for _ in range(parts):
+            try:
+                next(self._work)
+            except StopIteration as done:
+                return done.value
+        return None
+
+    def _training(self, steps: list[tuple[int, list[str]]]) -> Iterator[None]:
+        learner, metrics = self._learner(), []
+        learner.drafter.zero_grad(set_to_none=True)
+        for step, keys in steps:
+            samples = [self._sample(k) for k in self._own(keys)]
+            for result in learner.step_by_parts(step, samples):
+                if result is not None:
+                    metrics.append({"anchors": result["anchors"], "bad": result["bad"]})
+                elif self.ranks.size == 1:
+                    yield
+            yield
+        return metrics
+
+    def _counting(self, which: str, keys: list[str]) -> Iterator[None]:
+        learner, dtype = self._learner(), verifier_dtype(self.verifier)
+        drafter = self._drafter_of(which, dtype)
+        own = {}
+        for key in keys:
+            if key not in self._foreign:
+                sample = _head(self._sample(key))
+                own[key] = learner.accept(drafter, sample, learner.num_draft_tokens, dtype)
+            yield
+        out = {}
+        for part in self.ranks.gather(own):
+            for key, got in part.items():
+                first = got.accepted_per_position[0] if got.accepted_per_position else 0
+                out[key] = (got.num_drafts, got.num_accepted, first)
+        return out
+
+    def _drafter_of(self, which: str, dtype: torch.dtype) -> Drafter:
+        learner = self._learner()
+        drafter = learner.serving_drafter(dtype)
+        if which != "candidate":
+            weights = self._serving
+            if which != "served":
+                weights = checkpoint.load_weights(which, learner.config)
+            own = dict(drafter.named_parameters())
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    if name in own:
+                        own[name].copy_(weight)
+        return drafter
+
+    # -- the drafter that serves -----------------------------------------------------------------
+
+    def swap(self) -> None:
+        """Puts the learner's weights in the place of those that serve."""
+        weights = {n: w.clone() for n, w in self._learner().weights().items()}
+        self._put(weights)
+        self._serving = weights
+
+    def restore(self) -> None:
+        """The learner goes back to the weights that serve."""
+        self._learn_from(self._serving)
+
+    def load(self, path: str) -> None:
+        """A version serves, and learning goes on from it."""
+        learner = self._learner()
+        loaded = checkpoint.load_weights(path, learner.config)
+        weights = {n: loaded[n].to(self._serving[n]) for n in self._serving}
+        self._put(weights)
+        self._serving = weights
+        self._learn_from(weights)
+
+    def _learn_from(self, weights: dict[str, Tensor]) -> None:
+        learner = self._learner()
+        self._work = iter(())
+        learner.drafter.zero_grad(set_to_none=True)
+        learner.load_drafter(weights)
+        for optimizer in learner.optimizers.values():
+            optimizer.state.clear()
+
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        from vllm_dflash.serving.worker.reload import reload_weights
+
+        changed = {n: w for n, w in weights.items() if not n.startswith(_VOCABULARY)}
+        if not self.everything:
+            same = [n for n in changed if any(p in f".{n}" for p in _dotted(_CONTEXT))]
+            if any(not torch.equal(changed[n], self._serving[n]) for n in same):
+                raise ValueError(
+                    "this version has other context weights than the one that serves; start the server with "
+                    'it, or with "dflash_learn_weights": "all"'
+                )
+        reload_weights(self.source, self.runner, changed, self.everything)
+
+
+def _dotted(names: Sequence[str]) -> list[str]:
+    return [n if n.startswith(".") else f".{n}" for n in names]
+
+
+def _head(sample: Sample) -> Sample:
+    """The sample up to so many tokens of its response as are drafted in one pass."""
+    spans = sample.response_spans()
+    end = spans[0][0] + EVAL_ANCHORS + 1 if spans else len(sample.token_ids)
+    if end >= len(sample.token_ids):
+        return sample
+    return replace(
+        sample,
+        token_ids=sample.token_ids[:end],
+        loss_mask=sample.loss_mask[:end],
+        features_TF=sample.features_TF[: end - 1],
+    )
