@@ -6,10 +6,10 @@
     python benchmarks/learning.py swaps VERIFIER DRAFTER --own A.jsonl --requests 5000
 
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
-learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. ``cold``: from
-``"model": "auto"``, tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning
-on and off, alternating. ``swaps``: a version is put in place every few seconds while requests run, and every
-answer is compared with that of a server without speculation, in fp32.
+learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. ``cold``:
+from ``"model": "auto"``, tokens/s beside a server without speculation that takes turns. ``cost``: full load,
+learning on and off, alternating. ``swaps``: a version is put in place every few seconds while requests run,
+and every answer is compared with that of a server without speculation, in fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``vllm-dflash``: train, plan, eval, bench, inspect, convert, env."""
+"""``vllm-dflash``: train, plan, eval, bench, learn, watch, inspect, convert, env."""
 
 from __future__ import annotations
 
@@ -425,6 +425,50 @@ def convert(
     for remark in remarks:
         Console(stderr=True).print(f"note: {remark}", highlight=False)
     Console().print(f"{output} written in the {to} format", highlight=False)
+
+
+@app.command()
+def learn(
+    action: Annotated[str, typer.Argument(help="status, pause, resume, promote or rollback.")],
+    folder: Annotated[Path, typer.Argument(help="The server's dflash_learn.")],
+    version: Annotated[int | None, typer.Argument(help="For promote; 0 is the given one.")] = None,
+) -> None:
+    """See or steer what a server learns."""
+    from vllm_dflash.learning.control import read_status, rows, send
+
+    if action != "status":
+        taken = send(folder, action, version)
+        later = "" if taken else "; the server is busy and will take it when it is idle"
+        Console().print(f"{action}{later}", highlight=False)
+        return
+    table = _facts()
+    for name, value in rows(read_status(folder)).items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@app.command()
+def watch(
+    url: Annotated[str, typer.Argument(help="Of the server: http://localhost:8000.")],
+    every: Annotated[float, typer.Option(help="Seconds between two rows.", min=0.1)] = 5.0,
+    png: Annotated[Path | None, typer.Option(help="Draw tau and speed over time here.")] = None,
+) -> None:
+    """A learning server live: acceptance, speed, versions; until Ctrl-C."""
+    from vllm_dflash.files import claim_file
+    from vllm_dflash.learning.watch import HEADER, cells, is_plot, plot
+    from vllm_dflash.learning.watch import watch as run
+
+    if png is not None:
+        claim_file(png, "--png", is_plot)
+    seen = []
+    widths = (8, 10, 7, 10, 9, 8, 10)
+    for i, row in enumerate(run(url, every)):
+        if i % 20 == 0:
+            print("".join(f"{c:>{w}}" for c, w in zip(HEADER, widths, strict=True)), flush=True)
+        print("".join(f"{c:>{w}}" for c, w in zip(cells(row), widths, strict=True)), flush=True)
+        seen.append(row)
+        if png is not None and len(seen) > 1:
+            plot(seen, png)
 
 
 @app.command()

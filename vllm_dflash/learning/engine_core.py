@@ -102,7 +102,11 @@ def start_learning(core: Any) -> Learning:
     versions = Versions(folder)
     tokens = int(options.learn_gib * 2**30 / _feature_bytes(config))
     settings = Settings(
-        options.learn_slice_ms, options.learn_share, tokens, options.learn_weights == "all"
+        options.learn_slice_ms,
+        options.learn_share,
+        tokens,
+        options.learn_weights == "all",
+        options.learn_lr,
     )
     shards = None
     if options.learn_store == "disk":

@@ -56,12 +56,14 @@ class Settings:
         share: of the time of a server that is never idle, for learning.
         tokens: most tokens of the conversations kept, by what their features take.
         everything: whether all weights are learned, also those that the context's K/V are made with.
+        lr: learning rate.
     """
 
     slice_ms: float
     share: float
     tokens: int
     everything: bool
+    lr: float = 6e-4
 
 
 class Learning:
@@ -190,7 +192,7 @@ class Learning:
                 return result
 
     def _run(self) -> Iterator[bool]:
-        self.engine.call("start", self.settings.everything)
+        self.engine.call("start", self.settings.everything, self.settings.lr)
         yield True
         if GIVEN not in self.versions.there():
             self.engine.call("export", str(self.versions.path(GIVEN)), "zlab")

@@ -79,7 +79,7 @@ class LearningSession(TrainingSession):
         #: Weights of the drafter that serves, in fp32 on the learner's device.
         self._serving: dict[str, Tensor] = {}
 
-    def start(self, everything: bool) -> dict[str, Any]:
+    def start(self, everything: bool, lr: float) -> dict[str, Any]:
         """Makes the learner, of the drafter that serves.
 
         Args:
@@ -93,7 +93,7 @@ class LearningSession(TrainingSession):
         config = config.with_(draft_block_size=width)
         made = self.begin(
             config.to_dict("zlab"),
-            _HPARAMS.as_dict(),
+            replace(_HPARAMS, lr=lr).as_dict(),
             None,
             total_steps=1,
             init_from=path,

@@ -1,0 +1,565 @@
+"""What a server that learns does, without a server: replay, disk, gate, versions, rounds, commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+from pathlib import Path
+
+import pytest
+from helpers import tiny
+
+from vllm_dflash.learning import loop as loop_module
+from vllm_dflash.learning.control import read_status, send
+from vllm_dflash.learning.gate import MIN_CONVERSATIONS, judge, ratio_interval, tau
+from vllm_dflash.learning.loop import Learning, Settings
+from vllm_dflash.learning.replay import Conversation, Reservoir, Shards
+from vllm_dflash.learning.versions import Versions
+from vllm_dflash.learning.watch import Reading, between, is_plot, plot
+
+
+def conversation(i: int, source: str = "", length: int = 20, prompt: int = 8) -> Conversation:
+    rng = random.Random(f"{i}/{source}")
+    return Conversation(tuple(rng.randrange(1000) for _ in range(length)), prompt, source, float(i))
+
+
+# -- replay --------------------------------------------------------------------------------------
+
+
+def test_reservoir_keeps_old_and_new_within_its_bound():
+    kept = Reservoir(capacity=100 * 20)
+    for i in range(2000):
+        kept.add(conversation(i))
+        assert kept.num_tokens() <= 2000
+    times = sorted(c.time for c in kept)
+    assert len(times) == 100
+    assert times[-50:] == list(range(1950, 2000))
+    # The sample of what was before is spread over its time: a third of it, give or take.
+    early = sum(t < 650 for t in times[:50])
+    assert 8 <= early <= 26
+
+
+def test_reservoir_leaves_a_source_its_place_beside_a_flood():
+    kept = Reservoir(capacity=100 * 20)
+    for i in range(40):
+        kept.add(conversation(i, "few"))
+    for i in range(3000):
+        kept.add(conversation(i, "flood"))
+    sources = [c.source for c in kept]
+    assert sources.count("few") >= 20
+
+
+def test_reservoir_counts_a_conversation_once():
+    kept = Reservoir(capacity=1000)
+    assert kept.add(conversation(1))
+    assert not kept.add(conversation(1))
+    assert not kept.add(conversation(2, length=600)), "longer than what there is room for"
+    assert len(kept) == 1
+
+
+def test_a_prompt_is_held_out_whatever_the_response():
+    sides = {}
+    for i in range(400):
+        c = conversation(i)
+        again = Conversation((*c.token_ids[:8], 1, 2, 3), 8)
+        assert again.held_out == c.held_out
+        sides[i] = c.held_out
+    assert 25 <= sum(sides.values()) <= 80
+
+
+# -- disk ----------------------------------------------------------------------------------------
+
+
+def shards(folder: Path, **given) -> Shards:
+    return Shards(folder, **{"max_bytes": 10**6, "max_age": 3600.0, **given})
+
+
+def test_shards_are_read_back_and_belong_to_their_owner(tmp_path):
+    written = [conversation(i, "x") for i in range(5)]
+    disk = shards(tmp_path / "c")
+    for c in written:
+        disk.put(c)
+    disk.flush()
+    assert list(shards(tmp_path / "c").read()) == written
+    for path in (tmp_path / "c").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("cut", [2, 30, 100])
+def test_a_shard_that_was_cut_off_loses_one_conversation(tmp_path, cut):
+    disk = shards(tmp_path)
+    for i in range(5):
+        disk.put(conversation(i))
+    disk.flush()
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-cut])
+    again = shards(tmp_path)
+    assert [c.time for c in again.read()] == [0, 1, 2, 3]
+    # A kill leaves such an end; what comes later is whole.
+    again.put(conversation(9))
+    again.flush()
+    assert [c.time for c in shards(tmp_path).read()] == [0, 1, 2, 3, 9]
+
+
+def test_a_damaged_line_is_counted_and_left_out(tmp_path):
+    disk = shards(tmp_path)
+    for i in range(3):
+        disk.put(conversation(i))
+    disk.flush()
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes().replace(b'"time": 1.0', b'"time": 7.0'))
+    again = shards(tmp_path)
+    assert [c.time for c in again.read()] == [0, 2]
+    assert again.damaged == 1
+
+
+def test_shards_stay_inside_their_size_and_age(tmp_path, monkeypatch):
+    monkeypatch.setattr(Shards, "SHARD_BYTES", 2000)
+    disk = shards(tmp_path, max_bytes=10_000)
+    for i in range(300):
+        disk.put(conversation(i))
+    disk.flush()
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 12_000
+    assert max(c.time for c in disk.read()) == 299
+    for file in tmp_path.iterdir():
+        os.utime(file, (1, 1))
+    disk.put(conversation(300))
+    disk.flush()
+    assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_a_full_disk_is_counted_and_never_raises(tmp_path, monkeypatch):
+    disk = shards(tmp_path)
+
+    def full(conversation):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "_write", full)
+    disk.put(conversation(0))
+    disk.flush()
+    assert disk.dropped == 1
+
+
+# -- gate ----------------------------------------------------------------------------------------
+
+
+def counts(rng: random.Random, keys: list[str], mean: float) -> dict[str, tuple[int, int]]:
+    return {k: (40, sum(rng.random() < mean for _ in range(40))) for k in keys}
+
+
+def test_a_better_candidate_passes_and_noise_mostly_does_not():
+    keys = [str(i) for i in range(40)]
+    passed = {0.0: 0, 0.2: 0}
+    for trial in range(60):
+        rng = random.Random(trial)
+        before = counts(rng, keys, 0.4)
+        for lift in passed:
+            passed[lift] += judge(before, counts(rng, keys, 0.4 + lift), {}).better
+    assert passed[0.2] == 60
+    assert passed[0.0] <= 6
+
+
+def test_a_worse_candidate_is_known_as_worse():
+    keys = [str(i) for i in range(40)]
+    rng = random.Random(0)
+    verdict = judge(counts(rng, keys, 0.5), counts(rng, keys, 0.2), {})
+    assert verdict.worse
+    assert not verdict.better
+
+
+def test_few_conversations_decide_nothing():
+    keys = [str(i) for i in range(MIN_CONVERSATIONS - 1)]
+    rng = random.Random(0)
+    verdict = judge(counts(rng, keys, 0.1), counts(rng, keys, 0.9), {})
+    assert not verdict.better
+    assert str(MIN_CONVERSATIONS) in verdict.reason
+
+
+def test_a_big_source_must_not_lose():
+    flood, mine = [f"f{i}" for i in range(60)], [f"m{i}" for i in range(20)]
+    rng = random.Random(0)
+    before = counts(rng, flood + mine, 0.4)
+    after = counts(rng, flood, 0.8) | counts(rng, mine, 0.2)
+    assert judge(before, after, {}).better
+    verdict = judge(before, after, {"source 'mine'": mine})
+    assert not verdict.better
+    assert "mine" in verdict.reason
+
+
+def test_the_interval_holds_the_ratio():
+    rng = random.Random(1)
+    keys = [str(i) for i in range(50)]
+    before, after = counts(rng, keys, 0.3), counts(rng, keys, 0.5)
+    low, high = ratio_interval(list(before.values()), list(after.values()))
+    ratio = tau(list(after.values())) / tau(list(before.values()))
+    assert low < ratio < high
+    assert high - low < 0.2
+
+
+# -- versions ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drafter")
+    verifier = tiny.make_verifier(folder / "verifier")
+    return tiny.make_drafter(folder / "drafter", verifier)
+
+
+def copied(drafter: Path):
+    import shutil
+
+    return lambda path: shutil.copytree(drafter, path)
+
+
+def test_versions_survive_a_restart_and_are_bounded(tmp_path, drafter):
+    versions = Versions(tmp_path / "learn")
+    assert versions.to_serve("given") == "given"
+    copied(drafter)(versions.path(0))
+    for i in range(9):
+        assert versions.promote(copied(drafter), {"steps": i}) == i + 1
+    assert versions.there() == [0, 5, 6, 7, 8, 9]
+    again = Versions(tmp_path / "learn")
+    assert again.promoted == 9
+    assert again.to_serve("given") == str(again.path(9))
+
+
+def test_a_version_that_was_killed_half_way_is_not_served(tmp_path, drafter):
+    versions = Versions(tmp_path / "learn")
+    versions.promote(copied(drafter), {})
+    versions.promote(copied(drafter), {})
+    (versions.path(2) / "model.safetensors").write_bytes(b"cut off")
+    again = Versions(tmp_path / "learn")
+    assert again.to_serve("given") == str(again.path(1))
+    assert again.promoted == 1
+    (versions.path(1) / "config.json").unlink()
+    last = Versions(tmp_path / "learn")
+    assert last.to_serve("given") == "given"
+    assert last.promoted == 0
+
+
+def test_a_kill_between_files_leaves_the_version_before(tmp_path, drafter):
+    versions = Versions(tmp_path / "learn")
+    versions.promote(copied(drafter), {})
+
+    def killed(path: Path) -> None:
+        path.mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        versions.promote(killed, {})
+    assert Versions(tmp_path / "learn").to_serve("given") == str(versions.path(1))
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine\.txt"):
+        Versions(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_damaged_state_names_itself(tmp_path):
+    Versions(tmp_path / "learn")
+    (tmp_path / "learn" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        Versions(tmp_path / "learn")
+
+
+# -- rounds --------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """An engine whose drafter gets better, or worse, by each step that it learns."""
+
+    def __init__(self, drafter: Path, gain: float) -> None:
+        self.drafter, self.gain = drafter, gain
+        self.quality = {"served": 0.2, "candidate": 0.2}
+        self.learning: Learning | None = None
+        self.calls: list[str] = []
+        self.known: set[str] = set()
+        self._job: object = None
+        self._parts = 0
+
+    def call(self, command, *args):
+        self.calls.append(command)
+        return getattr(self, command, lambda *a: None)(*args)
+
+    def submit(self, key, token_ids):
+        self.known.add(key)
+        assert self.learning is not None
+        self.learning.extracted(key)
+
+    def export(self, path, fmt):
+        copied(self.drafter)(path)
+
+    def collect(self, ends):
+        return {}
+
+    def learn(self, steps):
+        self.quality["candidate"] = max(0.0, self.quality["candidate"] + self.gain * len(steps))
+        assert {k for _, keys in steps for k in keys} <= self.known
+        self._job, self._parts = [{"anchors": 4, "bad": []} for _ in steps], len(steps)
+
+    def count(self, which, keys):
+        assert set(keys) <= self.known
+        rng = random.Random(f"{which}/{len(self.calls)}")
+        quality = self.quality.get(which, 0.2)
+        made = {}
+        for key in keys:
+            accepted = sum(rng.random() < quality for _ in range(100))
+            made[key] = (100, accepted, accepted)
+        self._job, self._parts = made, 1
+
+    def advance(self, parts):
+        self._parts -= parts
+        return self._job if self._parts <= 0 else None
+
+    def swap(self):
+        self.quality["served"] = self.quality["candidate"]
+
+    def restore(self):
+        self.quality["candidate"] = self.quality["served"]
+
+    def load(self, path):
+        self.quality = dict.fromkeys(self.quality, 0.2)
+
+
+def make(tmp_path: Path, drafter: Path, gain: float, **given) -> tuple[Learning, FakeEngine]:
+    engine = FakeEngine(drafter, gain)
+    settings = Settings(slice_ms=50, share=0.0, tokens=20_000, everything=True)
+    learning = Learning(Versions(tmp_path / "learn"), engine, settings, **given)
+    engine.learning = learning
+    return learning, engine
+
+
+def feed(learning: Learning, start: int, number: int, source: str = "") -> None:
+    for i in range(start, start + number):
+        learning.finished(conversation(i, source))
+
+
+def run(learning: Learning) -> None:
+    idle = 0
+    while idle < 3:  # waiting for the engine looks idle, too
+        idle = 0 if learning.slice() else idle + 1
+    assert not learning.failed
+
+
+def test_what_is_learned_comes_to_serve(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    feed(learning, 0, 120)
+    run(learning)
+    status = learning.status()
+    assert status["promotions"] >= 1
+    assert learning.versions.promoted == status["version"] >= 1
+    assert engine.quality["served"] > 0.3
+    assert status["to_learn"] < 4
+    assert status["steps"] == pytest.approx(
+        6 * (120 - status["held_out"]["conversations"]) / 4, abs=1
+    )
+    assert not learning.slice(), "nothing is left to do"
+
+
+def test_nothing_held_out_is_trained_on(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.0)
+    trained: set[str] = set()
+    learn = engine.learn
+
+    def noted(steps):
+        trained.update(k for _, keys in steps for k in keys)
+        learn(steps)
+
+    engine.learn = noted  # type: ignore[method-assign]
+    feed(learning, 0, 200)
+    run(learning)
+    held = {c.key for c in learning.held_out}
+    assert len(held) >= MIN_CONVERSATIONS
+    assert trained
+    assert not trained & held
+
+
+def test_what_gets_worse_is_never_served(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=-0.01)
+    for start in range(0, 400, 100):
+        feed(learning, start, 100)
+        run(learning)
+    assert learning.status()["promotions"] == 0
+    assert "restore" in engine.calls
+    assert engine.quality["served"] == 0.2
+
+
+def test_a_version_that_new_traffic_likes_less_goes_back(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    feed(learning, 0, 120)
+    run(learning)
+    assert learning.versions.promoted >= 1
+    engine.gain, engine.quality = 0.0, {"served": 0.05, "candidate": 0.05}
+    feed(learning, 1000, 300)
+    run(learning)
+    assert learning.status()["rollbacks"] >= 1
+    assert "rolled back" in {e["event"] for e in learning.versions.history}
+    assert engine.quality["served"] == 0.2
+
+
+def test_a_version_goes_back_when_its_served_acceptance_falls(tmp_path, drafter, monkeypatch):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    feed(learning, 0, 120)
+    run(learning)
+    before = learning.versions.promoted
+    for _ in range(loop_module._LIVE_DRAFTS):
+        learning.verified(7, 0)
+    learning.slice()
+    assert learning.versions.promoted < before
+    assert "load" in engine.calls
+    assert "first draft tokens" in learning.versions.history[-1]["reason"]
+
+
+def test_an_error_ends_the_learning_and_not_the_server(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+
+    def broken(steps):
+        raise RuntimeError("out of memory")
+
+    engine.learn = broken  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    while learning.slice() or not learning.failed:
+        pass
+    status = learning.status()
+    assert status["state"] == "failed"
+    assert "out of memory" in status["error"]
+    feed(learning, 200, 5)
+    assert not learning.slice()
+
+
+def test_a_conversation_without_features_is_left_out(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    bad = set()
+
+    def collect(ends):
+        failed = {k: "not finite" for k in ends if int(k[-1], 16) < 4}
+        bad.update(failed)
+        return failed
+
+    engine.collect = collect  # type: ignore[method-assign]
+    learn = engine.learn
+
+    def noted(steps):
+        assert not {k for _, keys in steps for k in keys} & bad
+        learn(steps)
+
+    engine.learn = noted  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    run(learning)
+    assert bad
+    assert learning.status()["not_extracted"] >= len(bad)
+
+
+def test_what_is_on_disk_is_learned_from_after_a_restart(tmp_path, drafter):
+    Versions(tmp_path / "learn")
+    learning, _ = make(tmp_path, drafter, 0.01, shards=shards(tmp_path / "learn" / "conversations"))
+    feed(learning, 0, 60)
+    assert learning.shards is not None
+    learning.shards.flush()
+    again, engine = make(
+        tmp_path, drafter, 0.01, shards=shards(tmp_path / "learn" / "conversations")
+    )
+    assert again.status()["captured"] == 60
+    run(again)
+    assert "learn" in engine.calls
+
+
+def test_the_share_of_a_busy_server(tmp_path, drafter):
+    learning, _ = make(tmp_path, drafter, 0.01)
+    learning.settings = Settings(slice_ms=100, share=0.2, tokens=1000, everything=False)
+    due = sum(learning.owe(0.01) for _ in range(4000))  # 40 s of work
+    assert due * 0.1 / (40 + due * 0.1) == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_a_clock_that_jumps_harms_nothing(tmp_path, drafter, jump):
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.001 if len(engine.calls) % 50 else jump
+        return now[0]
+
+    learning, engine = make(tmp_path, drafter, 0.01, clock=clock)
+    feed(learning, 0, 120)
+    run(learning)
+    assert learning.status()["promotions"] >= 1
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def left(learning: Learning, *commands: dict) -> None:
+    folder = learning.versions.folder / "commands"
+    folder.mkdir(exist_ok=True)
+    for i, command in enumerate(commands):
+        (folder / f"{i:04d}.json").write_text(json.dumps(command))
+
+
+def test_commands_are_carried_out_in_their_order(tmp_path, drafter):
+    learning, _ = make(tmp_path, drafter, gain=0.01)
+    left(learning, {"command": "pause"})
+    feed(learning, 0, 120)
+    assert not learning.slice()
+    assert learning.status()["state"] == "paused"
+    left(learning, {"command": "resume"})
+    run(learning)
+    version = learning.versions.promoted
+    assert version >= 1
+    left(learning, {"command": "rollback"}, {"command": "promote", "version": version})
+    learning.slice()
+    assert [e["event"] for e in learning.versions.history[-2:]] == [
+        "rolled back",
+        "promoted by hand",
+    ]
+    assert learning.versions.promoted == version
+    left(learning, {"command": "promote", "version": 99})
+    learning.slice()
+    assert learning.versions.promoted == version
+    assert not learning.failed
+
+
+def test_commands_reach_the_folder_of_a_server_only(tmp_path):
+    with pytest.raises(ValueError, match="no server learns"):
+        send(tmp_path, "pause")
+    (tmp_path / "status.json").write_text(json.dumps({"state": "learning", "error": ""}))
+    assert read_status(tmp_path)["state"] == "learning"
+    assert not send(tmp_path, "pause", seconds=0.2)
+    written = [json.loads(f.read_text()) for f in (tmp_path / "commands").glob("*.json")]
+    assert written == [{"command": "pause", "version": None}]
+    with pytest.raises(ValueError, match="there is no version 3"):
+        send(tmp_path, "promote", 3)
+    with pytest.raises(ValueError, match="promote takes"):
+        send(tmp_path, "promote")
+    with pytest.raises(ValueError, match="no command"):
+        send(tmp_path, "stop")
+
+
+# -- watch ---------------------------------------------------------------------------------------
+
+
+def test_watch_shows_the_time_between_two_readings(tmp_path):
+    names = {
+        "vllm:spec_decode_num_drafts_total": 10.0,
+        "vllm:spec_decode_num_accepted_tokens_total": 15.0,
+        "vllm:generation_tokens_total": 100.0,
+        "vllm_dflash:step_seconds_total": 2.0,
+        "vllm_dflash:plain_seconds_total": 3.0,
+        "vllm_dflash:learn_version": 1.0,
+    }
+    later = {**{n: 3 * v for n, v in names.items()}, "vllm_dflash:learn_version": 2.0}
+    row = between(Reading(0.0, names), Reading(10.0, later))
+    assert row.tau == 2.5
+    assert row.tokens_per_s == 20.0
+    assert row.speedup == 1.5
+    assert row.version == 2
+    still = between(Reading(10.0, later), Reading(20.0, later))
+    assert still.tau is None
+    assert still.speedup is None
+    plot([row, still], tmp_path / "w.png")
+    assert is_plot(tmp_path / "w.png")

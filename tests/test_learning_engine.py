@@ -1,0 +1,188 @@
+"""A vLLM server that learns: what it answers, what it serves after a swap, a kill, a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny
+from helpers.api_server import Server, serving
+
+pytestmark = [pytest.mark.engine, pytest.mark.long]
+TOKENS = 4
+FIXED = {"method": "dflash", "num_speculative_tokens": TOKENS, "dflash_draft_length": "fixed"}
+#: A tiny model learns little at a rate for real ones.
+LEARN = {"dflash_learn_lr": 0.01, "dflash_learn_slice_ms": 50}
+
+
+def complete(server: Server, seed: int, **xargs: Any) -> str:
+    body = {
+        "model": "model",
+        "prompt": tiny.sentence(random.Random(seed), 12),
+        "max_tokens": 40,
+        "temperature": 0,
+        "ignore_eos": True,
+        "vllm_xargs": xargs,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read())["choices"][0]["text"]
+
+
+def complete_all(server: Server, seeds: range, **xargs: Any) -> list[str]:
+    with ThreadPoolExecutor(6) as pool:
+        return list(pool.map(lambda seed: complete(server, seed, **xargs), seeds))
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def learned(folder: Path, **wanted: int) -> dict[str, Any]:
+    """The status once nothing is left to learn and the figures are at least as wanted."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        now = status(folder)
+        assert now["state"] == "learning", now
+        if now["to_learn"] < 4 and all(now[k] >= n for k, n in wanted.items()):
+            return now
+    raise AssertionError(now)
+
+
+def acceptance(server: Server) -> tuple[float, float]:
+    """Drafts and accepted tokens of requests that nobody learns from."""
+    names = [f"vllm:spec_decode_num_{n}_total" for n in ("drafts", "accepted_tokens")]
+    before = server.counters()
+    for seed in range(900, 924):  # one by one: the same batches each time
+        complete(server, seed, dflash_learn="false")
+    after = server.counters()
+    return tuple(after[n] - before[n] for n in names)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def verifier(tmp_path_factory) -> Path:
+    return tiny.make_verifier(tmp_path_factory.mktemp("learning") / "verifier")
+
+
+@pytest.fixture(scope="module")
+def answers(verifier, tmp_path_factory) -> list[str]:
+    """Of a server without speculation."""
+    with serving(verifier, tmp_path_factory.mktemp("plain") / "s") as server:
+        return complete_all(server, range(240))
+
+
+@pytest.mark.parametrize("weights", ["decode", "all"])
+def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path, weights):
+    folder = tmp_path / "learn"
+    spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
+    spec["dflash_learn_weights"] = weights
+    with serving(verifier, tmp_path / "s", speculative=spec) as server:
+        before = acceptance(server)
+        got = complete_all(server, range(120), dflash_source="test")
+        learned(folder, captured=120)
+        # While weights are swapped between requests' steps, too.
+        got += complete_all(server, range(120, 240), dflash_source="test")
+        now = learned(folder, captured=240, promotions=1)
+        after = acceptance(server)
+        metrics = server.counters()
+        shown = tiny.cli("learn", "status", folder).stdout
+    assert got == answers
+    assert after[1] / after[0] > before[1] / before[0]
+    assert now["version"] >= 1
+    assert set(now["replay"]["sources"]) == {"test"}, "those with dflash_learn false are left out"
+    assert metrics["vllm_dflash:learn_promotions_total"] == now["promotions"]
+    assert "240" not in shown or "held out" in shown
+    served = folder / "versions" / f"{now['version']:06d}"
+    with serving(
+        verifier, tmp_path / "again", speculative={**FIXED, "model": str(served)}
+    ) as fresh:
+        assert acceptance(fresh) == after
+
+
+def test_kills_and_commands(verifier, answers, tmp_path):
+    folder = tmp_path / "learn"
+    spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
+    spec |= {"dflash_learn_weights": "all", "dflash_learn_store": "disk"}
+    for attempt in range(3):
+        # Killed while it learns, whatever it is at.
+        with serving(verifier, tmp_path / f"s{attempt}", speculative=spec) as server:
+            seeds = range(80 * attempt, 80 * attempt + 80)
+            assert complete_all(server, seeds) == [answers[s] for s in seeds]
+            time.sleep(1 + attempt)
+            subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "learn")], check=False)
+            time.sleep(1)
+    with serving(verifier, tmp_path / "last", speculative=spec) as server:
+        now = learned(folder, promotions=0)
+        assert now["captured"] >= 200, "conversations of before are read from disk"
+        assert complete_all(server, range(40)) == answers[:40]
+        learned(folder)
+        version = status(folder)["version"]
+        there = sorted(int(p.name) for p in (folder / "versions").iterdir())
+        other = next(v for v in there if v != version)
+        tiny.cli("learn", "promote", folder, str(other))
+        end = time.monotonic() + 20
+        while status(folder)["version"] != other and time.monotonic() < end:
+            time.sleep(0.2)
+        assert status(folder)["version"] == other
+        assert complete_all(server, range(40)) == answers[:40]
+        assert tiny.cli("learn", "pause", folder).returncode == 0
+        end = time.monotonic() + 20
+        while status(folder)["state"] != "paused" and time.monotonic() < end:
+            time.sleep(0.2)
+        assert status(folder)["state"] == "paused"
+
+
+def test_a_full_folder_and_a_filter_do_not_touch_the_answers(verifier, answers, tmp_path):
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks" / "myhook.py").write_text(
+        "def keep(conversation):\n"
+        "    if conversation.source == 'secret':\n"
+        "        return None\n"
+        "    if conversation.source == 'broken':\n"
+        "        raise RuntimeError('in the hook')\n"
+        "    return conversation\n"
+    )
+    folder = tmp_path / "learn"
+    spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
+    spec |= {"dflash_learn_filter": "myhook:keep"}
+    paths = os.pathsep.join([str(tmp_path / "hooks"), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", paths)
+        with serving(verifier, tmp_path / "s", speculative=spec) as server:
+            got = []
+            for n, source in ((0, "secret"), (10, "broken"), (20, "mine")):
+                got += complete_all(server, range(n, n + 10), dflash_source=source)
+            learned(folder, captured=10)
+            now = status(folder)
+    assert got == answers[:30]
+    kept = {**now["replay"]["sources"], **now["held_out"]["sources"]}
+    assert set(kept) == {"mine"}
+    assert now["captured"] == 10
+
+
+def test_a_server_that_cannot_learn_says_so(verifier, tmp_path):
+    spec = {**FIXED, "model": "auto", "dflash_learn": str(tmp_path / "learn")}
+    code = (
+        "from vllm import EngineArgs\n"
+        f"EngineArgs(model={str(verifier)!r}, speculative_config={spec!r}, pipeline_parallel_size=2)"
+        ".create_engine_config()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "dflash_learn is set and pipeline_parallel_size is 2" in done.stderr

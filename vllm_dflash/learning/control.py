@@ -1,0 +1,87 @@
+"""``vllm-dflash learn``: commands to a server that learns, left in its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.files import atomic_write
+
+COMMANDS = ("status", "pause", "resume", "promote", "rollback")
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What the server in this folder does.
+
+    Raises:
+        ValueError: no server learns there.
+    """
+    try:
+        return json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no server learns in {folder} now; name the folder that it was given as dflash_learn"
+        ) from error
+
+
+def send(folder: Path, command: str, version: int | None = None, seconds: float = 10.0) -> bool:
+    """Leaves a command for the server.
+
+    Returns:
+        Whether the server has taken it within so many seconds. A busy one takes it once it is idle.
+
+    Raises:
+        ValueError: no server learns there, or the command is none.
+    """
+    if command not in COMMANDS[1:]:
+        raise ValueError(f"{command!r} is no command; there are {', '.join(COMMANDS)}")
+    if (command == "promote") != (version is not None):
+        raise ValueError("promote takes the number of a version, the other commands take none")
+    status = read_status(folder)
+    if version is not None and not (folder / "versions" / f"{version:06d}").is_dir():
+        there = sorted(int(p.name) for p in (folder / "versions").glob("[0-9]*"))
+        raise ValueError(f"there is no version {version} in {folder}; there are {there}")
+    if status["state"] == "failed":
+        raise ValueError(f"the server has stopped learning ({status['error']}); restart it")
+    commands = folder / "commands"
+    commands.mkdir(exist_ok=True, mode=0o700)
+    file = commands / f"{time.time_ns():020d}.json"
+    atomic_write(file, json.dumps({"command": command, "version": version}))
+    deadline = time.monotonic() + seconds
+    while file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def rows(status: dict[str, Any]) -> dict[str, str]:
+    """The status in words."""
+    served, history = status["version"], status["history"]
+    out = {
+        "state": status["state"] + (f": {status['error']}" if status["error"] else ""),
+        "version that serves": f"{served}" + (" (the given drafter)" if served == 0 else ""),
+        "conversations": f"{status['replay']['conversations']} to learn from, "
+        f"{status['held_out']['conversations']} held out",
+        "sources": ", ".join(
+            f"{n or '(none)'}: {k}" for n, k in status["replay"]["sources"].items()
+        )
+        or "none yet",
+        "learned": f"{status['steps']} steps, {status['anchors']} blocks, {status['seconds']:.0f} s in "
+        f"{status['slices']} slices, the longest {1000 * status['longest_slice_seconds']:.0f} ms",
+        "still to learn": f"{status['to_learn']} visits of conversations",
+        "last comparison": status["last_comparison"] or "none yet",
+        "promotions, rollbacks": f"{status['promotions']}, {status['rollbacks']}",
+    }
+    for event in history[-5:]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        taus = (
+            f", tau {event['tau_before']:.3f} -> {event['tau_after']:.3f}"
+            if "tau_after" in event
+            else ""
+        )
+        reason = f", {event['reason']}" if event.get("reason") else ""
+        out[when] = f"version {event['version']} {event['event']}{taus}{reason}"
+    return out
