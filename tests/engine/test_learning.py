@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers import tiny
 from helpers.api_server import Server, serving
 

@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from helpers import tiny
 
+from helpers import tiny
 from vllm_dflash.learning import loop as loop_module
 from vllm_dflash.learning.control import read_status, send
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, judge, ratio_interval, tau
