@@ -29,7 +29,7 @@ def complete(server: Server, seed: int, **xargs: Any) -> str:
     body = {
         "model": "model",
         "prompt": tiny.sentence(random.Random(seed), 12),
-        "max_tokens": 40,
+        "max_tokens": 24,
         "temperature": 0,
         "ignore_eos": True,
         "vllm_xargs": xargs,
@@ -68,7 +68,7 @@ def acceptance(server: Server) -> tuple[float, float]:
     """Drafts and accepted tokens of requests that nobody learns from."""
     names = [f"vllm:spec_decode_num_{n}_total" for n in ("drafts", "accepted_tokens")]
     before = server.counters()
-    for seed in range(900, 924):  # one by one: the same batches each time
+    for seed in range(900, 912):  # one by one: the same batches each time
         complete(server, seed, dflash_learn="false")
     after = server.counters()
     return tuple(after[n] - before[n] for n in names)  # type: ignore[return-value]
@@ -83,7 +83,7 @@ def verifier(tmp_path_factory) -> Path:
 def answers(verifier, tmp_path_factory) -> list[str]:
     """Of a server without speculation."""
     with serving(verifier, tmp_path_factory.mktemp("plain") / "s") as server:
-        return complete_all(server, range(240))
+        return complete_all(server, range(160))
 
 
 @pytest.mark.parametrize("weights", ["decode", "all"])
@@ -93,11 +93,11 @@ def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path, weight
     spec["dflash_learn_weights"] = weights
     with serving(verifier, tmp_path / "s", speculative=spec) as server:
         before = acceptance(server)
-        got = complete_all(server, range(120), dflash_source="test")
-        learned(folder, captured=120)
+        got = complete_all(server, range(100), dflash_source="test")
+        learned(folder, captured=100)
         # While weights are swapped between requests' steps, too.
-        got += complete_all(server, range(120, 240), dflash_source="test")
-        now = learned(folder, captured=240, promotions=1)
+        got += complete_all(server, range(100, 160), dflash_source="test")
+        now = learned(folder, captured=160, promotions=1)
         after = acceptance(server)
         metrics = server.counters()
         shown = tiny.cli("learn", "status", folder).stdout
@@ -106,7 +106,7 @@ def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path, weight
     assert now["version"] >= 1
     assert set(now["replay"]["sources"]) == {"test"}, "those with dflash_learn false are left out"
     assert metrics["vllm_dflash:learn_promotions_total"] == now["promotions"]
-    assert "240" not in shown or "held out" in shown
+    assert "promotions, rollbacks" in shown
     served = folder / "versions" / f"{now['version']:06d}"
     with serving(
         verifier, tmp_path / "again", speculative={**FIXED, "model": str(served)}
@@ -121,14 +121,14 @@ def test_kills_and_commands(verifier, answers, tmp_path):
     for attempt in range(3):
         # Killed while it learns, whatever it is at.
         with serving(verifier, tmp_path / f"s{attempt}", speculative=spec) as server:
-            seeds = range(80 * attempt, 80 * attempt + 80)
+            seeds = range(50 * attempt, 50 * attempt + 50)
             assert complete_all(server, seeds) == [answers[s] for s in seeds]
             time.sleep(1 + attempt)
             subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "learn")], check=False)
             time.sleep(1)
     with serving(verifier, tmp_path / "last", speculative=spec) as server:
         now = learned(folder, promotions=0)
-        assert now["captured"] >= 200, "conversations of before are read from disk"
+        assert now["captured"] >= 120, "conversations of before are read from disk"
         assert complete_all(server, range(40)) == answers[:40]
         learned(folder)
         version = status(folder)["version"]

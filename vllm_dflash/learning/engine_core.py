@@ -38,6 +38,12 @@ def learning_core(cls: type) -> type:
         _dflash_learning: Learning | None = None
         _dflash_status: StatsFile | None = None
 
+        def prepare_learning(self) -> None:
+            """Makes the learner, before vLLM sees how much memory is left."""
+            options = Options.from_additional_config(self.vllm_config.additional_config)
+            everything = options.learn_weights == "all"
+            CoreEngine(self).call("start", everything, options.learn_lr)
+
         def _process_input_queue(self) -> None:
             learning = self._dflash_learning
             if learning is None:
@@ -101,13 +107,7 @@ def start_learning(core: Any) -> Learning:
     folder = Path(options.learn)
     versions = Versions(folder)
     tokens = int(options.learn_gib * 2**30 / _feature_bytes(config))
-    settings = Settings(
-        options.learn_slice_ms,
-        options.learn_share,
-        tokens,
-        options.learn_weights == "all",
-        options.learn_lr,
-    )
+    settings = Settings(options.learn_slice_ms, options.learn_share, tokens)
     shards = None
     if options.learn_store == "disk":
         limit = int(options.learn_disk_gib * 2**30)

@@ -9,7 +9,7 @@ import numpy as np
 
 #: Drafts and accepted tokens of one conversation.
 Counts = tuple[int, int]
-_ROUNDS = 2000
+_ROUNDS = 1000
 #: One-sided: so often a candidate that is no better passes.
 _ERROR = 0.02
 #: Conversations before anything is concluded, and of a group before it can forbid.

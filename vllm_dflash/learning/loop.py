@@ -55,15 +55,11 @@ class Settings:
         slice_ms: how long a request may have to wait for a slice of training, about.
         share: of the time of a server that is never idle, for learning.
         tokens: most tokens of the conversations kept, by what their features take.
-        everything: whether all weights are learned, also those that the context's K/V are made with.
-        lr: learning rate.
     """
 
     slice_ms: float
     share: float
     tokens: int
-    everything: bool
-    lr: float = 6e-4
 
 
 class Learning:
@@ -192,11 +188,8 @@ class Learning:
                 return result
 
     def _run(self) -> Iterator[bool]:
-        self.engine.call("start", self.settings.everything, self.settings.lr)
-        yield True
         if GIVEN not in self.versions.there():
-            self.engine.call("export", str(self.versions.path(GIVEN)), "zlab")
-            yield True
+            yield from self._write(self.versions.path(GIVEN))
         while True:
             yield from self._watch_live()
             steps = min(ROUND_STEPS, self._credit // BATCH)
@@ -286,7 +279,7 @@ class Learning:
         self.figures["comparisons"] += 1
         self.last = verdict = judge(before, after, groups)
         if verdict.better:
-            self._promote(verdict, counted)
+            yield from self._promote(verdict, counted)
         elif verdict.worse:
             logger.info("vllm-dflash discards what it learned: %s", verdict.reason)
             self.engine.call("restore")
@@ -297,7 +290,14 @@ class Learning:
             self._served[key] = (drafts, accepted)
             self._first[key] = (drafts, first)
 
-    def _promote(self, verdict: Verdict, counted: Mapping[str, tuple[int, int, int]]) -> None:
+    def _write(self, path: Path) -> Generator[bool, None, None]:
+        self.engine.call("write", str(path))
+        while not self.engine.call("written", self.settings.slice_ms / 1000):
+            yield True
+
+    def _promote(
+        self, verdict: Verdict, counted: Mapping[str, tuple[int, int, int]]
+    ) -> Generator[bool, None, None]:
         before = self.versions.promoted
         figures = {
             "tau_before": verdict.tau_before,
@@ -306,9 +306,9 @@ class Learning:
             "conversations": len(self.replay),
             "held_out": len(counted),
         }
-        number = self.versions.promote(
-            lambda path: self.engine.call("export", str(path), "zlab"), figures
-        )
+        number = self.versions.next_number()
+        yield from self._write(self.versions.path(number))
+        self.versions.switch(number, "promoted", figures)
         self.engine.call("swap")
         self._serving(counted)
         self._trial = before

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +89,9 @@ class Versions:
             self._record("fallback", GIVEN)
         return given
 
-    def promote(
-        self, write: Callable[[Path], Any], figures: dict[str, Any], version: int | None = None
-    ) -> int:
-        """Has a new version written and names it in the state; its number."""
-        number = version if version is not None else 1 + max([self.promoted, *self.there()])
-        write(self.path(number))
-        self._record("promoted", number, figures)
-        return number
+    def next_number(self) -> int:
+        """Of a new version."""
+        return 1 + max([self.promoted, *self.there()])
 
     def switch(self, version: int, event: str, figures: dict[str, Any] | None = None) -> None:
         """Goes to a version that is on disk.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.serving.worker.features.verifier import verifier_dtype
 from vllm_dflash.training.config import Hyperparameters
-from vllm_dflash.training.learner import EVAL_ANCHORS, Sample
+from vllm_dflash.training.learner import Sample
 from vllm_dflash.training.ranks import Failure, Ranks
 from vllm_dflash.training.session import TrainingSession
 
@@ -24,8 +25,10 @@ _HPARAMS = Hyperparameters(
 )
 #: Anchors between two pauses.
 _PART = 64
-#: Parameters of a drafter that its context's K/V are made with.
-_CONTEXT = ("fc.", "hidden_norm.", ".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.")
+#: Anchors of a conversation that candidates are compared on.
+_COMPARED = 128
+#: Parameters of a drafter's layers that its context's K/V are made with, beside ``fc`` and ``hidden_norm``.
+_CONTEXT = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.")
 _VOCABULARY = ("embed_tokens.", "lm_head.")
 
 
@@ -66,7 +69,8 @@ class LearningSession(TrainingSession):
         "learn",
         "count",
         "advance",
-        "export",
+        "write",
+        "written",
         "swap",
         "restore",
         "load",
@@ -76,6 +80,8 @@ class LearningSession(TrainingSession):
         super().__init__(runner, ranks)
         self.everything = False
         self._work: Iterator[Any] = iter(())
+        self._writer = threading.Thread()
+        self._write_error: Exception | None = None
         #: Weights of the drafter that serves, in fp32 on the learner's device.
         self._serving: dict[str, Tensor] = {}
 
@@ -103,12 +109,21 @@ class LearningSession(TrainingSession):
         self.everything = everything
         learner = self._learner()
         for name, parameter in learner.drafter.named_parameters():
-            if name.startswith(_VOCABULARY) or (
-                not everything and any(part in f".{name}" for part in _dotted(_CONTEXT))
-            ):
+            if name.startswith(_VOCABULARY) or (not everything and _of_context(name)):
                 parameter.requires_grad_(False)
         self._serving = {n: w.clone() for n, w in learner.weights().items()}
+        self._reserve()
         return made
+
+    def _reserve(self) -> None:
+        """Tells vLLM's memory profiling, which comes next, what learning takes of the device."""
+        learner = self._learner()
+        sizes = [(p.numel(), p.requires_grad) for p in learner.drafter.parameters()]
+        # Masters, average and the weights that serve, in fp32, and copies while candidates are compared.
+        # Gradients and the optimizer's two moments of those that are learned.
+        planned = sum(n * (4 + 4 + 4 + 4 + (12 if learned else 0)) for n, learned in sizes)
+        if hasattr(self.runner, "model_memory_usage"):
+            self.runner.model_memory_usage += planned
 
     # -- work in parts ---------------------------------------------------------------------------
 
@@ -181,6 +196,27 @@ class LearningSession(TrainingSession):
 
     # -- the drafter that serves -----------------------------------------------------------------
 
+    def write(self, path: str) -> None:
+        """Begins to write the learner's drafter as a checkpoint; a thread does, :meth:`written` tells."""
+
+        def run() -> None:
+            try:
+                self.export(path, "zlab")
+            except Exception as error:  # raised again by written()
+                self._write_error = error
+
+        self._check_ranks()
+        self._write_error = None
+        self._writer = threading.Thread(target=run, name="dflash-learn-write", daemon=True)
+        self._writer.start()
+
+    def written(self, wait: float) -> bool:
+        """Whether it is written, after so many seconds at most; raises what went wrong."""
+        self._writer.join(wait)
+        if self._write_error is not None:
+            raise self._write_error
+        return not self._writer.is_alive()
+
     def swap(self) -> None:
         """Puts the learner's weights in the place of those that serve."""
         weights = {n: w.clone() for n, w in self._learner().weights().items()}
@@ -213,7 +249,7 @@ class LearningSession(TrainingSession):
 
         changed = {n: w for n, w in weights.items() if not n.startswith(_VOCABULARY)}
         if not self.everything:
-            same = [n for n in changed if any(p in f".{n}" for p in _dotted(_CONTEXT))]
+            same = [n for n in changed if _of_context(n)]
             if any(not torch.equal(changed[n], self._serving[n]) for n in same):
                 raise ValueError(
                     "this version has other context weights than the one that serves; start the server with "
@@ -222,14 +258,15 @@ class LearningSession(TrainingSession):
         reload_weights(self.source, self.runner, changed, self.everything)
 
 
-def _dotted(names: Sequence[str]) -> list[str]:
-    return [n if n.startswith(".") else f".{n}" for n in names]
+def _of_context(name: str) -> bool:
+    """Whether a parameter takes part in making the context's K/V."""
+    return f".{name}".startswith((".fc.", ".hidden_norm.")) or any(k in name for k in _CONTEXT)
 
 
 def _head(sample: Sample) -> Sample:
-    """The sample up to so many tokens of its response as are drafted in one pass."""
+    """The sample up to the tokens of its response that candidates are compared on."""
     spans = sample.response_spans()
-    end = spans[0][0] + EVAL_ANCHORS + 1 if spans else len(sample.token_ids)
+    end = spans[0][0] + _COMPARED + 1 if spans else len(sample.token_ids)
     if end >= len(sample.token_ids):
         return sample
     return replace(

@@ -220,7 +220,10 @@ def test_versions_survive_a_restart_and_are_bounded(tmp_path, drafter):
     assert versions.to_serve("given") == "given"
     copied(drafter)(versions.path(0))
     for i in range(9):
-        assert versions.promote(copied(drafter), {"steps": i}) == i + 1
+        number = versions.next_number()
+        assert number == i + 1
+        copied(drafter)(versions.path(number))
+        versions.switch(number, "promoted", {"steps": i})
     assert versions.there() == [0, 5, 6, 7, 8, 9]
     again = Versions(tmp_path / "learn")
     assert again.promoted == 9
@@ -229,8 +232,9 @@ def test_versions_survive_a_restart_and_are_bounded(tmp_path, drafter):
 
 def test_a_version_that_was_killed_half_way_is_not_served(tmp_path, drafter):
     versions = Versions(tmp_path / "learn")
-    versions.promote(copied(drafter), {})
-    versions.promote(copied(drafter), {})
+    for number in (1, 2):
+        copied(drafter)(versions.path(number))
+        versions.switch(number, "promoted")
     (versions.path(2) / "model.safetensors").write_bytes(b"cut off")
     again = Versions(tmp_path / "learn")
     assert again.to_serve("given") == str(again.path(1))
@@ -241,17 +245,16 @@ def test_a_version_that_was_killed_half_way_is_not_served(tmp_path, drafter):
     assert last.promoted == 0
 
 
-def test_a_kill_between_files_leaves_the_version_before(tmp_path, drafter):
+def test_a_kill_before_the_state_leaves_the_version_before(tmp_path, drafter):
     versions = Versions(tmp_path / "learn")
-    versions.promote(copied(drafter), {})
-
-    def killed(path: Path) -> None:
-        path.mkdir()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        versions.promote(killed, {})
-    assert Versions(tmp_path / "learn").to_serve("given") == str(versions.path(1))
+    copied(drafter)(versions.path(1))
+    versions.switch(1, "promoted")
+    copied(drafter)(versions.path(2))
+    again = Versions(tmp_path / "learn")
+    assert again.to_serve("given") == str(again.path(1))
+    assert again.next_number() == 3
+    with pytest.raises(ValueError, match="no version 7"):
+        again.switch(7, "promoted")
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path):
@@ -292,8 +295,11 @@ class FakeEngine:
         assert self.learning is not None
         self.learning.extracted(key)
 
-    def export(self, path, fmt):
+    def write(self, path):
         copied(self.drafter)(path)
+
+    def written(self, wait):
+        return True
 
     def collect(self, ends):
         return {}
@@ -329,7 +335,7 @@ class FakeEngine:
 
 def make(tmp_path: Path, drafter: Path, gain: float, **given) -> tuple[Learning, FakeEngine]:
     engine = FakeEngine(drafter, gain)
-    settings = Settings(slice_ms=50, share=0.0, tokens=20_000, everything=True)
+    settings = Settings(slice_ms=50, share=0.0, tokens=20_000)
     learning = Learning(Versions(tmp_path / "learn"), engine, settings, **given)
     engine.learning = learning
     return learning, engine
@@ -472,7 +478,7 @@ def test_what_is_on_disk_is_learned_from_after_a_restart(tmp_path, drafter):
 
 def test_the_share_of_a_busy_server(tmp_path, drafter):
     learning, _ = make(tmp_path, drafter, 0.01)
-    learning.settings = Settings(slice_ms=100, share=0.2, tokens=1000, everything=False)
+    learning.settings = Settings(slice_ms=100, share=0.2, tokens=1000)
     due = sum(learning.owe(0.01) for _ in range(4000))  # 40 s of work
     assert due * 0.1 / (40 + due * 0.1) == pytest.approx(0.2, rel=0.05)
 

@@ -31,9 +31,9 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
 
     @functools.wraps(original)
     def _initialize_kv_caches(self, vllm_config, *args, **kwargs):
-        made = original(self, vllm_config, *args, **kwargs)
         if Options.from_additional_config(vllm_config.additional_config).learn:
-            _learn(self)
+            _learn(self, vllm_config)
+        made = original(self, vllm_config, *args, **kwargs)
         if not support.requested(vllm_config):
             return made
         reason = support.unsupported_reason(vllm_config)
@@ -50,10 +50,11 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
     return _initialize_kv_caches
 
 
-def _learn(core: Any) -> None:
+def _learn(core: Any, vllm_config: Any) -> None:
     """Has a server's engine core learn; one without a loop of its own (``LLM`` in this process) cannot."""
     if hasattr(core, "_process_input_queue"):
-        patching.specialise(core, "vllm_dflash.learning.engine_core:learning_core")
+        if patching.specialise(core, "vllm_dflash.learning.engine_core:learning_core"):
+            core.prepare_learning()
     else:
         logger.warning("vllm-dflash learns in servers only; dflash_learn has no effect here")
 
