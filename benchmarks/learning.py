@@ -199,7 +199,7 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
     with serving(args.verifier, spec, args.engine) as server:
 
         def measure(requests: int) -> None:
-            status = wait_until_learned(learn) if requests else {}
+            status = wait_until_learned(learn) if rows else {}
             rows.append(
                 {
                     "traffic_kind": "drift",
@@ -223,6 +223,13 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
         server.ask_all(test[:4], args.max_tokens, args.concurrency, learn=False)
         started = time.monotonic()
         measure(0)
+        # The traffic that the drafter knows comes first.
+        earlier = load_prompts(args.own_traffic)[: args.lot] if args.own_traffic else []
+        if earlier:
+            failed += sum(
+                "error" in a for a in server.ask_all(earlier, args.max_tokens, args.concurrency)
+            )
+            measure(0)
         for at in range(0, len(foreign), args.lot):
             lot = foreign[at : at + args.lot]
             failed += sum(
@@ -370,6 +377,7 @@ def main() -> None:
     parser.add_argument("verifier")
     parser.add_argument("drafter", nargs="?")
     parser.add_argument("--own", type=Path, required=True)
+    parser.add_argument("--own-traffic", type=Path, help="what the server gets of A before B comes")
     parser.add_argument("--foreign", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--requests", type=int, default=320)

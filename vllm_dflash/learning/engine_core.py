@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.files import lock_folder
 from vllm_dflash.learning import worker
 from vllm_dflash.learning.loop import Learning, Settings
 from vllm_dflash.learning.replay import Conversation, Shards
@@ -27,7 +28,9 @@ _KEY = "dflash-learn-"
 OPT_OUT, SOURCE = "dflash_learn", "dflash_source"
 #: Tokens of a response that is worth keeping.
 _MIN_RESPONSE = 8
-_POLL_SECONDS = 0.5
+#: Priority of our own requests, where the scheduler goes by that.
+_LAST = 2**31 - 1
+_POLL_SECONDS, _TELL_SECONDS = 0.5, 1.0
 _DAY = 86400.0
 
 
@@ -36,11 +39,20 @@ def learning_core(cls: type) -> type:
 
     class LearningCore(cls):  # type: ignore[valid-type,misc]
         _dflash_learning: Learning | None = None
-        _dflash_status: StatsFile | None = None
+        _dflash_status: StatsFile
+        _dflash_lock: int | None = None
+        _dflash_told = 0.0
 
         def prepare_learning(self) -> None:
             """Makes the learner, before vLLM sees how much memory is left."""
             options = Options.from_additional_config(self.vllm_config.additional_config)
+            folder = Path(options.learn)
+            # Held until this process ends, however it ends.
+            self._dflash_lock = lock_folder(folder)
+            if self._dflash_lock is None:
+                raise ValueError(
+                    f"another server learns in {folder}; give each a dflash_learn of its own"
+                )
             everything = options.learn_weights == "all"
             CoreEngine(self).call("start", everything, options.learn_lr)
 
@@ -52,8 +64,16 @@ def learning_core(cls: type) -> type:
             worked = True
             while worked and not self.has_work() and self.is_running() and self.input_queue.empty():
                 worked = learning.slice()
-                self._dflash_status.put(learning.status)
+                self._tell(learning, now=not worked)
+            self._tell(learning)
             super()._process_input_queue()
+
+        def _tell(self, learning: Learning, now: bool = False) -> None:
+            """Has the figures written, now or if the last ones are old."""
+            if now or time.monotonic() - self._dflash_told >= _TELL_SECONDS:
+                self._dflash_told = time.monotonic()
+                status = learning.status()
+                self._dflash_status.put(lambda: status)
 
         def _process_engine_step(self) -> bool:
             learning, started = self._dflash_learning, time.monotonic()
@@ -95,6 +115,7 @@ class CoreEngine:
                 list(token_ids),
                 params,
                 None,
+                priority=_LAST,
                 block_hasher=getattr(self.core, "request_block_hasher", None),
             )
         )

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ COMPARED = 64
 #: Drafts before the served acceptance says anything, and the share of the expected one below which a version
 #: goes back: the two count the same, but on other conversations.
 _LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
+#: Sources told apart, and what the others are called.
+_SOURCES, _OTHER = 32, "(other)"
 #: What is counted, see ``serving/frontend/learning_metrics.py``.
 _FIGURES = (
     "captured", "duplicates", "extracted", "not_extracted", "steps", "anchors", "skipped_sequences", "slices",
@@ -100,6 +102,7 @@ class Learning:
         #: The version before the one promoted last, while it is on trial; and what came since.
         self._trial: int | None = None
         self._since: set[str] = set()
+        self._sources: set[str] = set()
         self._random = random.Random(0)
         self._steps = int((versions.history or [{}])[-1].get("steps", 0))
         self._rounds = self._run()
@@ -115,6 +118,11 @@ class Learning:
             self.shards.put(conversation)
 
     def _keep(self, conversation: Conversation) -> bool:
+        if conversation.source not in self._sources:
+            # Clients name them.
+            if len(self._sources) >= _SOURCES:
+                conversation = replace(conversation, source=_OTHER)
+            self._sources.add(conversation.source)
         out = conversation.held_out
         if not (self.held_out if out else self.replay).add(conversation):
             self.figures["duplicates"] += 1
@@ -267,7 +275,9 @@ class Learning:
         if missing:
             self._remember((yield from self._count("served", missing)))
         keys = {c.key for c in conversations}
-        before = {k: n for k, n in self._served.items() if k in keys}
+        self._served = before = {k: n for k, n in self._served.items() if k in keys}
+        self._first = {k: n for k, n in self._first.items() if k in keys}
+        self._since &= {c.key for c in self.held_out}
         counted = yield from self._count("candidate", conversations)
         after = {k: (drafts, accepted) for k, (drafts, accepted, _) in counted.items()}
         recent = self.held_out.recent()
@@ -362,23 +372,24 @@ class Learning:
         """Carries out what ``vllm-dflash learn`` has left, in its order."""
         folder = self.versions.folder / "commands"
         for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-            command = json.loads(file.read_text())
+            try:
+                self._carry_out(json.loads(file.read_text()))
+            except (ValueError, TypeError, KeyError) as error:
+                logger.warning("vllm-dflash learn: %s", error)
             file.unlink()
-            name, version = command["command"], command.get("version")
-            if name in ("pause", "resume"):
-                self.paused = name == "pause"
-            elif name == "promote":
-                self._tell(file, lambda v=version: self._go_to(v, "promoted by hand"))
-            elif name == "rollback":
-                earlier = self.versions.before(self.versions.promoted)
-                if earlier is not None:
-                    self._go_to(earlier, "rolled back", "by hand")
 
-    def _tell(self, file: Path, do: Callable[[], None]) -> None:
-        try:
-            do()
-        except ValueError as error:
-            logger.warning("vllm-dflash learn: %s", error)
+    def _carry_out(self, command: Mapping[str, Any]) -> None:
+        name, version = command["command"], command.get("version")
+        if name in ("pause", "resume"):
+            self.paused = name == "pause"
+            return
+        if name == "rollback":
+            version = self.versions.before(self.versions.promoted)
+        if name not in ("promote", "rollback") or version is None:
+            raise ValueError(f"{name} {version} cannot be done")
+        self._go_to(int(version), "rolled back" if name == "rollback" else "promoted", "by hand")
+        # What was under way is of the drafter before.
+        self._rounds = self._run()
 
     def status(self) -> dict[str, Any]:
         """Everything there is to see, as plain values."""

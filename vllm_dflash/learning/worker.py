@@ -125,6 +125,12 @@ class LearningSession(TrainingSession):
         if hasattr(self.runner, "model_memory_usage"):
             self.runner.model_memory_usage += planned
 
+    def keep(self, keys: list[str]) -> None:
+        super().keep(keys)
+        kept = set(keys)
+        self.examples = {k: e for k, e in self.examples.items() if k in kept}
+        self._foreign &= kept
+
     # -- work in parts ---------------------------------------------------------------------------
 
     def learn(self, steps: list[tuple[int, list[str]]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from vllm_dflash.learning.loop import Learning, Settings
 from vllm_dflash.learning.replay import Conversation, Reservoir, Shards
 from vllm_dflash.learning.versions import Versions
 from vllm_dflash.learning.watch import Reading, between, is_plot, plot
+from vllm_dflash.serving.frontend.learning_metrics import LearningCollector
+
+ROOT = Path(__file__).parents[3]
 
 
 def conversation(i: int, source: str = "", length: int = 20, prompt: int = 8) -> Conversation:
@@ -331,6 +335,7 @@ class FakeEngine:
 
     def load(self, path):
         self.quality = dict.fromkeys(self.quality, 0.2)
+        self._parts = 10**9  # the work under way is gone, and never finishes
 
 
 def make(tmp_path: Path, drafter: Path, gain: float, **given) -> tuple[Learning, FakeEngine]:
@@ -521,13 +526,38 @@ def test_commands_are_carried_out_in_their_order(tmp_path, drafter):
     learning.slice()
     assert [e["event"] for e in learning.versions.history[-2:]] == [
         "rolled back",
-        "promoted by hand",
+        "promoted",
     ]
     assert learning.versions.promoted == version
     left(learning, {"command": "promote", "version": 99})
     learning.slice()
+    (learning.versions.folder / "commands" / "9.json").write_text("{")
+    learning.slice()
     assert learning.versions.promoted == version
     assert not learning.failed
+    # Learning goes on from there.
+    feed(learning, 500, 60)
+    run(learning)
+    assert learning.status()["to_learn"] < 4
+
+
+def test_a_command_in_the_middle_of_work_leaves_nothing_hanging(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    feed(learning, 0, 120)
+    run(learning)
+    feed(learning, 200, 60)
+    while engine.calls[-1] != "advance":
+        learning.slice()
+    left(learning, {"command": "rollback"})
+    run(learning)
+    assert learning.status()["to_learn"] < 4
+
+
+def test_sources_that_clients_name_are_bounded(tmp_path, drafter):
+    learning, _ = make(tmp_path, drafter, gain=0.01)
+    for i in range(300):
+        learning.finished(conversation(i, f"source {i}"))
+    assert len(learning.status()["replay"]["sources"]) <= 33
 
 
 def test_commands_reach_the_folder_of_a_server_only(tmp_path):
@@ -569,3 +599,21 @@ def test_watch_shows_the_time_between_two_readings(tmp_path):
     assert still.speedup is None
     plot([row, still], tmp_path / "w.png")
     assert is_plot(tmp_path / "w.png")
+
+
+def test_metrics_are_those_of_the_page_and_the_dashboard(tmp_path, drafter):
+    learning, _ = make(tmp_path, drafter, gain=0.01)
+    feed(learning, 0, 120)
+    run(learning)
+    collector = LearningCollector(tmp_path / "learn")
+    assert list(collector.collect()) == []
+    (tmp_path / "learn" / "status.json").write_text(json.dumps(learning.status()))
+    names = {sample.name for family in collector.collect() for sample in family.samples}
+    names = {n for n in names if not n.endswith("_created")}
+    shown = set(
+        re.findall(r"vllm_dflash:learn_\w+", (ROOT / "dashboards/learning.json").read_text())
+    )
+    assert shown <= names
+    page = (ROOT / "docs/user/learning.md").read_text()
+    for name in names:
+        assert name.removeprefix("vllm_dflash:") in page
