@@ -86,11 +86,11 @@ def answers(verifier, tmp_path_factory) -> list[str]:
         return complete_all(server, range(160))
 
 
-@pytest.mark.parametrize("weights", ["decode", "all"])
-def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path, weights):
+@pytest.mark.parametrize(("weights", "lr"), [("decode", 0.04), ("all", 0.01)])
+def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path, weights, lr):
     folder = tmp_path / "learn"
     spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
-    spec["dflash_learn_weights"] = weights
+    spec |= {"dflash_learn_weights": weights, "dflash_learn_lr": lr}
     with serving(verifier, tmp_path / "s", speculative=spec) as server:
         before = acceptance(server)
         got = complete_all(server, range(100), dflash_source="test")

@@ -33,6 +33,11 @@ _IMPL = "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl"
 _PARAMETERS = "parameters of "
 #: File, or file:function -> expressions there (``[]``: an item of) -> what they are in vLLM.
 ROLES: dict[str, dict[str, str]] = {
+    "learning/engine_core.py": {
+        "request": _REQUEST, "core": "vllm.v1.engine.core.EngineCoreProc", "config": "vllm.config.VllmConfig",
+    },
+    "learning/start.py": {"engine_args": "vllm.engine.arg_utils.EngineArgs", "verifier": _MODEL_CONFIG},
+    "serving/worker/reload.py": {"inner": _DRAFT_MODEL},
     "serving/worker/features/layer_hooks.py": {"vllm_config": "vllm.config.VllmConfig"},
     "serving/worker/v1/block_inputs.py": {
         "proposer": _PROPOSER, "metadata": _METADATA, "type()": _METADATA,
