@@ -37,7 +37,7 @@ ROLES: dict[str, dict[str, str]] = {
         "request": _REQUEST, "core": "vllm.v1.engine.core.EngineCoreProc", "config": "vllm.config.VllmConfig",
     },
     "learning/start.py": {"engine_args": "vllm.engine.arg_utils.EngineArgs", "verifier": _MODEL_CONFIG},
-    "serving/worker/reload.py": {"inner": _DRAFT_MODEL},
+    "serving/worker/reload.py:_refill": {"inner": _DRAFT_MODEL},
     "serving/worker/features/layer_hooks.py": {"vllm_config": "vllm.config.VllmConfig"},
     "serving/worker/v1/block_inputs.py": {
         "proposer": _PROPOSER, "metadata": _METADATA, "type()": _METADATA,
