@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import vllm_versions
@@ -31,8 +32,13 @@ def test_it_is_what_is_imported(newest) -> None:
     assert newest.imported() == newest.version
 
 
+@pytest.fixture(scope="module")
+def results(newest) -> dict[str, dict[str, Any]]:
+    """All columns in one session of pytest, which trains their drafter once."""
+    return newest.run()
+
+
 @pytest.mark.parametrize("column", versions.RUN)
-def test_on_the_newest(newest, column) -> None:
-    got = newest.run([column])[column]
-    assert got["failed"] == {}
-    assert got["passed"] > 0
+def test_on_the_newest(results, column) -> None:
+    assert results[column]["failed"] == {}
+    assert results[column]["passed"] > 0

@@ -15,6 +15,7 @@ import pytest
 import vllm_overlay
 import vllm_versions
 
+from vllm_dflash.serving import upstream
 from vllm_dflash.serving.seams import SEAMS
 
 FOLDER = Path(__file__).resolve().parents[1] / "upstream"
@@ -42,12 +43,11 @@ def test_a_patch_says_what_it_mends(patch) -> None:
 
 
 def test_seams_name_patches() -> None:
-    named = {
-        name for seam in SEAMS for name in re.findall(r"upstream/([\w-]+\.patch)", seam.upstream)
-    }
-    assert named <= {p.name for p in PATCHES}
-    # One has no seam of its own: it mends the plugin's own reading of a config, not a function of vLLM.
-    assert {p.name for p in PATCHES} - named <= {"speculators-causality.patch"}
+    named = {n for s in SEAMS for n in re.findall(r"upstream/([\w-]+)\.patch", s.upstream)}
+    # No seams: the first two are mended in the drafter class that the plugin registers, the last one in
+    # the configuration that it makes.
+    unnamed = {"dflash-k-norm-cpu", "dflash-own-window", "speculators-causality"}
+    assert {p.stem for p in PATCHES} == named | unnamed == set(upstream.PATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,15 @@ def outcomes(folder: Path, report: Path) -> dict[str, set[str]]:
         file = f"{(case.get('classname') or '').replace('.', '/')}.py"
         out.setdefault(f"tests/{file.removeprefix('tests/')}", set()).update(bad or {"passed"})
     return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
+def test_env_knows_it_by_source(patch, trees) -> None:
+    known = upstream.PATCHES[patch.stem]
+    assert f"vllm/{known.file}" in files(patch)
+    assert upstream.state(known, trees["released"] / "vllm") == "not in"
+    assert upstream.state(known, trees["patched"] / "vllm") == "in"
 
 
 @pytest.mark.slow
