@@ -149,7 +149,8 @@ SEAMS = (
         f"{_OURS}draft_limits:limiting", ENGINE_CORE,
         "no draft token is verified where it would change what a request says, nor beyond the drafter's "
         "positions, nor while training records",
-        "upstream/min-tokens-bonus.patch, upstream/logprob-token-ids.patch; docs/dev/upstream/seed-and-drafts.md",
+        "upstream/min-tokens-bonus.patch, upstream/logprob-token-ids.patch, "
+        "docs/dev/upstream/seed-and-drafts.md",
         "what is for faults: when those are mended", "class"),
     *_seams(_SCHEDULER, "schedule; _update_after_schedule(scheduler_output); "
         "update_from_output(scheduler_output, model_runner_output); update_draft_token_ids(draft_token_ids)",
