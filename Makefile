@@ -59,7 +59,7 @@ test-versions: setup
 
 # The patches of upstream/: they apply to that vLLM's sources, and their own tests need them.
 test-upstream: setup
-	$(BIN)/python -m pytest tests/test_upstream.py
+	$(BIN)/python -m pytest tests/test_upstream.py tests/test_upstream_engines.py
 
 # The newest vLLM, run although it has no CPU wheel: its Python sources over the installed kernels (half an hour).
 test-newest: setup

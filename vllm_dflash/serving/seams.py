@@ -127,7 +127,7 @@ SEAMS = (
     *_seams("vllm.config.vllm:VllmConfig.", "_dflash_needs_multi_kv_group(self)",
         f"{_OURS}support:serve_several_kv_groups", "all processes",
         "vLLM refuses drafters with sliding and full layers on the V1 runner; our proposer serves them there",
-        "vLLM issue 50710, PR 47914 (V2 only)", V1_GONE),
+        "vLLM issue 50710, upstream/dflash-mixed-v1.patch", V1_GONE),
     *_seams("vllm.v1.metrics.loggers:PrometheusStatLogger.",
         "_spec_decoding_cls(speculative_config, labelnames, per_engine_labelvalues)",
         f"{_OURS}frontend.metrics:drafter_metrics_class", FRONT_END,

@@ -34,6 +34,11 @@ PATCHES = {
         "torch.empty_like(all_k)\n        ops.rms_norm(",
         "in zip(all_k_normed, all_k, self._k_norm_weights)",
     ),
+    "dflash-mixed-v1": Patch(
+        "v1/spec_decode/dflash.py",
+        "super().build_per_group_and_layer_attn_metadata(",
+        "group_cad.causal = causal",
+    ),
     "dflash-own-window": Patch(
         _DRAFTER,
         "self.sliding_window = sliding_window\n        self.attn = Attention(",
