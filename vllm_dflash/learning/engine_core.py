@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.draft_length.counters import DRAFTER
 from vllm_dflash.files import lock_folder
 from vllm_dflash.learning import worker
 from vllm_dflash.learning.loop import Learning, Settings
@@ -19,7 +20,7 @@ from vllm_dflash.learning.versions import Versions
 from vllm_dflash.options import Options
 from vllm_dflash.serving.draft_stats import StatsFile
 from vllm_dflash.serving.patching import specialise
-from vllm_dflash.serving.verified import count_verified
+from vllm_dflash.serving.verified import count_verified, source_of
 from vllm_dflash.training.ranks import Failure
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -43,6 +44,14 @@ def learning_core(cls: type) -> type:
         _dflash_lock: int | None = None
         _dflash_told = 0.0
 
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            # A long prompt of ours must not be in the way of a client's.
+            learning = self._dflash_learning
+            ours = request.request_id.startswith(_KEY)
+            if not ours and learning is not None and learning.waiting is not None:
+                self.abort_requests([learning.waiting])
+            super().add_request(request, *args, **kwargs)
+
         def prepare_learning(self) -> None:
             """Makes the learner, before vLLM sees how much memory is left."""
             options = Options.from_additional_config(self.vllm_config.additional_config)
@@ -56,17 +65,29 @@ def learning_core(cls: type) -> type:
             everything = options.learn_weights == "all"
             CoreEngine(self).call("start", everything, options.learn_lr)
 
+        def release_reserved(self) -> None:
+            """vLLM has laid out its memory, and has left room for what learning takes."""
+            CoreEngine(self).call("release")
+
         def _process_input_queue(self) -> None:
             learning = self._dflash_learning
             if learning is None:
                 learning = self._dflash_learning = start_learning(self)
                 self._dflash_status = StatsFile(learning.versions.folder / "status.json")
-            worked = True
-            while worked and not self.has_work() and self.is_running() and self.input_queue.empty():
+            while self._may_learn() and not self.has_work() and not self._idle_state_callbacks:
+                if not self.input_queue.empty():
+                    break
                 worked = learning.slice()
                 self._tell(learning, now=not worked)
+                if not worked and not self.has_work():
+                    # vLLM's own loop would sleep on when a command wakes it.
+                    self._handle_client_request(*self.input_queue.get())
             self._tell(learning)
             super()._process_input_queue()
+
+        def _may_learn(self) -> bool:
+            """Not while it shuts down, is paused or sleeps, whose memory is then elsewhere."""
+            return self.is_running() and not self.is_scheduler_paused()
 
         def _tell(self, learning: Learning, now: bool = False) -> None:
             """Has the figures written, now or if the last ones are old."""
@@ -78,7 +99,7 @@ def learning_core(cls: type) -> type:
         def _process_engine_step(self) -> bool:
             learning, started = self._dflash_learning, time.monotonic()
             executed = super()._process_engine_step()
-            busy = learning is not None and learning.settings.share > 0
+            busy = learning is not None and learning.settings.share > 0 and self._may_learn()
             if busy and learning.owe(time.monotonic() - started):
                 learning.slice()
             return executed
@@ -133,17 +154,27 @@ def start_learning(core: Any) -> Learning:
     if options.learn_store == "disk":
         limit = int(options.learn_disk_gib * 2**30)
         shards = Shards(folder / "conversations", limit, options.learn_days * _DAY)
-    learning = Learning(versions, CoreEngine(core), settings, shards)
+    keeps = Keeps(options.learn_filter, config)
+    learning = Learning(versions, CoreEngine(core), settings, shards, usable=keeps.usable)
     scheduler = core.scheduler
     if specialise(scheduler, "vllm_dflash.learning.engine_core:capturing"):
-        scheduler.learning = learning
-        scheduler.keeps = Keeps(options.learn_filter, config)
-    count_verified(scheduler, lambda _, proposed, accepted: learning.verified(proposed, accepted))
+        scheduler.learning, scheduler.keeps = learning, keeps
+    count_verified(scheduler, _counter(learning, scheduler))
     _wake(core, folder / "commands")
     logger.info(
         "vllm-dflash learns in %s, from up to %d tokens of finished requests", folder, tokens
     )
     return learning
+
+
+def _counter(learning: Learning, scheduler: Any) -> Callable[[str, int, int], None]:
+    """Counts the drafter's drafts; looked-up ones say nothing of it."""
+
+    def count(name: str, proposed: int, accepted: int) -> None:
+        if source_of(scheduler.requests[name]) == DRAFTER:
+            learning.verified(proposed, accepted)
+
+    return count
 
 
 def _feature_bytes(config: Any) -> int:
@@ -177,7 +208,9 @@ class Keeps:
     """
 
     def __init__(self, hook: str, config: Any) -> None:
-        self.max_len = config.model_config.max_model_len - 1
+        tokens = config.speculative_config.num_speculative_tokens
+        self.max_len = config.model_config.max_model_len - tokens - 2
+        self.vocab_size = config.model_config.get_vocab_size()
         self.hook: Callable[[Conversation], Conversation | None] | None = None
         if hook:
             module, _, name = hook.partition(":")
@@ -186,7 +219,9 @@ class Keeps:
     def conversation(self, request: Any) -> Conversation | None:
         """Of a finished request; None if it is not to be learned from."""
         params, prompt = request.sampling_params, request.prompt_token_ids
-        if params is None or not prompt or request.mm_features or request.lora_request is not None:
+        if params is None or not prompt or request.prompt_embeds is not None:
+            return None
+        if request.mm_features or request.lora_request is not None:
             return None
         if request.get_finished_reason() not in _complete():
             return None
@@ -202,6 +237,11 @@ class Keeps:
             time.time(),
         )
         return made if self.hook is None else self.hook(made)
+
+    def usable(self, conversation: Conversation) -> bool:
+        """Whether the engine can run it: from disk it may be of a server with other limits."""
+        ids = conversation.token_ids
+        return 1 < len(ids) <= self.max_len and min(ids) >= 0 and max(ids) < self.vocab_size
 
 
 @functools.cache
@@ -221,15 +261,16 @@ def capturing(cls: type) -> type:
         def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             out = super()._free_request(request, *args, **kwargs)
             if request.request_id.startswith(_KEY):
-                self.learning.extracted(request.request_id)
-                return out
-            try:
-                conversation = self.keeps.conversation(request)
-                if conversation is not None:
-                    self.learning.finished(conversation)
-            except Exception:
-                # The user's hook can raise anything; the request has been answered.
-                logger.exception("vllm-dflash does not learn from a request")
+                complete = request.get_finished_reason() in _complete()
+                self.learning.extracted(request.request_id, complete)
+            elif not self.learning.failed:
+                try:
+                    conversation = self.keeps.conversation(request)
+                    if conversation is not None:
+                        self.learning.finished(conversation)
+                except Exception:
+                    # The user's hook can raise anything; the request has been answered.
+                    logger.exception("vllm-dflash does not learn from a request")
             return out
 
     Capturing.__name__ = Capturing.__qualname__ = cls.__name__

@@ -11,9 +11,9 @@ import numpy as np
 Counts = tuple[int, int]
 _ROUNDS = 1000
 #: One-sided: so often a candidate that is no better passes.
-_ERROR = 0.02
+_ERROR = 0.01
 #: Conversations before anything is concluded, and of a group before it can forbid.
-MIN_CONVERSATIONS = 8
+MIN_CONVERSATIONS = 12
 #: A group is one that counts if it has this share of the conversations.
 _BIG = 0.15
 #: tau may be lower in a group by so much.

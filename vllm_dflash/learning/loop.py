@@ -25,8 +25,8 @@ logger = logging.getLogger("vllm.vllm_dflash")
 PASSES = 6
 #: Sequences of a step, and steps between two comparisons.
 BATCH, ROUND_STEPS = 4, 24
-#: Held-out conversations that a comparison looks at, the latest and a sample.
-COMPARED = 64
+#: Held-out conversations that a comparison looks at, the latest and a sample, and tokens of their responses.
+COMPARED, COMPARED_TOKENS = 64, 128
 #: Drafts before the served acceptance says anything, and the share of the expected one below which a version
 #: goes back: the two count the same, but on other conversations.
 _LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
@@ -34,8 +34,8 @@ _LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
 _SOURCES, _OTHER = 32, "(other)"
 #: What is counted, see ``serving/frontend/learning_metrics.py``.
 _FIGURES = (
-    "captured", "duplicates", "extracted", "not_extracted", "steps", "anchors", "skipped_sequences", "slices",
-    "comparisons", "promotions", "rollbacks",
+    "captured", "duplicates", "unusable", "extracted", "not_extracted", "steps", "anchors",
+    "skipped_sequences", "slices", "comparisons", "promotions", "rollbacks",
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ class Learning:
         engine: of the server.
         settings: how it learns.
         shards: keeps conversations on disk, where that is asked for.
+        usable: whether the engine can run a conversation.
         clock: seconds.
     """
 
@@ -81,6 +82,7 @@ class Learning:
         engine: Engine,
         settings: Settings,
         shards: Shards | None = None,
+        usable: Callable[[Conversation], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.versions, self.engine, self.settings, self.shards = versions, engine, settings, shards
@@ -90,12 +92,15 @@ class Learning:
         self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0)
         self.figures |= {"seconds": 0.0, "longest_slice_seconds": 0.0}
         self.last: Verdict | None = None
-        self._clock = clock
+        self._clock, self._usable = clock, usable
         self._parts = 1
         self._owed = 0.0
         self._credit = 0
         self._features: set[str] = set()
-        self._waiting: str | None = None
+        #: The request that is under way.
+        self.waiting: str | None = None
+        self._complete = True
+        self._broken: set[str] = set()
         self._served: dict[str, Counts] = {}
         self._first: dict[str, tuple[int, int]] = {}
         self._live = [0, 0]
@@ -107,14 +112,16 @@ class Learning:
         self._steps = int((versions.history or [{}])[-1].get("steps", 0))
         self._rounds = self._run()
         if shards is not None:
+            # The latest that there is room for; what they are owed was paid before the restart.
             for conversation in shards.read():
                 self._keep(conversation)
+            self._credit = min(self._credit, len(self.replay))
 
     # -- what the engine core tells --------------------------------------------------------------
 
     def finished(self, conversation: Conversation) -> None:
         """A request has finished, and may be learned from."""
-        if self._keep(conversation) and self.shards is not None:
+        if not self.failed and self._keep(conversation) and self.shards is not None:
             self.shards.put(conversation)
 
     def _keep(self, conversation: Conversation) -> bool:
@@ -123,7 +130,12 @@ class Learning:
             if len(self._sources) >= _SOURCES:
                 conversation = replace(conversation, source=_OTHER)
             self._sources.add(conversation.source)
+        if not self._usable(conversation):
+            self.figures["unusable"] += 1
+            return False
         out = conversation.held_out
+        if out:
+            conversation = conversation.head(COMPARED_TOKENS)
         if not (self.held_out if out else self.replay).add(conversation):
             self.figures["duplicates"] += 1
             return False
@@ -131,13 +143,14 @@ class Learning:
         if out:
             self._since.add(conversation.key)
         else:
-            self._credit += PASSES
+            # No more than what is kept can be visited.
+            self._credit = min(self._credit + PASSES, PASSES * len(self.replay))
         return True
 
-    def extracted(self, key: str) -> None:
-        """A request of :meth:`Engine.submit` has ended, one way or the other."""
-        if self._waiting == key:
-            self._waiting = None
+    def extracted(self, key: str, complete: bool = True) -> None:
+        """A request of :meth:`Engine.submit` has ended; not complete if it gave way to a client's."""
+        if self.waiting == key:
+            self.waiting, self._complete = None, complete
 
     def verified(self, proposed: int, accepted: int) -> None:
         """A draft was verified."""
@@ -185,6 +198,7 @@ class Learning:
 
     def _job(self, command: str, *args: Any) -> Generator[bool, None, Any]:
         self.engine.call(command, *args)
+        self._parts = 1
         while True:
             started = self._clock()
             result = self.engine.call("advance", self._parts)
@@ -226,23 +240,27 @@ class Learning:
     def _extract(self, conversations: Sequence[Conversation]) -> Generator[bool, None, None]:
         """Computes the features that are missing, one conversation at a time."""
         kept = {c.key for r in (self.replay, self.held_out) for c in r}
+        self._broken &= kept
         if not self._features <= kept:
             self._features &= kept
             self.engine.call("keep", sorted(self._features))
         for conversation in conversations:
             key, rows = conversation.key, len(conversation.token_ids) - 1
-            if key in self._features:
+            if key in self._features or key in self._broken:
                 continue
             self.engine.call("register", [as_example(conversation)])
-            self.engine.call("watch", {key: (None, 0, rows)})
-            self._waiting = key
-            self.engine.submit(key, conversation.token_ids[:-1])
-            yield True
-            while self._waiting is not None:
-                yield False
+            self._complete = False
+            while not self._complete:
+                self.engine.call("watch", {key: (None, 0, rows)})
+                self.waiting = key
+                self.engine.submit(key, conversation.token_ids[:-1])
+                yield True
+                while self.waiting is not None:
+                    yield False
             failed = self.engine.call("collect", {key: rows})
             if failed:
                 self.figures["not_extracted"] += 1
+                self._broken.add(key)
                 logger.warning("vllm-dflash does not learn from a request: %s", failed[key])
                 continue
             self.figures["extracted"] += 1
@@ -269,7 +287,9 @@ class Learning:
 
     def _compare(self) -> Generator[bool, None, None]:
         conversations = self._compared()
+        self._since &= {c.key for c in self.held_out}
         if len(conversations) < MIN_CONVERSATIONS:
+            self.last = judge({c.key: (0, 0) for c in conversations}, {}, {})
             return
         missing = [c for c in conversations if c.key not in self._served]
         if missing:
@@ -277,7 +297,6 @@ class Learning:
         keys = {c.key for c in conversations}
         self._served = before = {k: n for k, n in self._served.items() if k in keys}
         self._first = {k: n for k, n in self._first.items() if k in keys}
-        self._since &= {c.key for c in self.held_out}
         counted = yield from self._count("candidate", conversations)
         after = {k: (drafts, accepted) for k, (drafts, accepted, _) in counted.items()}
         recent = self.held_out.recent()
@@ -318,8 +337,8 @@ class Learning:
         }
         number = self.versions.next_number()
         yield from self._write(self.versions.path(number))
-        self.versions.switch(number, "promoted", figures)
         self.engine.call("swap")
+        self.versions.switch(number, "promoted", figures)
         self._serving(counted)
         self._trial = before
         self.figures["promotions"] += 1
@@ -358,8 +377,9 @@ class Learning:
         yield True
 
     def _go_to(self, version: int, event: str, reason: str = "") -> None:
-        self.versions.switch(version, event, {"reason": reason})
+        self.versions.check(version)
         self.engine.call("load", str(self.versions.path(version)))
+        self.versions.switch(version, event, {"reason": reason})
         self._serving({})
         self.figures["rollbacks"] += event == "rolled back"
         logger.warning(
@@ -372,11 +392,14 @@ class Learning:
         """Carries out what ``vllm-dflash learn`` has left, in its order."""
         folder = self.versions.folder / "commands"
         for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+            if self.waiting is not None:
+                return  # they come when its features are there
+            text = file.read_text()
+            file.unlink()
             try:
-                self._carry_out(json.loads(file.read_text()))
+                self._carry_out(json.loads(text))
             except (ValueError, TypeError, KeyError) as error:
                 logger.warning("vllm-dflash learn: %s", error)
-            file.unlink()
 
     def _carry_out(self, command: Mapping[str, Any]) -> None:
         name, version = command["command"], command.get("version")
@@ -384,7 +407,7 @@ class Learning:
             self.paused = name == "pause"
             return
         if name == "rollback":
-            version = self.versions.before(self.versions.promoted)
+            version = self.versions.previous()
         if name not in ("promote", "rollback") or version is None:
             raise ValueError(f"{name} {version} cannot be done")
         self._go_to(int(version), "rolled back" if name == "rollback" else "promoted", "by hand")

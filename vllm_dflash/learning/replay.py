@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import queue
 import random
@@ -12,12 +13,16 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 #: One conversation in so many is held out: candidates are compared on those, none is trained on them.
 HELD_OUT_ONE_IN = 8
+_DAY = 86400.0
+
+logger = logging.getLogger("vllm.vllm_dflash")
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,20 @@ class Conversation:
     source: str = ""
     time: float = 0.0
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Of its tokens."""
         return "dflash-learn-" + _hash(self.token_ids)[:24]
 
-    @property
+    @cached_property
     def held_out(self) -> bool:
         """By the hash of the prompt: what is sampled twice for one prompt is on one side."""
         prompt = self.token_ids[: self.num_prompt_tokens]
         return int(_hash(prompt)[:8], 16) % HELD_OUT_ONE_IN == 0
+
+    def head(self, tokens: int) -> Conversation:
+        """The same with so many tokens of the response at most, and the one behind them."""
+        return replace(self, token_ids=self.token_ids[: self.num_prompt_tokens + tokens + 1])
 
     @property
     def loss_mask(self) -> list[bool]:
@@ -140,7 +149,9 @@ class Shards:
         self.folder, self.max_bytes, self.max_age = folder, max_bytes, max_age
         self.dropped = self.damaged = 0
         self._queue: queue.Queue[Conversation] = queue.Queue(waiting)
+        self._begun = time.time()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._prune(None)
         self._number = 1 + max((int(f.stem) for f in self._files()), default=0)
         threading.Thread(target=self._run, name="dflash-learn-shards", daemon=True).start()
 
@@ -158,6 +169,8 @@ class Shards:
                     self.damaged += 1
                     continue
                 raw = json.loads(text)
+                if time.time() - raw["time"] > self.max_age:
+                    continue
                 yield Conversation(**{**raw, "token_ids": tuple(raw["token_ids"])})
 
     def put(self, conversation: Conversation) -> None:
@@ -171,24 +184,29 @@ class Shards:
             conversation = self._queue.get()
             try:
                 self._write(conversation)
-            except OSError:
-                # A full disk: the next one may find room. Shown in the metrics.
+            except (OSError, TypeError, ValueError) as error:
+                # A full disk, for which the next one may find room, or what a filter made of it.
+                if not self.dropped:
+                    logger.warning("vllm-dflash cannot keep a conversation on disk: %s", error)
                 self.dropped += 1
             self._queue.task_done()
 
     def _write(self, conversation: Conversation) -> None:
-        text = json.dumps(asdict(conversation)).encode()
+        fields = ("token_ids", "num_prompt_tokens", "source", "time")
+        text = json.dumps({name: getattr(conversation, name) for name in fields}).encode()
         file = self.folder / f"{self._number:06d}.jsonl"
         # A line that a full disk or a kill cut short ends here, and only that one is lost.
         line = b"\n" + _checksum(text) + b" " + text + b"\n"
         with open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as opened:
             opened.write(line)
             size = opened.tell()
-        if size >= self.SHARD_BYTES:
+        # A file of a day at most: files go as a whole.
+        if size >= self.SHARD_BYTES or time.time() - self._begun > _DAY:
+            self._begun = time.time()
             self._number += 1
         self._prune(file)
 
-    def _prune(self, current: Path) -> None:
+    def _prune(self, current: Path | None) -> None:
         files = [(f, f.stat()) for f in self._files()]
         total = sum(s.st_size for _, s in files)
         for file, stat in files:

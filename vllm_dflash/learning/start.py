@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.checkpoint import check_computable, read_config
 from vllm_dflash.learning.versions import GIVEN, Versions
 from vllm_dflash.training.config import DrafterShape
 
@@ -18,12 +19,18 @@ _LAYERS_PER_LAYER, _BLOCK = 12, 8
 
 
 def drafter_to_serve(
-    folder: str, given: str | None, tokens: int | None, engine_args: Any, verifier: Any
+    folder: str,
+    weights: str,
+    given: str | None,
+    tokens: int | None,
+    engine_args: Any,
+    verifier: Any,
 ) -> str | None:
     """The drafter that a server starts with: the version promoted last, or the given one.
 
     Args:
         folder: the server's ``dflash_learn``.
+        weights: ``dflash_learn_weights``.
         given: ``model`` of the speculative configuration; ``auto`` has a drafter made.
         tokens: ``num_speculative_tokens``, where it is given.
         engine_args: vLLM's ``EngineArgs``.
@@ -38,14 +45,39 @@ def drafter_to_serve(
                 f"dflash_learn is set and {name} is {getattr(engine_args, name)}: a learning server has one "
                 "engine without pipeline stages; leave one of the two out"
             )
+    if weights == "all" and engine_args.tensor_parallel_size > 1:
+        raise ValueError(
+            'dflash_learn_weights is "all", which tensor parallel ranks cannot put in place; use "decode", '
+            "or train a drafter first"
+        )
+    if given == AUTO and weights != "all":
+        raise ValueError(
+            'model "auto" begins with random weights, all of which must be learned: give '
+            '"dflash_learn_weights": "all"'
+        )
+    if getattr(engine_args, "enable_sleep_mode", False):
+        raise ValueError(
+            "dflash_learn is set and enable_sleep_mode is, too; leave one of the two out"
+        )
     versions = Versions(Path(folder))
     model = versions.to_serve(None if given == AUTO else given)
     if given != AUTO or model is not None:
+        if model is not None:
+            _check_learnable(model)
         return model
     path = versions.path(GIVEN)
     _make(path, tokens, engine_args, verifier)
     logger.info("vllm-dflash: no drafter yet; %s learns from the traffic", path)
     return str(path)
+
+
+def _check_learnable(model: str) -> None:
+    """ValueError for a drafter whose weights are not at hand, or quantised."""
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"dflash_learn is set and the drafter {model} is no folder; download it and give its folder"
+        )
+    check_computable(model, read_config(model))
 
 
 def _make(path: Path, tokens: int | None, engine_args: Any, verifier: Any) -> None:

@@ -77,10 +77,11 @@ class Versions:
         return True
 
     def to_serve(self, given: str | None) -> str | None:
-        """The drafter to start with: the one promoted, or the newest before it that is whole; the user's
-        where there is none."""
+        """The drafter to start with: the one promoted, or the latest that served before and is whole; the
+        user's where there is none."""
         promoted = self.promoted
-        for version in sorted((v for v in self.there() if v <= promoted), reverse=True):
+        order = [promoted, *reversed(self.served())]
+        for version in (v for v in order if v in self.there()):
             if self.usable(version):
                 if version != promoted:
                     self._record("fallback", version)
@@ -99,22 +100,31 @@ class Versions:
         Raises:
             ValueError: it is not there, or cannot be loaded.
         """
+        self.check(version)
+        self._record(event, version, figures)
+
+    def check(self, version: int) -> None:
+        """ValueError if a version is not there, or cannot be loaded."""
         if version not in self.there() or not self.usable(version):
             raise ValueError(
                 f"there is no version {version} in {self.folder}; there are {self.there()}"
             )
-        self._record(event, version, figures)
 
-    def before(self, version: int) -> int | None:
-        """The newest version on disk before another one."""
-        return max((v for v in self.there() if v < version), default=None)
+    def served(self) -> list[int]:
+        """Versions that have served, the latest last; what a kill left half written never has."""
+        return [GIVEN, *(e["version"] for e in self.history)]
+
+    def previous(self) -> int | None:
+        """The version that served before the one promoted, if it is on disk."""
+        there, now = set(self.there()), self.promoted
+        return next((v for v in reversed(self.served()) if v != now and v in there), None)
 
     def _record(self, event: str, version: int, figures: dict[str, Any] | None = None) -> None:
         entry = {"event": event, "version": version, "time": time.time(), **(figures or {})}
         state = {"promoted": version, "history": [*self.history, entry][-200:]}
         atomic_write(self.folder / _STATE, json.dumps(state, indent=1) + "\n")
         self.state = state
-        kept = {version, self.before(version), GIVEN, *self.there()[-KEPT:]}
+        kept = {version, self.previous(), GIVEN, *self.there()[-KEPT:]}
         for other in self.there():
             if other not in kept:
                 shutil.rmtree(self.path(other), ignore_errors=True)

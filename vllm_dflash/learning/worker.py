@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,6 +67,7 @@ class LearningSession(TrainingSession):
         "watch",
         "collect",
         "keep",
+        "release",
         "learn",
         "count",
         "advance",
@@ -81,6 +83,7 @@ class LearningSession(TrainingSession):
         self.everything = False
         self._work: Iterator[Any] = iter(())
         self._writer = threading.Thread()
+        self._reserved: Tensor | None = None
         self._write_error: Exception | None = None
         #: Weights of the drafter that serves, in fp32 on the learner's device.
         self._serving: dict[str, Tensor] = {}
@@ -107,6 +110,8 @@ class LearningSession(TrainingSession):
             layout={"anchors_in_flight": _PART},
         )
         self.everything = everything
+        # A long prompt's rows would take memory of the device that nobody counts on.
+        self.recorder.on_host = True
         learner = self._learner()
         for name, parameter in learner.drafter.named_parameters():
             if name.startswith(_VOCABULARY) or (not everything and _of_context(name)):
@@ -116,14 +121,18 @@ class LearningSession(TrainingSession):
         return made
 
     def _reserve(self) -> None:
-        """Tells vLLM's memory profiling, which comes next, what learning takes of the device."""
+        """Holds what learning will take of the device while vLLM measures what is left, until
+        :meth:`release`."""
         learner = self._learner()
         sizes = [(p.numel(), p.requires_grad) for p in learner.drafter.parameters()]
-        # Masters, average and the weights that serve, in fp32, and copies while candidates are compared.
-        # Gradients and the optimizer's two moments of those that are learned.
-        planned = sum(n * (4 + 4 + 4 + 4 + (12 if learned else 0)) for n, learned in sizes)
-        if hasattr(self.runner, "model_memory_usage"):
-            self.runner.model_memory_usage += planned
+        # Copies while candidates are compared; gradients and the optimizer's moments of what is learned.
+        planned = sum(n * (4 + (12 if learned else 0)) for n, learned in sizes)
+        if learner.device.type != "cpu":
+            self._reserved = torch.empty(planned, dtype=torch.uint8, device=learner.device)
+
+    def release(self) -> None:
+        """vLLM has laid out its memory."""
+        self._reserved = None
 
     def keep(self, keys: list[str]) -> None:
         super().keep(keys)
@@ -205,20 +214,28 @@ class LearningSession(TrainingSession):
     def write(self, path: str) -> None:
         """Begins to write the learner's drafter as a checkpoint; a thread does, :meth:`written` tells."""
 
+        self._check_ranks()
+        self._write_error = None
+        if self.ranks.rank != 0:
+            return
+        if self._writer.is_alive():
+            self._writer.join()
+        alone = copy.copy(self)
+        alone.ranks = Ranks()  # the thread must not talk to other ranks
+
         def run() -> None:
             try:
-                self.export(path, "zlab")
+                alone.export(path, "zlab")
             except Exception as error:  # raised again by written()
                 self._write_error = error
 
-        self._check_ranks()
-        self._write_error = None
         self._writer = threading.Thread(target=run, name="dflash-learn-write", daemon=True)
         self._writer.start()
 
     def written(self, wait: float) -> bool:
         """Whether it is written, after so many seconds at most; raises what went wrong."""
-        self._writer.join(wait)
+        if self._writer.ident is not None:
+            self._writer.join(wait)
         if self._write_error is not None:
             raise self._write_error
         return not self._writer.is_alive()
@@ -256,7 +273,9 @@ class LearningSession(TrainingSession):
         changed = {n: w for n, w in weights.items() if not n.startswith(_VOCABULARY)}
         if not self.everything:
             same = [n for n in changed if _of_context(n)]
-            if any(not torch.equal(changed[n], self._serving[n]) for n in same):
+            dtype = verifier_dtype(self.verifier)
+            pairs = [(changed[n].to(dtype), self._serving[n].to(dtype)) for n in same]
+            if any(not torch.equal(new, old) for new, old in pairs):
                 raise ValueError(
                     "this version has other context weights than the one that serves; start the server with "
                     'it, or with "dflash_learn_weights": "all"'

@@ -36,6 +36,12 @@ def name_sources(draft_token_ids: Any, sent: Mapping[str, Sent]) -> None:
     setattr(draft_token_ids, _SENT, dict(sent))
 
 
+def source_of(request: Any) -> str:
+    """Where a request's latest draft came from; the drafter, where nobody named it."""
+    sent: Sent | None = getattr(request, _SENT, None)
+    return DRAFTER if sent is None else sent.source
+
+
 class SourceCounts:
     """In the engine core: counts what vLLM counts, by the sources that the workers name.
 

@@ -34,6 +34,8 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
         if Options.from_additional_config(vllm_config.additional_config).learn:
             _learn(self, vllm_config)
         made = original(self, vllm_config, *args, **kwargs)
+        if hasattr(self, "release_reserved"):
+            self.release_reserved()
         if not support.requested(vllm_config):
             return made
         reason = support.unsupported_reason(vllm_config)

@@ -17,6 +17,7 @@ _PREFIX = "vllm_dflash:learn_"
 _COUNTERS = {
     "captured": "Finished requests kept to learn from.",
     "duplicates": "Finished requests with the tokens of one that is kept.",
+    "unusable": "Finished requests that are too long, or from disk and of another server.",
     "extracted": "Conversations whose features were computed.",
     "not_extracted": "Conversations whose features could not be used.",
     "steps": "Optimizer steps.",

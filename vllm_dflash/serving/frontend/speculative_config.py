@@ -160,7 +160,9 @@ def wrap_create_speculative_config(original):
         if options.learn:
             options = replace(options, learn=os.path.abspath(options.learn))
             choose = patching.load("vllm_dflash.learning.start:drafter_to_serve")
-            model = choose(options.learn, model, tokens, self, target_model_config)
+            model = choose(
+                options.learn, options.learn_weights, model, tokens, self, target_model_config
+            )
             given["model"] = rest["model"] = model
         checkpoint = drafter = None
         if model:

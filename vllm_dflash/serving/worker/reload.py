@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,39 +29,54 @@ def reload_weights(drafter: Any, runner: Any, weights: Mapping[str, Tensor], con
 
     inner: Any = drafter.model.model
     parts = [m for name, m in inner.named_children() if name != "embed_tokens"]
+    if context:
+        _check_whole(inner, weights)
     with torch.inference_mode(False), torch.no_grad():
         for part in parts:
             initialize_layerwise_reload(part)
-        dtype = _dtype(inner)
-        inner.load_weights((n, w.to(dtype)) for n, w in _ordered(weights))
-        for part in parts:
-            finalize_layerwise_reload(part, runner.model_config)
+        try:
+            dtype = _dtype(inner)
+            # In their order: vLLM buffers a layer until it is complete.
+            inner.load_weights((n, w.to(dtype)) for n, w in sorted(weights.items()))
+        finally:
+            # Layers that got nothing have their tensors back.
+            for part in parts:
+                finalize_layerwise_reload(part, runner.model_config)
         if context:
             _refill(inner, weights)
-
-
-def _ordered(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    # vLLM buffers a layer until it is complete.
-    yield from sorted(weights.items())
 
 
 def _dtype(inner: nn.Module) -> torch.dtype:
     return next(p.dtype for p in inner.parameters() if p.is_floating_point())
 
 
+def _of_layers(inner: Any, weights: Mapping[str, Tensor], what: str) -> list[Tensor]:
+    """Those of K and V of each layer, in the order that vLLM fuses them in; none where there are none."""
+    names = [
+        f"layers.{i}.self_attn.{kind}.{what}"
+        for i in range(inner._num_attn_layers)
+        for kind in ("k_proj", "v_proj")
+    ]
+    return [weights[name] for name in names if name in weights]
+
+
+def _check_whole(inner: Any, weights: Mapping[str, Tensor]) -> None:
+    """Raises before anything is touched."""
+    size = inner._num_kv_heads * inner._head_dim
+    if any(w.shape[0] != size for w in _of_layers(inner, weights, "weight")):
+        raise ValueError(
+            "the context's weights cannot be replaced under tensor parallelism; use "
+            '"dflash_learn_weights": "decode"'
+        )
+    if inner._fused_kv_weight is None:
+        raise ValueError('the drafter is served quantised; use "dflash_learn_weights": "decode"')
+
+
 def _refill(inner: Any, weights: Mapping[str, Tensor]) -> None:
     """Fills the buffers that vLLM fuses for the context's K/V from whole weights of all layers."""
-    num_layers, size = inner._num_attn_layers, inner._num_kv_heads * inner._head_dim
-    rows = []
-    for i in range(num_layers):
-        for kind in ("k_proj", "v_proj"):
-            weight = weights[f"layers.{i}.self_attn.{kind}.weight"]
-            if weight.shape[0] != size:
-                raise ValueError(
-                    "the context's weights cannot be replaced under tensor parallelism; use "
-                    '"dflash_learn_weights": "decode"'
-                )
-            rows.append(weight)
-    inner._fused_kv_weight.copy_(torch.cat(rows))
+    num_layers = inner._num_attn_layers
+    inner._fused_kv_weight.copy_(torch.cat(_of_layers(inner, weights, "weight")))
+    if inner._fused_kv_bias is not None:
+        inner._fused_kv_bias.copy_(torch.cat(_of_layers(inner, weights, "bias")))
     norms = [weights[f"layers.{i}.self_attn.k_norm.weight"] for i in range(num_layers)]
     inner._k_norm_weights.copy_(torch.stack(norms))
