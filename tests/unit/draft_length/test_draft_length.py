@@ -230,6 +230,7 @@ WORLDS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", WORLDS)
 def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
     """The bounds of the benchmark, in a world whose costs and acceptance are known."""
@@ -337,6 +338,7 @@ def test_drafting_stops_and_comes_back() -> None:
     assert np.mean([lengths[-20:] for lengths in world.lengths]) > 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quality", [0.9, 0.5, 0.05])
 def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -> None:
     """Drafts are counted by position as far as the text behind them goes, verified or not."""
