@@ -163,8 +163,6 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
     "cost of uneven batches": ("none", [(SchedulerPolicy, "observe_step", _even_only)]),
     "decaying probes": ("always as many", [(explore, "PROBE_DECAY", 1.0)]),
     "paying probes back": ("the budget only", [(SchedulerPolicy, "observe_step", _unpaid)]),
-    "probes kept": ("two in a row", [(scheduler_policy, "_PROBES_KEPT", 2)]),
-    "probes owed": ("one", [(scheduler_policy, "_PROBES_OWED", 1)]),
     "turns of 64": ("all requests teach", [(scheduler_policy, "_TAUGHT", 10**6)]),
 }
 
@@ -180,8 +178,7 @@ ONLY = {
         "drafting for a part",
     },
     "scheduler": {
-        "rounding to graphs", "cost of uneven batches", "paying probes back", "probes kept",
-        "probes owed", "turns of 64",
+        "rounding to graphs", "cost of uneven batches", "paying probes back", "turns of 64",
     },
 }  # fmt: skip
 

@@ -21,10 +21,6 @@ from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.counters import DRAFTER, Counters
 from vllm_dflash.draft_length.explore import HORIZON, MARGIN, Exploration
 
-#: Probes of new requests that can be made before any has brought something.
-_PROBES_OWED = 2
-#: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
-_PROBES_KEPT = 6
 #: Drafts of a step that are learned from; of more each has its turn in one of two steps, of three, ...
 _TAUGHT = 64
 #: Requests that are learned from one by one, which is faster than arrays for so few.
@@ -131,7 +127,7 @@ class SchedulerPolicy:
         plain = B / value.seconds_M[0]
         M = int(np.minimum(self._probe_length(B), value.caps_B).sum())
         probe = value.passed + float(value.seconds_M[M] - value.seconds_M[0])
-        explore.budget = min(explore.budget, _PROBES_KEPT * probe)
+        explore.budget = min(explore.budget, 2 * probe)
         if self._choose(batch, value).rate > MARGIN * plain:
             explore.returned(value.passed, value.passed)
             self._tried.update(batch.ids)
@@ -140,11 +136,7 @@ class SchedulerPolicy:
         if probe <= explore.budget:
             probed = batch.ids
         # On credit, but not for ever: each request may promise to be unlike all those before it.
-        elif (
-            new
-            and explore.budget > -_PROBES_OWED * probe
-            and self._worth_trying(batch, new, value, plain, M)
-        ):
+        elif new and explore.budget > -probe and self._worth_trying(batch, new, value, plain, M):
             probed = [batch.ids[i] for i in new]
         else:
             return False
