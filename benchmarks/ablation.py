@@ -56,7 +56,6 @@ def _used_only(self: WorkerPolicy, request: Any, source: str, tokens: Any, *rest
         _await(self, request, source, tokens, *rest)
 
 
-_make = AcceptanceModel.__init__
 _await = WorkerPolicy._await
 _match_cells = WorkerPolicy._match_cells
 _observe_step = SchedulerPolicy.observe_step
@@ -78,7 +77,7 @@ def _best_lengths(self: SchedulerPolicy, batch: Any, value: Any) -> Any:
 
 
 def _untaught(self: AcceptanceModel, kinds: int = 5) -> np.ndarray:
-    return np.zeros((1, self._num_groups))
+    return np.zeros(1)
 
 
 #: Name, what stands in its place, and the patches that do it.
@@ -119,22 +118,12 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
             (
                 AcceptanceModel,
                 "likely_offsets",
-                lambda self, num=5: np.zeros((0, self._num_groups)),
+                lambda self, num=5: np.zeros(0),
             ),
             (AcceptanceModel, "likely_survival", lambda self, cells: _mean_curve(self, cells)),
         ],
     ),
     "strangers": ("kinds seen lately only", [(acceptance, "_RARITY", 0.0)]),
-    "groups of a match's tokens": (
-        "one offset",
-        [
-            (
-                AcceptanceModel,
-                "__init__",
-                lambda self, prior, weight=6.0, groups=None: _make(self, prior, weight),
-            )
-        ],
-    ),
     "lengths of matches": (
         "one average",
         [(WorkerPolicy, "_match_cells", lambda self, n: _match_cells(self, 3))],
@@ -174,7 +163,7 @@ def _mean_curve(self: AcceptanceModel, cells_T: np.ndarray) -> np.ndarray:
 #: Mechanisms that only one of the two policies has.
 ONLY = {
     "worker": {
-        "confidence", "groups of a match's tokens", "lengths of matches", "unused drafts teach",
+        "confidence", "lengths of matches", "unused drafts teach",
         "drafting for a part",
     },
     "scheduler": {

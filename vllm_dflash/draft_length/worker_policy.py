@@ -113,11 +113,7 @@ class WorkerPolicy:
         self.by_confidence = AcceptanceModel(CONFIDENCE_PRIOR)
         # The first token behind a short match is a guess; the ones behind it follow it.
         first = (0.35, 0.5, 0.6, 0.75)
-        # How often a request's matches fail at once does not tell how long the others hold.
-        self.by_match = AcceptanceModel(
-            [p for f in first for p in (f, *[0.85] * (num_tokens - 1))],
-            groups=[g for _ in first for g in (0, *[1] * (num_tokens - 1))],
-        )
+        self.by_match = AcceptanceModel([p for f in first for p in (f, *[0.85] * (num_tokens - 1))])
         self.calibration = {DRAFTER: Calibration(), LOOKUP: Calibration()}
         self.counters = Counters(cost, num_tokens)
         self.exploration = Exploration()

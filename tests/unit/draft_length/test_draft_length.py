@@ -93,27 +93,6 @@ def test_model_finds_averages_and_requests() -> None:
     assert model.seen("bad")
 
 
-def test_what_fails_at_once_may_hold_for_long() -> None:
-    """A request whose matches are wrong two times in three, and right to the end where they are not."""
-    rng = np.random.default_rng(0)
-    prior, cells = [0.6, 0.9, 0.9], np.arange(3)
-    apart, alike = AcceptanceModel(prior, groups=[0, 1, 1]), AcceptanceModel(prior)
-    for _ in range(100):
-        right = 3 if rng.random() < 0.3 else 0
-        other = next((i for i, p in enumerate((0.95, 0.8, 0.8)) if rng.random() > p), 3)
-        for model in (apart, alike):
-            model.observe(cells[: right + 1], right, "r")
-            model.observe(cells[: other + 1], other, "other")
-    first, _, third = apart.survival(cells[None], ["r"])[0]
-    assert first == pytest.approx(0.3, abs=0.12)
-    assert third > 0.8 * first
-    assert third > alike.survival(cells[None], ["r"])[0, 2]
-    assert apart.likely_offsets().shape[1] == 2
-    for name in ("r", "other"):
-        apart.forget(name)
-    assert apart.survival(cells[None], ["new"]).shape == (1, 3)
-
-
 def test_one_refusal_is_no_verdict() -> None:
     model = AcceptanceModel([0.8] * K)
     positions = np.arange(K)[None]
