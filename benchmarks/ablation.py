@@ -37,7 +37,6 @@ from vllm_dflash.draft_length import (  # noqa: E402
 )
 from vllm_dflash.draft_length.acceptance import (  # noqa: E402
     AcceptanceModel,
-    Calibration,
     RequestStats,
 )
 from vllm_dflash.draft_length.cost import StepCost  # noqa: E402
@@ -98,7 +97,6 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
         "position",
         [(WorkerPolicy, "use_confidence", property(lambda self: False))],
     ),
-    "calibration": ("estimates as they are", [(Calibration, "factor", property(lambda self: 1.0))]),
     "offsets of requests": (
         "averages",
         [

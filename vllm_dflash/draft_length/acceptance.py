@@ -20,9 +20,6 @@ _REQUEST_HALF_LIFE = 40.0
 _REQUEST_PRIOR = 6.0
 #: Offsets of requests unlike all that were seen lately, and how likely one is beside a kind that was seen.
 _STRANGERS, _RARITY = (-3.0, 3.0), 0.25
-#: Predicted tokens after which predictions count half, and those that are taken to hold at the start.
-_CALIBRATION_HALF_LIFE = 100.0
-_CALIBRATION_PRIOR = 10.0
 #: Ended requests by which the spread between requests is known: so many, or twice as many as are running.
 _RECENT = 8
 
@@ -258,32 +255,6 @@ class AcceptanceModel:
             else:
                 self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num)
         return self._likely
-
-
-class Calibration:
-    """How much of what was predicted of chosen drafts came true.
-
-    Of many drafts those with the best predictions are chosen, and among them are more that are predicted too
-    well than too badly (selection bias). Averages over all drafts cannot know that.
-    """
-
-    def __init__(self) -> None:
-        self._predicted = self._accepted = _CALIBRATION_PRIOR
-
-    def add(self, predicted: Any, accepted: Any) -> None:
-        """Counts one verified draft, or some, the oldest first: accepted tokens predicted, and accepted."""
-        # Each one and what was predicted after it.
-        after = np.flip(np.cumsum(np.flip(np.atleast_1d(predicted))))
-        weights = 0.5 ** ((after - predicted) / _CALIBRATION_HALF_LIFE)
-        decay = float(0.5 ** (after[0] / _CALIBRATION_HALF_LIFE))
-        prior = (1 - decay) * _CALIBRATION_PRIOR
-        self._predicted = self._predicted * decay + float((weights * predicted).sum()) + prior
-        self._accepted = self._accepted * decay + float((weights * accepted).sum()) + prior
-
-    @property
-    def factor(self) -> float:
-        """What part of a prediction to count on: all, unless fewer were accepted than chance explains."""
-        return min((self._accepted + self._accepted**0.5) / self._predicted, 1.0)
 
 
 #: Edges in the log-odds of the drafter's confidence.

@@ -14,7 +14,6 @@ from helpers.worlds import K, WorkerWorld, fixed_rate, made
 from vllm_dflash.draft_length.acceptance import (
     CONFIDENCE_PRIOR,
     AcceptanceModel,
-    Calibration,
     confidence_cells,
 )
 from vllm_dflash.draft_length.allocate import assign_draft_budget
@@ -240,19 +239,6 @@ def test_cost_of_checking_is_told_from_that_of_tokens() -> None:
     assert cost.check == pytest.approx(0.25, abs=0.1)
     again = StepCost.from_dict(json.loads(json.dumps(cost.as_dict())))
     assert again.verify(8, 0, 4) == pytest.approx(seconds_M)
-
-
-def test_promises_that_are_not_kept_count_for_less() -> None:
-    kept, broken = Calibration(), Calibration()
-    assert kept.factor == 1
-    rng = np.random.default_rng(0)
-    shares = []
-    for _ in range(500):
-        kept.add(0.6, int(rng.random() < 0.6))
-        broken.add(0.6, int(rng.random() < 0.3))
-        shares.append(kept.factor)
-    assert np.mean(shares) > 0.97
-    assert broken.factor == pytest.approx(0.55, abs=0.12)
 
 
 def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
