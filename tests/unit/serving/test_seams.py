@@ -92,6 +92,7 @@ def test_register_can_be_switched_off(fresh, monkeypatch):
     assert len(fresh.records) == 1
 
 
+@pytest.mark.thorough
 def test_in_a_fresh_process():
     """register() loads no runner; importing one afterwards patches it."""
     code = """
