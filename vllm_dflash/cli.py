@@ -207,6 +207,10 @@ def train(
         bool,
         drafter_option("--sample-from-anchor", help="A block of B drafts B tokens, not B - 1."),
     ] = False,
+    head: Annotated[
+        str | None,
+        drafter_option(help="dflash2: make blocks coherent by DFlash 2's head. Default: none."),
+    ] = None,
     init_from: Annotated[
         str | None, drafter_option("--from", help="Fine-tune this drafter.")
     ] = None,
@@ -355,6 +359,7 @@ def train(
             sliding_window=sliding_window,
             causal=causal,
             sample_from_anchor=sample_from_anchor,
+            head=head,
         ),
         hparams=Hyperparameters(
             lr=lr,
@@ -734,6 +739,9 @@ def inspect(
         f"{list(config.aux_hidden_state_layer_ids)})",
         "mask token": config.mask_token_id,
         "vocabulary": f"{config.vocab_size}, drafts from {config.logits_vocab_size}",
+        "head": "none"
+        if config.head is None
+        else "DFlash 2: " + ", ".join(f"{k} {v}" for k, v in vars(config.head).items()),
         "attention": _attention(config),
         "rotary embedding": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items())
         + f"; {config.max_position_embeddings} positions",

@@ -468,8 +468,8 @@ def _check_speculators_kind(raw: dict[str, Any]) -> None:
         raise UnsupportedDrafter(
             f"drafter config: speculators_model_type is {quoted(kind)}"
             + (f", a {name} drafter" if name else "")
-            + "; only 'dflash' and 'dflash2' drafters are read here (vLLM serves the kinds that it knows with "
-            "classes of its own)"
+            + "; only 'dflash' and 'dflash2' drafters are read here (vLLM serves the kinds that it knows "
+            "with classes of its own)"
         )
 
 
@@ -639,7 +639,8 @@ def _write_speculators(config: DrafterConfig) -> dict[str, Any]:
     if config.head is not None and config.has_draft_vocab:
         raise ValueError(
             "the speculators format has no DFlash 2 drafters of a draft vocabulary "
-            f"({config.draft_vocab_size} of {config.vocab_size} tokens); keep z-lab's, or train without --draft-vocab"
+            f"({config.draft_vocab_size} of {config.vocab_size} tokens); keep z-lab's, or train without "
+            "--draft-vocab"
         )
     kind = "dflash" if config.head is None else "dflash2"
     layers = range(config.num_hidden_layers)

@@ -196,6 +196,8 @@ def transition_scores(
     """
     first = anchors_A[:, None, None].expand(-1, 1, candidates_AKC.shape[-1])
     before = torch.cat((first, candidates_AKC[:, :-1]), dim=1)
+    # A verifier may write tokens that the drafter does not know.
+    before = before.clamp_max(len(predecessor_VR) - 1)
     contexts = F.embedding(before, predecessor_VR).float() * context_AKR.float().unsqueeze(2)
     successors = F.embedding(candidates_AKC, successor_VR).float()
     return logits_AKC.float().unsqueeze(2) + contexts @ successors.transpose(-1, -2)

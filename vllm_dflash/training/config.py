@@ -42,6 +42,7 @@ class Hyperparameters:
         sequences: sequences a step.
         loss, gamma, alpha: see :func:`vllm_dflash.modeling.losses.block_loss`; gamma None takes the
             paper's value for the block size.
+        codebooks: how a selector's tables learn: ``factored``, as projections of the verifier's, or ``free``.
         ema: decay of an exponential moving average of the weights, which is then what is exported;
             0 for none.
         autocast: ``bfloat16`` (fp32 masters) or ``float32``, which a CPU without bfloat16 instructions takes
@@ -60,6 +61,7 @@ class Hyperparameters:
     loss: LossName = "dpace"
     gamma: float | None = None
     alpha: float = 0.5
+    codebooks: str = "factored"
     ema: float = 0.0
     autocast: str = "bfloat16"
     seed: int = 0
@@ -68,6 +70,7 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, ("dpace", "ce", "kl"))
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        check_choice("codebooks", self.codebooks, ("factored", "free"))
         check_choice("autocast", self.autocast, ("bfloat16", "float32"))
         bounds = {
             "lr": Bound(above=0, high=10),
@@ -126,6 +129,7 @@ class DrafterShape:
         sliding_window: in tokens.
         causal: whether block tokens see only earlier ones; None leaves it to the layer types.
         sample_from_anchor: whether the anchor's own output predicts, so that a block of B drafts B tokens.
+        head: ``dflash2``; None for a plain drafter. A plain one to go on from can be given a head.
     """
 
     layers: int | None = None
@@ -143,8 +147,11 @@ class DrafterShape:
     sliding_window: int | None = None
     causal: bool | None = None
     sample_from_anchor: bool = False
+    head: str | None = None
 
     def __post_init__(self) -> None:
+        if self.head not in (None, "dflash2"):
+            raise ValueError(f"--head is {self.head!r}; only dflash2 is known")
         bounds = {
             "layers": count(1, 512),
             "block_size": count(1, 4096),

@@ -46,7 +46,7 @@ from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.host_memory import default_feature_gib
 from vllm_dflash.training.memory import MemoryPlan, plan_table
 from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, rows_by_rank
-from vllm_dflash.training.planning import new_drafter, plan_of_machine
+from vllm_dflash.training.planning import new_drafter, plan_of_machine, with_head
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
@@ -233,7 +233,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         check_computable(config.init_from, raw)
         check_weights(config.init_from, drafter)
         _check_same_shape(config.shape, drafter, config.init_from)
-        return drafter
+        return drafter if config.shape.head is None else with_head(drafter)
     ids, features = config.shape.target_layer_ids, config.shape.features
     if ids is not None and features not in (None, len(ids)):
         raise ValueError(
@@ -267,6 +267,7 @@ def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) ->
         "sliding_window": drafter.sliding_window,
         "causal": drafter.causal,
         "sample_from_anchor": drafter.sample_from_anchor,
+        "head": shape.head,  # which one without can be given
     }
     for field_name, value in shape.given().items():
         if value != has[field_name]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_dflash.bounds import check_bounds, count, option_of
-from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.config import CandidateHead, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import gpu_memory
 from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters
 from vllm_dflash.training.durations import (
@@ -35,7 +35,7 @@ def new_drafter(
     """A drafter of the given shape for a verifier; ValueError where the two do not go together."""
     shape: Any = given.with_defaults()
     try:
-        return DrafterConfig.for_verifier(
+        drafter = DrafterConfig.for_verifier(
             hf_config,
             mask_token_id=mask_token_id,
             name=name,
@@ -54,11 +54,21 @@ def new_drafter(
             causal=shape.causal,
             sample_from_anchor=shape.sample_from_anchor,
         )
+        return drafter if shape.head is None else with_head(drafter)
     except ValueError as error:
         options = ", ".join(option_of(field_name) for field_name in given.given())
         raise ValueError(
             f"{error} (given: {options or 'no option, it is the verifier'})"
         ) from error
+
+
+def with_head(drafter: DrafterConfig) -> DrafterConfig:
+    """The drafter with DFlash 2's head, its own where it has one."""
+    if drafter.head is not None:
+        return drafter
+    candidates = min(CandidateHead.selector_top_k, drafter.logits_vocab_size)
+    head = CandidateHead.for_width(drafter.hidden_size, selector_top_k=candidates)
+    return drafter.with_(head=head)
 
 
 def _sizes(verifier: Verifier, hf_config: Any, engine: EngineOptions) -> VerifierSizes:
