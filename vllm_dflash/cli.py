@@ -211,6 +211,10 @@ def train(
         str | None,
         drafter_option(help="dflash2: make blocks coherent by DFlash 2's head. Default: none."),
     ] = None,
+    codebooks: Annotated[
+        str,
+        training_option(help="Of a head: factored (from the verifier's tables) or free."),
+    ] = "factored",
     init_from: Annotated[
         str | None, drafter_option("--from", help="Fine-tune this drafter.")
     ] = None,
@@ -373,6 +377,7 @@ def train(
             loss=loss,  # type: ignore[arg-type]
             gamma=gamma,
             alpha=alpha,
+            codebooks=codebooks,
             ema=ema,
             autocast=autocast,
             seed=seed,
