@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,27 @@ def test_drafts_on_v1(changes, verifier, prompts, folder) -> None:
     out = drafted(verifier, drafter, prompts[:6], folder)
     assert out["drafter_model"] == "HeadDrafterModel"
     check(out, verifier, drafter, 400)
+
+
+@pytest.mark.long
+def test_a_head_for_a_plain_drafter(verifier, prompts_file, prompts, folder) -> None:
+    """Trained from nothing, given a head, evaluated, served: by the commands that users type."""
+    plain, head = folder / "plain", folder / "with-head"
+    common = (verifier, "--data", prompts_file, *tiny.TRAIN_ARGS)
+    data = ("--anchors", "32", "--holdout", "0.1")
+    tiny.cli("train", *common, *data, "-o", plain, "--draft-vocab", "256", "--max-steps", "40")
+    shape = ("--from", plain, "--head", "dflash2", "--lr", "3e-3", "--max-steps", "60")
+    tiny.cli("train", *common, *data, "-o", head, *shape)
+    assert "DFlash 2: conv_kernel_size 2" in tiny.cli("inspect", head, verifier).stdout
+    result = folder / "eval.json"
+    sizes = ("--dtype", "float32", "--max-len", "160", "--max-tokens", "48")
+    tiny.cli("eval", verifier, head, prompts_file, *sizes, "--engine", "-o", result)
+    got = json.loads(result.read_text())
+    assert got["offline"]["selector_accuracy"] > 0
+    assert got["disagreement"] is None
+    assert got["offline"]["tau"] > 1
+    out = drafted(verifier, head, prompts[:6], folder)
+    assert check_drafts(out, Reference(verifier, head), 7) > 300
 
 
 @pytest.mark.long
