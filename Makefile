@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-long test-all test-install test-versions versions rehearse lint clean
+.PHONY: setup demo test test-fast test-long test-all test-install test-versions versions rehearse
+.PHONY: lint docs wheels clean
 
 setup: $(VENV)/.built
 
@@ -24,14 +25,21 @@ $(VENV)/.built: $(VENV)/.ready setup.py vllm_dflash/ops/build.py $(filter csrc/%
 	VLLM_DFLASH_BUILD=require $(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
+# It fits itself into so many minutes: make demo MINUTES=15
+MINUTES ?= 25
 demo: setup
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py --minutes $(MINUTES)
 
 # A worker for each core: engines of the tests have one thread. Those of a file stay together, on their models.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: setup
 	$(PYTEST) -m "not slow and not long"
+
+# The loop of somebody who edits: what starts no engine, compiles and emulates no kernel, runs no commands by the hundred.
+FAST := --ignore=tests/install --ignore=tests/ops --ignore=tests/test_bad_values.py
+test-fast: setup
+	$(PYTEST) $(FAST) -m "not engine and not slow and not long"
 
 # What CI runs beside it.
 test-long: setup
@@ -52,9 +60,22 @@ test-versions: setup
 rehearse: setup
 	$(BIN)/python benchmarks/gpu_smoke.py --rehearse
 
+# An sdist and wheels in dist/, built and checked; WHEELS="--no-cuda --serve" and so on are its options.
+wheels: $(VENV)/.release
+	$(BIN)/python tools/wheels.py $(WHEELS)
+
+# An extra of pyproject.toml, into what `make setup` made.
+$(VENV)/.release $(VENV)/.docs: $(VENV)/.%: $(VENV)/.built
+	VLLM_DFLASH_BUILD=require $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	touch $@
+
+# The pages of docs/ in build/site; a link or a name that leads nowhere is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The compatibility table: each version by source, and by running where it has a CPU wheel (half an hour).
 versions: setup
-	$(BIN)/python benchmarks/versions.py --changelog CHANGELOG.md
+	$(BIN)/python tools/versions.py --changelog CHANGELOG.md
 
 lint: setup
 	$(BIN)/ruff check .
@@ -63,4 +84,4 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 clean:
-	rm -rf $(VENV) demo/out demo/model build *.egg-info vllm_dflash/*.so vllm_dflash/_build.json
+	rm -rf $(VENV) demo/out demo/model build dist *.egg-info vllm_dflash/*.so vllm_dflash/_build.json

@@ -1,7 +1,7 @@
 """Compiles the extensions into the wheel; how is in ``vllm_dflash/ops/build.py``.
 
 ``VLLM_DFLASH_BUILD=auto`` (default) installs without them where something is missing, ``require``
-fails, ``off`` does not compile. See docs/build.md.
+fails, ``off`` does not compile. See docs/user/install.md.
 """
 
 from __future__ import annotations

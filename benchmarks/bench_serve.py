@@ -33,9 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_dflash import guard
+from vllm_dflash.bench.config import MODES, BenchConfig
 from vllm_dflash.bench.engine_process import DEFAULT_ENV, EngineSpec
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.bench.runner import MODES, BenchConfig, engine_spec, plan_run, rotate
+from vllm_dflash.bench.runner import engine_spec, plan_run, rotate
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 from vllm_dflash.processes import start_guard
 from vllm_dflash.verifier import Verifier
@@ -184,7 +185,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("drafter")
     parser.add_argument("--data", help="conversations; without it the client makes its own prompts")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench-serve"))
-    parser.add_argument("--modes", default="none,stock,ours", help=f"some of {', '.join(MODES)}")
+    parser.add_argument("--modes", default="none,stock,plugin", help=f"some of {', '.join(MODES)}")
     parser.add_argument("--concurrency", default="1,8", help="requests in flight, comma separated")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256, help="of prompts from --data")
@@ -203,7 +204,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if not describe_machine()["gpus"]:
-        set_cpu_defaults()
+        set_cpu_defaults(kv_gib=1)
     start_guard()
     args.output.mkdir(parents=True, exist_ok=True)
     verifier, file, prompts = Verifier.of(args.verifier), None, None

@@ -24,9 +24,9 @@ from rich.console import Console
 from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.environment import describe_machine, versions
-from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters
-from vllm_dflash.training.engine import VerifierEngine
-from vllm_dflash.training.loop import TrainConfig, drafter_config, verifier_config, write_seat
+from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters, TrainConfig
+from vllm_dflash.training.engine import VerifierEngine, write_seat
+from vllm_dflash.training.planning import drafter_config
 from vllm_dflash.verifier import Verifier
 
 
@@ -90,9 +90,9 @@ def main() -> None:
     examples = sequences(prompts, args.num, args.min_len, args.max_len)
     tokens = sum(map(len, examples.values()))
     config = TrainConfig(
-        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(layers=1)
+        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(num_layers=1)
     )
-    drafter = drafter_config(config, verifier_config(args.verifier))
+    drafter = drafter_config(config, Verifier(args.verifier).load_config())
     with tempfile.TemporaryDirectory() as scratch:
         engine = VerifierEngine(
             args.verifier,

@@ -24,9 +24,10 @@ from vllm_dflash.training.config import (
     EngineOptions,
     Hyperparameters,
     SamplingOptions,
+    TrainConfig,
 )
-from vllm_dflash.training.engine import VerifierEngine
-from vllm_dflash.training.loop import TrainConfig, drafter_config, verifier_config, write_seat
+from vllm_dflash.training.engine import VerifierEngine, write_seat
+from vllm_dflash.training.planning import drafter_config
 from vllm_dflash.training.responses import GenerationRequest
 from vllm_dflash.verifier import Verifier
 
@@ -44,9 +45,9 @@ def main() -> None:
 
     prompts = load_prompts(args.verifier, args.data, {}, args.num)
     config = TrainConfig(
-        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(layers=1)
+        Verifier(args.verifier), args.data, Path("unused"), shape=DrafterShape(num_layers=1)
     )
-    drafter = drafter_config(config, verifier_config(args.verifier))
+    drafter = drafter_config(config, Verifier(args.verifier).load_config())
     longest = max(map(len, prompts)) + args.max_tokens
     with tempfile.TemporaryDirectory() as scratch:
         engine = VerifierEngine(

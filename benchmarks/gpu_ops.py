@@ -783,7 +783,10 @@ def print_timings(timings: list[Timing]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", "-o", type=Path, help="JSON file, such as benchmarks/results/gpu_ops_....json"
+        "--out",
+        "-o",
+        type=Path,
+        help="JSON file, such as benchmarks/results/ops_bf16_h100_DATE.json",
     )
     parser.add_argument("--checks-only", action="store_true")
     parser.add_argument(

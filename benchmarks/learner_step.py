@@ -67,7 +67,7 @@ def make(shape: str, autocast: str) -> Callable[[int], None]:
     embedding = torch.randn(vocab, hidden, generator=generator).mul_(0.02).bfloat16()
     learner = Learner(
         config,
-        Hyperparameters(anchors=anchors, autocast=autocast),
+        Hyperparameters(num_anchors=anchors, autocast=autocast),
         SharedHead(embedding, embedding, torch.arange(draft)),
         1000,
     )
@@ -124,7 +124,7 @@ def main() -> None:
     }
     Console().print(result["shapes"])
     if args.output:
-        write_json(args.output, result)
+        write_json(result, args.output)
 
 
 if __name__ == "__main__":

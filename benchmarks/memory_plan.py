@@ -1,6 +1,6 @@
-"""The memory plans of docs/training.md beside what fake tensors need: nothing is allocated or computed.
+"""The memory plans of docs/user/training.md beside what fake tensors need: nothing is allocated or computed.
 
-    python benchmarks/memory_plan.py [-o benchmarks/results/memory-plan.json]
+    python benchmarks/memory_plan.py -o benchmarks/results/memory-plan_bf16_computed_DATE.json
 
 A list of rows. ``planned_gib`` and ``fake_tensor_gib`` are of the learner alone (fp32 weights, optimizer, one
 training step in the layout that the plan chose), the part that fake tensors can show. ``whole_gib``,
@@ -53,8 +53,7 @@ def row(shape: Shape) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    results = Path(__file__).parent / "results"
-    parser.add_argument("-o", "--output", type=Path, default=results / "memory-plan.json")
+    parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     rows = []
     for shape in SHAPES:

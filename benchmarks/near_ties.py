@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from vllm_dflash.bench.config import BenchConfig
 from vllm_dflash.bench.engine_process import EngineProcess
 from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.bench.runner import BenchConfig, engine_spec
+from vllm_dflash.bench.runner import engine_spec
 from vllm_dflash.environment import describe_machine, versions
 
 
@@ -41,7 +42,7 @@ def main() -> None:
         config = BenchConfig(
             verifier=args.verifier,
             drafter=args.drafter,
-            modes=("none", "ours"),
+            modes=("none", "plugin"),
             concurrencies=(args.concurrency,),
             dtype="bfloat16",
             max_model_len=max(map(len, prompts)) + args.max_tokens + 32,
@@ -57,7 +58,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.verifier, dtype=torch.float32)
     differences = []
-    for i, (plain, ours) in enumerate(zip(outputs["none"], outputs["ours"], strict=True)):
+    for i, (plain, ours) in enumerate(zip(outputs["none"], outputs["plugin"], strict=True)):
         if plain == ours:
             continue
         pairs = zip(plain, ours, strict=False)

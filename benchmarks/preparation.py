@@ -37,8 +37,8 @@ def train(
         sys.executable, "-c", "from vllm_dflash.cli import main; main()", "train",
         verifier.resolve(), "--data", data[0], "--eval-data", data[1], "-o", out,
         "--dtype", "bfloat16", "--max-len", "1024", "--max-tokens", "256",
-        "--layers", "2", "--block-size", "8", "--draft-vocab", "8192",
-        "--lr", "1.5e-3", "--anchors", "32", "--max-steps", str(steps),
+        "--num-layers", "2", "--block-size", "8", "--draft-vocab", "8192",
+        "--lr", "1.5e-3", "--num-anchors", "32", "--max-steps", str(steps),
     )  # fmt: skip
     subprocess.run(
         list(map(str, command)),
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    set_cpu_defaults()  # the same for both
+    set_cpu_defaults(kv_gib=1)  # the same for both
     seconds: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     taus: dict[str, list[float]] = {"before": [], "after": []}
     texts = {}
@@ -96,7 +96,7 @@ def main() -> None:
         "verifier": args.verifier.name,
         "tickets": {"train": args.train, "heldout": args.heldout},
         "steps": args.steps,
-        "threads": os.environ["OMP_NUM_THREADS"],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "before_commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "seconds": seconds,
         "before_s": median(totals["before"]),

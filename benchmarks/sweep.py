@@ -4,8 +4,8 @@
 
 A point is a number of requests in flight, a kind of traffic and a length of context:
 
-* own: what the drafter was trained for; foreign: something else (``make_chat.py`` writes some); mixed: the
-  two in turn, so that requests of both kinds share a batch;
+* own: what the drafter was trained for; foreign: something else (``tools/make_chat.py`` writes some);
+  mixed: the two in turn, so that requests of both kinds share a batch;
 * short: the prompts as they are; long: behind earlier turns of at least --context-tokens tokens, about
   other things (benchmarks/data/earlier.jsonl). They are the same for all requests, and prefix caching is on
   in all modes, so that a run is decoding over a long context rather than prefill, where speculation changes
@@ -54,7 +54,6 @@ from sweep_figures import (
     CONTEXTS,
     FIXED,
     OUR_MODES,
-    OURS,
     TRAFFIC,
     Point,
     finish,
@@ -62,10 +61,10 @@ from sweep_figures import (
 )
 from sweep_report import show, write_png
 
+from vllm_dflash.bench.config import BenchConfig
 from vllm_dflash.bench.engine_process import EngineProcess, EngineSpec, RunResult
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.bench.runner import (
-    BenchConfig,
     EngineFactory,
     Progress,
     await_engine,
@@ -168,7 +167,7 @@ class SweepConfig:
     def spec(self, mode: str) -> EngineSpec:
         """The engine of a mode; they differ in speculation and the plugin alone."""
         plugin = mode not in STOCK_MODES
-        base = {"table": "stock"}.get(mode, OURS if plugin else mode)
+        base = {"table": "stock"}.get(mode, "plugin" if plugin else mode)
         speculative = speculative_config(self.bench, base)
         if mode == "table":
             speculative = {
@@ -539,7 +538,7 @@ def make_config(args: argparse.Namespace, logs: Path) -> SweepConfig:
 
 def main() -> int:
     args = parse()
-    set_cpu_defaults()
+    set_cpu_defaults(kv_gib=1)
     console = Console(stderr=True)
 
     def say(text: str) -> None:

@@ -1,5 +1,5 @@
 // vllm_dflash._C: the schemas of every op, and the CPU kernels. CUDA kernels live in _C_cuda, so that
-// importing this one needs no CUDA library. docs/architecture.md says what each op is for.
+// importing this one needs no CUDA library. docs/dev/architecture.md says what each op is for.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"

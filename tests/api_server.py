@@ -49,6 +49,7 @@ def serving(
     speculative: dict[str, Any] | None = None,
     random_lengths: bool = False,
     limit: float = 300,
+    python: str | Path = sys.executable,
 ) -> Iterator[Server]:
     """A server that answers; ended with all its processes afterwards.
 
@@ -58,12 +59,13 @@ def serving(
         speculative: its speculative configuration; None also leaves the plugin out.
         random_lengths: leaves draft lengths to chance in every process of it.
         limit: seconds until it must answer.
+        python: runs it, with the packages of its own environment.
     """
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     command += ["--port", str(port), "--host", "127.0.0.1", *args]
     env: dict[str, str | None] = {"VLLM_PLUGINS": "" if speculative is None else None}

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from refusal import Refused
+from trained import ARGS, Trained, cached, load
 
 # The tests share their cores with the engines they start.
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A drafter made by ``vllm-dflash train``, and what it was made from."""
-
-    verifier: Path
-    prompts: Path
-    drafter: Path
-    run: Path
-    args: tuple[str, ...]
-    output: str
-
-    @property
-    def summary(self) -> dict:
-        return json.loads((self.drafter / "dflash_training.json").read_text())
 
 
 @pytest.fixture
@@ -52,13 +35,15 @@ def prompts_file(models) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(models, verifier, prompts_file) -> Trained:
-    """Two layers, block 8, a draft vocabulary; learned its 24 prompts by heart."""
-    out = models / "drafter"
-    args = (*tiny.TRAIN_ARGS, "--draft-vocab", "256", "--lr", "4e-3", "--anchors", "48")
-    args += ("--sequences", "2", "--max-steps", "300", "--holdout", "0.1", "--eval-every", "150")
-    done = tiny.cli("train", verifier, "--data", prompts_file, "-o", out, *args)
-    return Trained(verifier, prompts_file, out, models / "drafter-run", args, done.stderr)
+def trained(request, models) -> Trained:
+    """Two layers, block 8, a draft vocabulary; learned its 24 prompts by heart.
+
+    Kept in ``.pytest_cache`` for as long as nothing that decides the result changes.
+    """
+    cache = getattr(request.config, "cache", None)  # absent with -p no:cacheprovider
+    store = models / "trained" if cache is None else Path(cache.mkdir("trained"))
+    store.mkdir(exist_ok=True)
+    return load(cached(store, ARGS), models, ARGS)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,11 @@ and one number a row).
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,17 +97,9 @@ def _norm(x, shape, weight, eps):
     return _RMSNorm.apply(x, weight)
 
 
-def fake_peak(
-    config: DrafterConfig,
-    hparams: Hyperparameters,
-    max_len: int,
-    layout: StepLayout,
-    ranks: int = 1,
-) -> int:
-    """Bytes that live together at most: weights, optimizer, a step over a sequence with its anchors last.
-
-    Of several ranks the one with most optimizer state.
-    """
+@contextmanager
+def _fake_learner():
+    """Fake tensors, and a learner whose arithmetic on them is what CUDA keeps."""
     with ExitStack() as stack:
         for name in ("init_weights", "init_vocab_weights"):
             stack.enter_context(
@@ -119,42 +112,85 @@ def fake_peak(
         stack.enter_context(patch.object(drafter_module.F, "rms_norm", _norm))
         # Whatever this CPU has: what is asked of it is what CUDA keeps.
         stack.enter_context(patch.object(learner_module, "cpu_has_bfloat16", lambda: True))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _sample(config: DrafterConfig, key: str, max_len: int, generated: int) -> Sample:
+    return Sample(
+        key,
+        [7] * max_len,
+        [False] * (max_len - generated) + [True] * generated,
+        torch.empty(max_len - 1, config.num_features, dtype=torch.bfloat16),
+    )
+
+
+class _Walked(Exception):
+    pass
+
+
+def fake_acceptance_peak(config: DrafterConfig, num_draft_tokens: int, max_len: int) -> int:
+    """Bytes that live together at most while a response is replayed, in bfloat16; fp32 weights included."""
+    with _fake_learner():
+        vocab, hidden = config.vocab_size, config.target_hidden_size or config.hidden_size
+        shared = torch.empty(vocab, hidden, dtype=torch.bfloat16)
+        head = SharedHead(shared, shared[: config.logits_vocab_size], None)
+        learner = Learner(config, Hyperparameters(), head, 1)
+        sample = _sample(config, "s", max_len, learner_module.EVAL_ANCHORS + 1)
         live = Live()
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            vocab, hidden = config.vocab_size, config.target_hidden_size or config.hidden_size
-            shared = torch.empty(vocab, hidden, dtype=torch.bfloat16)
-            head = SharedHead(shared, shared[: config.logits_vocab_size], None)
-            held = moment_numbers(
-                Learner(config, hparams, head, 100).drafter, hparams.optimizer, ranks
-            )
-            group = SimpleNamespace(world_size=ranks, rank_in_group=held.index(max(held)))
-            learner = Learner(config, hparams, head, 100, ranks=Ranks(group), layout=layout)
-            for optimizer in learner.optimizers.values():
-                names = ("exp_avg", "exp_avg_sq")
-                if isinstance(optimizer, torch.optim.Muon):
-                    names = ("momentum_buffer",)
-                for group in optimizer.param_groups:
-                    for p in group["params"]:
-                        for name in names:
-                            optimizer.state[p][name] = torch.zeros_like(p)
-            generated = hparams.anchors + 1
-            samples = [
-                Sample(
-                    f"s{i}",
-                    [7] * max_len,
-                    [False] * (max_len - generated) + [True] * generated,
-                    torch.empty(max_len - 1, config.num_features, dtype=torch.bfloat16),
-                )
-                for i in range(hparams.sequences)
-            ]
-            live.leave_out(shared)  # the verifier's
-            live.add(*learner.drafter.parameters(), *(learner.ema or {}).values())
-            for optimizer in learner.optimizers.values():
-                live.add(*(t for slot in optimizer.state.values() for t in slot.values()))
-            live.add(*(s.features_TF for s in samples))
-            groups = [s.anchor_candidates() for s in samples]
-            assert all(len(g) == hparams.anchors for g in groups)
-            with live:
-                for part in learner._parts(samples, groups):
-                    learner._backward(*part)
+        live.leave_out(shared)
+        live.leave_out(sample.features_TF)
+        live.add(*learner.drafter.parameters())
+        logits = head.logits
+
+        def last(*args):
+            live.add(logits(*args))
+            raise _Walked
+
+        with live, patch.object(head, "logits", last):
+            served = learner.serving_drafter(torch.bfloat16)
+            with pytest.raises(_Walked):
+                learner.accept(served, sample, num_draft_tokens, torch.bfloat16)
+    return live.peak
+
+
+def fake_peak(
+    config: DrafterConfig,
+    hparams: Hyperparameters,
+    max_len: int,
+    layout: StepLayout,
+    ranks: int = 1,
+) -> int:
+    """Bytes that live together at most: weights, optimizer, a step over a sequence with its anchors last.
+
+    Of several ranks the one with most optimizer state.
+    """
+    with _fake_learner():
+        live = Live()
+        vocab, hidden = config.vocab_size, config.target_hidden_size or config.hidden_size
+        shared = torch.empty(vocab, hidden, dtype=torch.bfloat16)
+        head = SharedHead(shared, shared[: config.logits_vocab_size], None)
+        held = moment_numbers(Learner(config, hparams, head, 100).drafter, hparams.optimizer, ranks)
+        group = SimpleNamespace(world_size=ranks, rank_in_group=held.index(max(held)))
+        learner = Learner(config, hparams, head, 100, ranks=Ranks(group), layout=layout)
+        for optimizer in learner.optimizers.values():
+            names = ("exp_avg", "exp_avg_sq")
+            if isinstance(optimizer, torch.optim.Muon):
+                names = ("momentum_buffer",)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    for name in names:
+                        optimizer.state[p][name] = torch.zeros_like(p)
+        generated = hparams.num_anchors + 1
+        samples = [_sample(config, f"s{i}", max_len, generated) for i in range(hparams.batch_size)]
+        live.leave_out(shared)  # the verifier's
+        live.add(*learner.drafter.parameters(), *(learner.ema or {}).values())
+        for optimizer in learner.optimizers.values():
+            live.add(*(t for slot in optimizer.state.values() for t in slot.values()))
+        live.add(*(s.features_TF for s in samples))
+        groups = [s.anchor_candidates() for s in samples]
+        assert all(len(g) == hparams.num_anchors for g in groups)
+        with live:
+            for part in learner._parts(samples, groups):
+                learner._backward(*part)
     return live.peak

@@ -1,4 +1,4 @@
-"""The shapes that docs/training.md plans: published configurations, less what a plan does not read."""
+"""The shapes that docs/user/training.md plans: published configurations, less what a plan does not read."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def command(tmp_path, verifier, drafter, prompts_file, monkeypatch):
     return {
         "train": ("train", verifier, *data, "-o", "out/d", "--holdout", "0.1", *tiny.TRAIN_ARGS),
         "eval": ("eval", verifier, drafter, *data, "-o", "out/r.json", "--max-len", "160"),
-        "bench": ("bench", verifier, drafter, *data, "-o", "out/b", "--modes", "none,ours"),
+        "bench": ("bench", verifier, drafter, *data, "-o", "out/b", "--modes", "none,plugin"),
         "convert": ("convert", drafter, "-o", "out/c", "--to", "zlab"),
     }
 
@@ -54,14 +54,14 @@ VALUES = [
     *spread("train", "--top-k", "-7 99999999999"),
     *spread("train", "--dtype", "foo fp8 float64"),
     *spread("train", "--weight-decay", "-1 nan inf"),
-    *spread("train", "--warmup", "-0.1 2 nan"),
+    *spread("train", "--warmup-ratio", "-0.1 2 nan"),
     *spread("train", "--min-lr", "-1 3 nan"),
-    *spread("train", "--clip", "0 -1 nan"),
-    *spread("train", "--ema", "1 2 -0.1 nan"),
+    *spread("train", "--max-grad-norm", "0 -1 nan"),
+    *spread("train", "--ema-decay", "1 2 -0.1 nan"),
     *spread("train", "--alpha", "9 -1 nan"),
-    *spread("train", "--max-bad", "3 -1 nan"),
-    *spread("train", "--anchors", "0 -1 99999999999"),
-    *spread("train", "--sequences", "0 -1"),
+    *spread("train", "--max-skipped", "3 -1 nan"),
+    *spread("train", "--num-anchors", "0 -1 99999999999"),
+    *spread("train", "--batch-size", "0 -1"),
     *spread("train", "--seed", "-1 99999999999999999999"),
     *spread("train", "--feature-gib", "0 -1 nan inf"),
     *spread("train", "--eval-every", "0 -1"),
@@ -71,12 +71,12 @@ VALUES = [
     *spread("train", "--max-num-seqs", "0 -1 1000000"),
     *spread("train", "--tensor-parallel-size", "0 -1 3 1000000"),
     *spread("train", "--limit", "0 -1"),
-    *spread("train", "--layers", "0 -1 99999999999999999999"),
-    *spread("train", "--features", "0 -1 99"),
+    *spread("train", "--num-layers", "0 -1 99999999999999999999"),
+    *spread("train", "--num-target-layers", "0 -1 99"),
     *spread("train", "--hidden-size", "0 -8 33 99999999"),
     *spread("train", "--intermediate-size", "0 -1 99999999999"),
-    *spread("train", "--heads", "0 -1 99999999"),
-    *spread("train", "--kv-heads", "0 -1"),
+    *spread("train", "--num-heads", "0 -1 99999999"),
+    *spread("train", "--num-kv-heads", "0 -1"),
     *spread("train", "--head-dim", "0 -2 99999999"),
     *spread("train", "--draft-vocab", "0 -1"),
     *spread("train", "--mask-token-id", "-1 100000 0"),
@@ -97,7 +97,7 @@ VALUES = [
     *spread("eval", "--limit", "0 -1"),
     *spread("eval", "--dtype", "foo"),
     *spread("eval", "--tensor-parallel-size", "0 3"),
-    *spread("bench", "--modes", "foo none,none none,,ours"),
+    *spread("bench", "--modes", "foo none,none none,,plugin"),
     *spread("bench", "--concurrency", "0 -1 a 1,1 1,"),
     *spread("bench", "--num-prompts", "0 -1 1000"),
     *spread("bench", "--repeats", "0 -1"),
@@ -139,15 +139,15 @@ def test_dtypes_are_those_of_vllm() -> None:
 
 
 def test_empty_and_contradictory(refused, command, tmp_path, drafter) -> None:
-    line = refused(*command["train"], "--heads", "3", "--kv-heads", "2")
-    assert "--heads, --kv-heads" in line
+    line = refused(*command["train"], "--num-heads", "3", "--num-kv-heads", "2")
+    assert "--num-heads, --num-kv-heads" in line
     line = refused(*command["train"], "--engine-args", '{"max_model_len": 100}')
     assert "--engine-args has max_model_len 100" in line
     assert "--modes" in refused(*command["bench"], "--modes", "")
     assert "--target-layer-ids" in refused(*command["train"], "--target-layer-ids", "")
     sliding = ("--layer-types", "sliding,full")
     assert "sliding_window" in refused(*command["train"], *sliding)
-    line = refused(*command["train"], "--target-layer-ids", "0,1", "--features", "3")
+    line = refused(*command["train"], "--target-layer-ids", "0,1", "--num-target-layers", "3")
     assert "--target-layer-ids" in line
     line = refused(*command["eval"], "--responses", "r.jsonl", "--on-policy")
     assert "--responses" in line
@@ -156,10 +156,10 @@ def test_empty_and_contradictory(refused, command, tmp_path, drafter) -> None:
     line = refused(*command["train"], "--cache-features", "out/d/cache")
     assert "--cache-features" in line
     # A drafter keeps its shape: what is given beside it must be that.
-    start = (*command["train"], "--from", drafter)
-    for option, value in {"--layers": "9", "--block-size": "16", "--draft-vocab": "64"}.items():
+    start = (*command["train"], "--init-from", drafter)
+    for option, value in {"--num-layers": "9", "--block-size": "16", "--draft-vocab": "64"}.items():
         assert f"{option} is {value}" in refused(*start, option, value)
-    assert "does not exist" in refused(*command["train"], "--from", "nowhere")
+    assert "does not exist" in refused(*command["train"], "--init-from", "nowhere")
     assert os.listdir(tmp_path) == []
 
 

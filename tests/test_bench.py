@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vllm_dflash import guard
 from vllm_dflash.bench import engine_process, report, runner
+from vllm_dflash.bench.config import ADAPTIVE, MODES, BenchConfig
 from vllm_dflash.bench.engine_process import (
     ChosenLengths,
     EngineProcess,
@@ -24,7 +25,7 @@ from vllm_dflash.bench.engine_process import (
     RunResult,
     SpecCounters,
 )
-from vllm_dflash.bench.runner import BenchConfig, engine_spec, run_bench
+from vllm_dflash.bench.runner import engine_spec, run_bench
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8], [9]]
 CPU_ENV = {
@@ -51,7 +52,7 @@ class FakeEngine:
     wall_s: ClassVar[dict[str, list[float]]] = {}
     fail_start: ClassVar[set[str]] = set()
     fail_run: ClassVar[dict[str, int]] = {}
-    plugin_active: ClassVar[dict[str, bool]] = {"ours": True}
+    plugin_active: ClassVar[dict[str, bool]] = {"plugin": True}
     log: ClassVar[list[tuple[str, str]]] = []
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -96,7 +97,7 @@ def fake_engine(monkeypatch) -> type[FakeEngine]:
         "wall_s": {},
         "fail_start": set(),
         "fail_run": {},
-        "plugin_active": {"ours": True},
+        "plugin_active": {"plugin": True},
         "log": [],
     }.items():
         monkeypatch.setattr(FakeEngine, name, value)
@@ -224,17 +225,17 @@ def test_differing_prompts_are_counted_for_greedy_only():
 
 def test_modes_differ_in_speculation_and_plugin_only(tmp_path):
     config = bench_config(tmp_path, env={"A": "1"}, engine_args={"seed": 5})
-    specs = {mode: engine_spec(config, mode) for mode in (*runner.MODES, runner.ADAPTIVE)}
+    specs = {mode: engine_spec(config, mode) for mode in (*MODES, ADAPTIVE)}
     assert len({json.dumps(dict(s.engine_args), sort_keys=True) for s in specs.values()}) == 1
     assert specs["none"].engine_args["max_num_seqs"] == 2
     assert specs["none"].engine_args["seed"] == 5
     assert specs["none"].engine_args["gpu_memory_utilization"] * 4 <= runner.MEMORY_SHARE
     assert specs["none"].speculative_config is None
     assert specs["ngram"].speculative_config["num_speculative_tokens"] == 2
-    assert specs["stock"].speculative_config == specs["ours"].speculative_config
-    assert specs["ours"].speculative_config["method"] == "dflash"
+    assert specs["stock"].speculative_config == specs["plugin"].speculative_config
+    assert specs["plugin"].speculative_config["method"] == "dflash"
     plugins = {mode: s.env["VLLM_PLUGINS"] for mode, s in specs.items()}
-    assert plugins == {"none": "", "ngram": "", "stock": "", "ours": "dflash", "adaptive": ""}
+    assert plugins == {"none": "", "ngram": "", "stock": "", "plugin": "dflash", "adaptive": ""}
     switch = {"enable_adaptive_verification": True}
     assert specs["adaptive"].speculative_config == specs["stock"].speculative_config | switch
     assert all(s.env["A"] == "1" for s in specs.values())
@@ -259,7 +260,7 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(drafter))
     config = bench_config(tmp_path, drafter=str(tmp_path), num_speculative_tokens=None)
-    assert engine_spec(config, "ours").speculative_config["num_speculative_tokens"] == 7
+    assert engine_spec(config, "plugin").speculative_config["num_speculative_tokens"] == 7
 
 
 @pytest.mark.parametrize(
@@ -272,6 +273,7 @@ def test_draft_length_comes_from_the_drafter(tmp_path):
         ({"concurrencies": (4, 4)}, "--concurrency"),
         ({"dtype": "fp8"}, "--dtype"),
         ({"repeats": 0}, "--repeats is 0"),
+        ({"minutes": 0}, "--minutes is 0"),
         ({"temperature": -1.0}, "--temperature"),
         ({"temperature": float("nan")}, "--temperature"),
         ({"settle_s": -1.0}, "settle_s"),
@@ -305,7 +307,7 @@ def test_chosen_lengths_are_pooled_and_told() -> None:
     assert runner.chosen_lengths(runs[2:]) is None
     again = RunResult.from_message(json.loads(json.dumps(asdict(runs[0]))))
     assert again.chosen == one
-    told = {"modes": {"ours": {"concurrency": {"4": {"chosen": pooled}}}, "none": {}}}
+    told = {"modes": {"plugin": {"concurrency": {"4": {"chosen": pooled}}}, "none": {}}}
     (line,) = report.chosen_lines(told)
     assert "0:60% 1:0% 2:40%" in line
     assert "drafter 12 of 16 tokens accepted, 11 expected; estimated 1.50x" in line
@@ -328,18 +330,18 @@ def test_none_alone_needs_no_drafter(tmp_path):
 
 
 def test_run_alternates_and_reports(tmp_path, fake_engine):
-    fake_engine.wall_s |= {"none": [2.0], "ours": [1.0]}
-    config = bench_config(tmp_path, modes=("none", "ngram", "ours"))
+    fake_engine.wall_s |= {"none": [2.0], "plugin": [1.0]}
+    config = bench_config(tmp_path, modes=("none", "ngram", "plugin"))
     said: list[str] = []
     result = run_bench(config, PROMPTS, said.append, engine_factory=fake_engine)
     assert runner.failed_modes(result) == []
     assert [e for e in fake_engine.log if e[1] == "run 1"] == [
-        (m, "run 1") for m in ("none", "ngram", "ours", "ngram", "ours", "none")
+        (m, "run 1") for m in ("none", "ngram", "plugin", "ngram", "plugin", "none")
     ]
     # All engines are up before the first measurement, and all are closed.
     assert [what for _, what in fake_engine.log[:3]] == ["start"] * 3
-    assert {m for m, what in fake_engine.log if what == "close"} == {"none", "ngram", "ours"}
-    ours = result["modes"]["ours"]["concurrency"]["2"]
+    assert {m for m, what in fake_engine.log if what == "close"} == {"none", "ngram", "plugin"}
+    ours = result["modes"]["plugin"]["concurrency"]["2"]
     assert ours["over_none"] == {"ratio": 2.0, "min": 2.0, "max": 2.0}
     assert ours["tau"] == pytest.approx(2.2)
     assert ours["num_differing_from_none"] == 0
@@ -351,13 +353,38 @@ def test_run_alternates_and_reports(tmp_path, fake_engine):
     json.dumps(result)
 
 
+@pytest.mark.parametrize(("minutes", "repeats"), [(None, 5), (14, 4), (11, 3), (4, 1), (0.1, 1)])
+def test_repeats_fit_the_minutes(tmp_path, fake_engine, monkeypatch, minutes, repeats):
+    """Starting takes a minute, a repeat of both concurrencies three."""
+    clock = [0.0]
+    measure, start = runner._measure, fake_engine.start
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
+
+    def starting(self) -> None:
+        clock[0] += 60
+        start(self)
+
+    def measuring(*args: Any) -> None:
+        clock[0] += 180
+        measure(*args)
+
+    monkeypatch.setattr(fake_engine, "start", starting)
+    monkeypatch.setattr(runner, "_measure", measuring)
+    config = bench_config(tmp_path, modes=("none",), repeats=5, minutes=minutes)
+    said: list[str] = []
+    result = run_bench(config, PROMPTS, said.append, engine_factory=fake_engine)
+    for figures in result["modes"]["none"]["concurrency"].values():
+        assert len(figures["output_tokens_per_s"]["raw"]) == repeats
+    assert (f"{repeats} of 5 repeats" in said[-1]) == (repeats < 5)
+
+
 def test_mode_that_does_not_start_is_left_out(tmp_path, fake_engine):
     fake_engine.fail_start.add("stock")
     result = run_bench(bench_config(tmp_path), PROMPTS, engine_factory=fake_engine)
     assert runner.failed_modes(result) == ["stock"]
     assert "died while starting" in result["errors"]["stock"]
     assert result["modes"]["stock"]["concurrency"] == {}
-    assert result["modes"]["ours"]["concurrency"]["1"]["over_none"]["ratio"] == 1.0
+    assert result["modes"]["plugin"]["concurrency"]["1"]["over_none"]["ratio"] == 1.0
 
 
 def test_mode_that_dies_on_the_way_keeps_what_it_measured(tmp_path, fake_engine):
@@ -365,7 +392,7 @@ def test_mode_that_dies_on_the_way_keeps_what_it_measured(tmp_path, fake_engine)
     fake_engine.fail_run["none"] = 2
     result = run_bench(bench_config(tmp_path), PROMPTS, engine_factory=fake_engine)
     assert runner.failed_modes(result) == ["none"]
-    none, ours = (result["modes"][m]["concurrency"]["1"] for m in ("none", "ours"))
+    none, ours = (result["modes"][m]["concurrency"]["1"] for m in ("none", "plugin"))
     assert len(none["output_tokens_per_s"]["raw"]) == 1
     assert len(ours["output_tokens_per_s"]["raw"]) == 2
     assert ours["over_none"]["ratio"] == 1.0
@@ -374,8 +401,8 @@ def test_mode_that_dies_on_the_way_keeps_what_it_measured(tmp_path, fake_engine)
 def test_plugin_in_the_wrong_state_fails_the_mode(tmp_path, fake_engine):
     fake_engine.plugin_active = {"stock": True}
     result = run_bench(bench_config(tmp_path), PROMPTS, engine_factory=fake_engine)
-    assert runner.failed_modes(result) == ["ours", "stock"]
-    assert "is not active in mode 'ours'" in result["errors"]["ours"]
+    assert runner.failed_modes(result) == ["plugin", "stock"]
+    assert "is not active in mode 'plugin'" in result["errors"]["plugin"]
     assert "is active in mode 'stock'" in result["errors"]["stock"]
 
 
@@ -410,7 +437,7 @@ def test_bad_prompts_are_refused_before_any_engine(
 
 @pytest.fixture
 def bench_report(tmp_path, fake_engine) -> dict[str, Any]:
-    fake_engine.wall_s |= {"none": [2.0, 2.2], "ours": [1.0, 1.3]}
+    fake_engine.wall_s |= {"none": [2.0, 2.2], "plugin": [1.0, 1.3]}
     fake_engine.fail_start.add("stock")
     return run_bench(bench_config(tmp_path), PROMPTS, engine_factory=fake_engine)
 
@@ -436,13 +463,19 @@ def test_png_of_nothing(tmp_path):
 
 
 def test_printed_report(bench_report):
-    ours = bench_report["modes"]["ours"]["concurrency"]["1"]
+    ours = bench_report["modes"]["plugin"]["concurrency"]["1"]
     assert ours["tau_by_source"] is None
     ours["tau_by_source"] = {"drafter": None, "lookup": 3.25}
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     report.print_report(bench_report, console)
     text = console.export_text()
-    for part in ("verifier with drafter, K = 2", "ours", "2.20", "mode stock failed", "[red] boom"):
+    for part in (
+        "verifier with drafter, K = 2",
+        "plugin",
+        "2.20",
+        "mode stock failed",
+        "[red] boom",
+    ):
         assert part in text
     assert "…" not in text
     assert "differ: prompts whose output is not that of mode none" in text

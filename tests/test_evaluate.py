@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from vllm_dflash.bench.prompts import load_prompts
-from vllm_dflash.training.config import EngineOptions, SamplingOptions
+from vllm_dflash.training.config import EngineOptions, EvalConfig, SamplingOptions
 from vllm_dflash.training.conversations import Conversation, Rejected
-from vllm_dflash.training.evaluate import EvalConfig, disagreement, serving_spec
+from vllm_dflash.training.evaluate import disagreement, serving_spec
 from vllm_dflash.training.prepare import prepare_examples
 from vllm_dflash.training.replies import MarkedReplies
 from vllm_dflash.verifier import Verifier

@@ -15,7 +15,7 @@ SCRIPT = """
 import json, os, sys, weakref
 from vllm_dflash.bench import engine_process
 from vllm_dflash.training import evaluate
-from vllm_dflash.training.config import EngineOptions
+from vllm_dflash.training.config import EngineOptions, EvalConfig
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.verifier import Verifier
 
@@ -45,7 +45,7 @@ class Child(engine_process.EngineProcess):
 evaluate.VerifierEngine, engine_process.EngineProcess = Engine, Child
 verifier, drafter, data, out = sys.argv[1:]
 options = EngineOptions(dtype="float32", max_len=160, extra={"enforce_eager": True})
-config = evaluate.EvalConfig(
+config = EvalConfig(
     Verifier(verifier), drafter, data, through_engine=True, limit=6, engine=options, max_tokens=48
 )
 seen |= evaluate.evaluate(config, Reporter())

@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_dflash.serving.features import FeatureRecorder
-from vllm_dflash.training.config import EngineOptions
+from vllm_dflash.training.config import TrainConfig
 from vllm_dflash.training.feature_store import FeatureStore
-from vllm_dflash.training.generated import GeneratedFeatures
-from vllm_dflash.training.loop import TrainConfig
+from vllm_dflash.training.generated import GeneratedFeatures, ReadFeatures
 from vllm_dflash.training.plan import content_key
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.verifier import Verifier
@@ -111,6 +110,22 @@ def test_a_response_is_cut_as_its_example_is(tmp_path) -> None:
     assert_kept(tmp_path, whole[:24])
 
 
+def test_other_ranks_read_what_the_first_has_written(tmp_path) -> None:
+    generated, other = recording(tmp_path), ReadFeatures(tmp_path)
+    for rank in (other, generated):
+        rank.watch({"a": A}, max_tokens=5)
+    step(generated.recorder, ("a", [*A, 1, 2], 0, 12))
+    content = content_key([*A, 1, 2])
+    assert content not in other.store
+    for rank in (other, generated):
+        rank.take("a", [1, 2])
+    # Both ranks end at once: the other's may be before the file is there.
+    for rank in (other, generated):
+        rank.end()
+    assert content in other.store
+    torch.testing.assert_close(other.store.get(content)[0], generated.store.get(content)[0])
+
+
 def test_the_run_folder_knows_them(tmp_path) -> None:
     run = RunFolder(tmp_path / "run", {"seed": 0})
     store = FeatureStore(0, run.features)
@@ -130,7 +145,6 @@ def test_the_run_folder_knows_them(tmp_path) -> None:
     "options",
     [
         {"on_policy": True},
-        {"engine": EngineOptions(tensor_parallel_size=2)},
         {"features_from": "elsewhere"},
     ],
 )
@@ -198,6 +212,7 @@ generate = engine.generator(SamplingOptions(max_tokens=48))
 examples, _ = regenerate(
     conversations, engine.tokenizer, generate, Path(out + "-responses.jsonl"), fingerprint={}, max_len=300
 )
+generated = vars(engine.generated).copy()
 engine.call("begin", config, Hyperparameters(loss="kl").as_dict(), None, 1, None, None)
 engine.call("register", [(e.id, list(e.token_ids), list(e.loss_mask), "x") for e in examples])
 keys = [e.id for e in examples]
@@ -215,7 +230,8 @@ assert not [p for _, p in engine.extract({e.id: e.token_ids for e in examples}) 
 put("extraction", keys)
 save_file(tensors, out)
 left = [len(getattr(session.recorder, n)) for n in ("_lengths", "_buffers", "_filled", "_finals")]
-json.dump({"keys": keys, "recorded": recorded, "firsts": firsts, "left": left}, open(out + ".json", "w"))
+result = {"keys": keys, "recorded": recorded, "firsts": firsts, "left": left, "generated": generated}
+json.dump(result, open(out + ".json", "w"))
 engine.close()
 """
 
@@ -236,6 +252,14 @@ def test_recorded_features_are_the_extracted_ones(verifier, dialogues, tmp_path)
     assert sum(first > 0 for first in result["firsts"]) > 30
     assert len(set(result["firsts"])) > 2
     assert result["left"] == [0, 0, 0, 0]
+    # What the time left is told by, over both rounds.
+    responses = Path(f"{out}-responses.jsonl").read_text().splitlines()[1:]
+    total = sum(len(json.loads(line)["token_ids"]) for line in responses)
+    assert result["generated"] == {
+        "tokens": total,
+        "finished": len(responses),
+        "finished_tokens": total,
+    }
     got = load_file(out)
     for key in result["keys"]:
         for kind in ("", "-final"):
@@ -245,7 +269,7 @@ def test_recorded_features_are_the_extracted_ones(verifier, dialogues, tmp_path)
 
 def train(verifier: Path, data: Path, out: Path) -> list[str]:
     args = ("--data", data, "-o", out, *tiny.TRAIN_ARGS[:4], *tiny.TRAIN_ARGS[6:])
-    args += ("--max-len", "300", "--max-num-seqs", "2", "--max-steps", "60", "--anchors", "16")
+    args += ("--max-len", "300", "--max-num-seqs", "2", "--max-steps", "60", "--num-anchors", "16")
     args += ("--features-from", "generation", "--save-minutes", "0")
     return tiny.cli_command("train", verifier, *args)
 
@@ -292,7 +316,9 @@ def test_killed_runs_go_on_with_the_same_features(verifier, dialogues, tmp_path)
     # Those whose features the first kill lost are extracted, and nothing else.
     assert of == 40
     assert of - generated - 2 <= recorded < of
-    tokens = map(int, re.findall(r"extracting features: (\d+) tokens in", done.stderr))
+    tokens = map(
+        int, re.findall(r"extracting (?:held-out )?features: (\d+) tokens in", done.stderr)
+    )
     assert 0 < sum(tokens) < 300 * (of - recorded)
 
     again = tiny.cli(*train(verifier, dialogues, tmp_path / "other")[1:])

@@ -12,14 +12,15 @@ from test_learner import make_sample
 
 from vllm_dflash.environment import available_bytes
 from vllm_dflash.training import host_memory
+from vllm_dflash.training.config import TrainConfig
 from vllm_dflash.training.host_memory import (
     HostMemory,
     default_feature_gib,
     on_device,
     one_ahead,
 )
-from vllm_dflash.training.loop import TrainConfig
 from vllm_dflash.training.run_folder import RunFolder
+from vllm_dflash.training.trainer import with_feature_gib
 from vllm_dflash.verifier import Verifier
 
 GIB = 2**30
@@ -92,15 +93,15 @@ def test_the_default_is_half_shared_by_the_workers(monkeypatch):
 
 def test_a_resumed_run_keeps_its_number(tmp_path, monkeypatch):
     """What is available changes from day to day; which sequences are extracted together must not."""
-    monkeypatch.setattr("vllm_dflash.training.loop.default_feature_gib", lambda ranks: 7.5)
+    monkeypatch.setattr("vllm_dflash.training.trainer.default_feature_gib", lambda ranks: 7.5)
     config = TrainConfig(Verifier("v"), "d", tmp_path / "out")
-    first = config.with_feature_gib()
+    first = with_feature_gib(config)
     assert first.feature_gib == 7.5
     RunFolder(config.run_path, {"feature_gib": first.feature_gib})
-    monkeypatch.setattr("vllm_dflash.training.loop.default_feature_gib", lambda ranks: 3.0)
-    assert config.with_feature_gib().feature_gib == 7.5
-    assert replace(config, restart=True).with_feature_gib().feature_gib == 3.0
-    assert replace(config, feature_gib=2.0).with_feature_gib().feature_gib == 2.0
+    monkeypatch.setattr("vllm_dflash.training.trainer.default_feature_gib", lambda ranks: 3.0)
+    assert with_feature_gib(config).feature_gib == 7.5
+    assert with_feature_gib(replace(config, restart=True)).feature_gib == 3.0
+    assert with_feature_gib(replace(config, feature_gib=2.0)).feature_gib == 2.0
 
 
 def test_slabs_are_filled_and_given_back(monkeypatch):
@@ -153,6 +154,6 @@ def test_copies_start_one_step_ahead():
 @pytest.mark.engine
 def test_epochs_after_the_first_ask_nothing_of_the_verifier(trained):
     """27 epochs: the held-out sequences are extracted once, and the others once."""
-    asked = re.findall(r"extracting features: (\d+) tokens in", trained.output)
+    asked = re.findall(r"extracting (?:held-out )?features: (\d+) tokens in", trained.output)
     assert trained.summary["steps"] * 2 > 25 * trained.summary["train_sequences"]
     assert len(asked) == 2

@@ -13,11 +13,11 @@ from verifiers import make
 pytestmark = pytest.mark.engine
 LAYOUTS = {
     "mixed, narrow": (
-        "--layers", "3", "--layer-types", "sliding,full,sliding", "--sliding-window", "24",
+        "--num-layers", "3", "--layer-types", "sliding,full,sliding", "--sliding-window", "24",
         "--hidden-size", "48", "--head-dim", "64", "--draft-vocab", "300",
     ),
-    "from anchor": ("--sample-from-anchor", "--block-size", "7", "--kv-heads", "2"),
-    "causal, wide": ("--causal", "--hidden-size", "96", "--heads", "3", "--kv-heads", "3"),
+    "from anchor": ("--sample-from-anchor", "--block-size", "7", "--num-kv-heads", "2"),
+    "causal, wide": ("--causal", "--hidden-size", "96", "--num-heads", "3", "--num-kv-heads", "3"),
     "not causal": (
         "--layer-types", "sliding,sliding", "--sliding-window", "24", "--no-causal",
         "--checkpoint-format", "speculators",
@@ -36,8 +36,8 @@ FAMILIES = {"gemma": "gemma3_text", "glm": "glm4"}
 )
 def test_trains_and_serves(layout, verifier, prompts_file, prompts, tmp_path, capsys) -> None:
     """Acceptance grows, tau offline is the engine's, and the engine's drafts are the PyTorch drafter's."""
-    args = [*tiny.TRAIN_ARGS, "--max-steps", "300", "--lr", "4e-3", "--anchors", "48"]
-    args += ["--sequences", "2"]
+    args = [*tiny.TRAIN_ARGS, "--max-steps", "300", "--lr", "4e-3", "--num-anchors", "48"]
+    args += ["--batch-size", "2"]
     if layout in FAMILIES:
         verifier = make(tmp_path / "verifier", FAMILIES[layout], verifier)
     drafter = tmp_path / "drafter"

@@ -32,7 +32,7 @@ CONFIG = DrafterConfig(
     mask_token_id=VOCAB - 1,
     dtype="float32",
 )
-HPARAMS = Hyperparameters(lr=5e-3, anchors=16, autocast="float32", warmup=0.0)
+HPARAMS = Hyperparameters(lr=5e-3, num_anchors=16, autocast="float32", warmup_ratio=0.0)
 
 
 def make_head(draft_ids: list[int] | None = None, dtype=torch.float32) -> SharedHead:
@@ -130,25 +130,25 @@ def test_block_targets_of_several_samples():
 
 
 def test_anchors_are_random_but_fixed_by_seed_step_and_sample():
-    learner = make_learner(anchors=5)
+    learner = make_learner(num_anchors=5)
     sample = make_sample(1, length=40)
     picks = [learner.pick_anchors(step, sample) for step in range(6)]
-    assert picks == [make_learner(anchors=5).pick_anchors(step, sample) for step in range(6)]
+    assert picks == [make_learner(num_anchors=5).pick_anchors(step, sample) for step in range(6)]
     assert len({tuple(p) for p in picks}) == 6
     for pick in picks:
         assert pick == sorted(set(pick))
         assert len(pick) == 5
         assert set(pick) <= set(sample.anchor_candidates())
-    assert picks[0] != make_learner(anchors=5, seed=1).pick_anchors(0, sample)
+    assert picks[0] != make_learner(num_anchors=5, seed=1).pick_anchors(0, sample)
     assert picks[0] != learner.pick_anchors(0, replace(sample, key="other"))
-    assert make_learner(anchors=99).pick_anchors(0, sample) == sample.anchor_candidates()
+    assert make_learner(num_anchors=99).pick_anchors(0, sample) == sample.anchor_candidates()
 
 
 # ---- learning rate ----
 
 
 def test_learning_rate():
-    learner = make_learner(total_steps=100, lr=2.0, warmup=0.1, min_lr=0.25)
+    learner = make_learner(total_steps=100, lr=2.0, warmup_ratio=0.1, min_lr=0.25)
     assert [learner.lr_at(s) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
     assert learner.lr_at(10) == pytest.approx(2.0)
     assert learner.lr_at(55) == pytest.approx(2.0 * (0.25 + 0.75 / 2))
@@ -204,7 +204,7 @@ def test_acceptance_does_not_depend_on_the_passes(monkeypatch):
     served = learner.serving_drafter(torch.float32)
     whole = learner.accept(served, samples[0], BLOCK - 1, torch.float32)
     assert 0 < whole.num_accepted < 25
-    monkeypatch.setattr(learner_module, "_EVAL_ANCHORS", 3)
+    monkeypatch.setattr(learner_module, "EVAL_ANCHORS", 3)
     assert learner.accept(served, samples[0], BLOCK - 1, torch.float32) == whole
 
 
@@ -438,7 +438,7 @@ def test_drafter_of_another_width_learns_its_own_embedding_and_head(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("loss", ["dpace", "ce", "kl"])
 def test_non_finite_features_are_named_and_change_nothing(loss, value):
-    learner = make_learner(loss=loss, ema=0.9)
+    learner = make_learner(loss=loss, ema_decay=0.9)
     good, broken = make_sample(1, final=True), make_sample(2, final=True)
     learner.step(0, [good])
     broken.features_TF[2, 3] = value
@@ -466,16 +466,16 @@ def test_non_finite_gradients_are_not_applied():
 
 @pytest.mark.parametrize(
     "hparams",
-    [{}, {"optimizer": "muon"}, {"ema": 0.9}, {"weight_decay": 0.1, "loss": "ce"}],
+    [{}, {"optimizer": "muon"}, {"ema_decay": 0.9}, {"weight_decay": 0.1, "loss": "ce"}],
     ids=str,
 )
 def test_resuming_is_bit_for_bit(hparams, tmp_path):
     samples = [make_sample(s, length=30) for s in (1, 2)]
-    straight = make_learner(anchors=4, warmup=0.5, total_steps=10, **hparams)
+    straight = make_learner(num_anchors=4, warmup_ratio=0.5, total_steps=10, **hparams)
     for i in range(4):
         straight.step(i, samples)
     straight.save_state(tmp_path / "state.safetensors")
-    resumed = make_learner(anchors=4, warmup=0.5, total_steps=10, **hparams)
+    resumed = make_learner(num_anchors=4, warmup_ratio=0.5, total_steps=10, **hparams)
     for i in range(2):  # whatever it did before is replaced
         resumed.step(i, samples[:1])
     resumed.load_state(tmp_path / "state.safetensors")
@@ -483,7 +483,7 @@ def test_resuming_is_bit_for_bit(hparams, tmp_path):
         assert straight.step(i, samples) == resumed.step(i, samples)
     assert_same(snapshot(resumed), snapshot(straight))
     assert_same(resumed.weights(), straight.weights())
-    if "ema" in hparams:
+    if "ema_decay" in hparams:
         assert not torch.equal(straight.weights()["fc.weight"], straight.drafter.fc.weight)
 
 
@@ -500,7 +500,7 @@ def test_state_of_something_else(tmp_path):
     with pytest.raises(ValueError, match=r"lacks model\.layers\.2"):
         make_learner(CONFIG.with_(num_hidden_layers=3)).load_state(file)
     with pytest.raises(ValueError, match=r"lacks ema\."):
-        make_learner(ema=0.9).load_state(file)
+        make_learner(ema_decay=0.9).load_state(file)
     wide = make_learner(CONFIG.with_(intermediate_size=50))
     before = snapshot(wide)
     with pytest.raises(ValueError, match=r"up_proj.*\(48, 24\).*\(50, 24\)|gate_proj.*48.*50"):
@@ -512,7 +512,7 @@ def test_state_of_something_else(tmp_path):
 
 
 def test_average_follows_the_weights():
-    learner = make_learner(ema=0.75)
+    learner = make_learner(ema_decay=0.75)
     want = snapshot(learner)
     for i in range(3):
         learner.step(i, [make_sample(1)])
@@ -530,7 +530,7 @@ def test_fine_tuning_starts_from_a_checkpoint(ema, tmp_path):
     first = make_learner()
     first.step(0, [make_sample(1)])
     save_drafter(tmp_path / "d", CONFIG, first.weights())
-    second = make_learner(seed=5, ema=ema)
+    second = make_learner(seed=5, ema_decay=ema)
     second.load_drafter(load_weights(tmp_path / "d", CONFIG) | {"t2d": torch.ones(3)})
     assert_same(snapshot(second), snapshot(first))
     assert_same(second.weights(), first.weights())
@@ -586,7 +586,7 @@ def test_a_step_in_parts_is_the_step(loss, in_flight):
 def test_a_step_is_that_of_the_plain_loss():
     """Gradients of all logits at once by autograd, clipped by torch, and AdamW."""
     samples = [make_sample(s, length=20) for s in (1, 2)]
-    learner, plain = make_learner(clip=0.5), make_learner(clip=0.5)
+    learner, plain = make_learner(max_grad_norm=0.5), make_learner(max_grad_norm=0.5)
     got = learner.step(0, samples)
     anchors = [plain.pick_anchors(0, s) for s in samples]
     hidden, labels, valid = plain._forward(samples, anchors)

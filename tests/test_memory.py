@@ -9,8 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
-from fake_peak import fake_peak
+from fake_peak import fake_acceptance_peak, fake_peak
 from plan_shapes import CONFIGS, FOUR_BITS, SHAPES
 from typer.testing import CliRunner
 
@@ -18,14 +19,18 @@ from vllm_dflash import environment
 from vllm_dflash.cli import app
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
+from vllm_dflash.training import evaluate as evaluate_module
 from vllm_dflash.training import planning
 from vllm_dflash.training.config import EngineOptions, Hyperparameters, StepLayout
 from vllm_dflash.training.durations import Card, Traffic, durations
+from vllm_dflash.training.evaluate import EvalConfig, evaluate
+from vllm_dflash.training.evaluation_memory import acceptance_memory, plan_evaluation
 from vllm_dflash.training.memory import GIB, card_bytes, learner_memory
+from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.verifier_memory import kv_bytes, verifier_sizes
 from vllm_dflash.verifier import Verifier
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "memory-plan.json"
+RESULTS = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("memory-plan_*.json"))
 QWEN_8B, GEMMA = SHAPES[1], SHAPES[2]
 SMALL = DrafterConfig(
     hidden_size=32,
@@ -62,9 +67,9 @@ def test_the_learner_needs_what_fake_tensors_need(shape):
     ("changes", "hparams", "layout"),
     [
         ({}, {"autocast": "float32"}, StepLayout()),
-        ({}, {"optimizer": "muon", "ema": 0.9}, StepLayout(128)),
+        ({}, {"optimizer": "muon", "ema_decay": 0.9}, StepLayout(128)),
         ({"draft_vocab_size": 32768}, {}, StepLayout(None, True)),
-        ({}, {"anchors": 128, "sequences": 3}, StepLayout()),
+        ({}, {"num_anchors": 128, "batch_size": 3}, StepLayout()),
         (
             {
                 "layer_types": ("sliding_attention", "full_attention"),
@@ -81,6 +86,23 @@ def test_the_learner_in_other_settings(changes, hparams, layout):
     config, hparams = SHAPES[0].drafter.with_(**changes), Hyperparameters(**hparams)
     planned = learner_memory(config, hparams, layout, 3072).peak
     assert planned == pytest.approx(fake_peak(config, hparams, 3072, layout), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        (SHAPES[1], 15),
+        pytest.param(SHAPES[0], 7, marks=pytest.mark.long),
+        pytest.param(SHAPES[2], 15, marks=pytest.mark.long),
+    ],
+    ids=["Qwen3-8B", "Qwen3-4B", "gemma-4-31B"],
+)
+def test_acceptance_needs_what_fake_tensors_need(shape, tokens):
+    parameters = learner_memory(shape.drafter, Hyperparameters(), StepLayout(), 3072).parameters
+    walked = acceptance_memory(shape.drafter, tokens, 3072)
+    # fp32, and a copy as it is served.
+    planned = (4 + 2) * parameters + walked
+    assert planned == pytest.approx(fake_acceptance_peak(shape.drafter, tokens, 3072), rel=0.1)
 
 
 def test_committed_figures_are_those_of_today():
@@ -110,7 +132,7 @@ def test_parameters_are_counted(config):
     assert got.parameters == sum(p.numel() for p in drafter.parameters())
     trained = sum(p.numel() for n, p in drafter.named_parameters() if "k_norm" not in n)
     assert (got.masters, got.optimizer, got.average) == (4 * got.parameters, 8 * trained, 0)
-    assert learner_memory(config, Hyperparameters(ema=0.9), StepLayout(), 64).average > 0
+    assert learner_memory(config, Hyperparameters(ema_decay=0.9), StepLayout(), 64).average > 0
 
 
 # ---- the verifier ----
@@ -243,12 +265,12 @@ def test_a_refusal_has_the_figures_and_the_ways_out_in_order():
     assert (
         f"needs {plan.least / GIB:.1f} GiB of each GPU, which has {plan.card / GIB:.1f}" in message
     )
-    order = ["--layers 3", "--layers 1", "--optimizer muon", "--tensor-parallel-size 2"]
+    order = ["--num-layers 3", "--num-layers 1", "--optimizer muon", "--tensor-parallel-size 2"]
     assert [message.index(way) for way in order] == sorted(message.index(way) for way in order)
     # What is named does what is said.
     ways = dict(plan.ways_out)
     assert all(size < plan.least for size in ways.values())
-    assert SHAPES[-1].plan(num_hidden_layers=1).fits == (ways["--layers 1"] <= plan.card)
+    assert SHAPES[-1].plan(num_hidden_layers=1).fits == (ways["--num-layers 1"] <= plan.card)
     assert "4 bits" not in message  # it has
     assert "a verifier of 4 bits" in replace(GEMMA, gigabytes=48).plan().refusal()
 
@@ -269,6 +291,83 @@ def test_train_plans_for_the_machine(monkeypatch):
     monkeypatch.setattr(planning, "gpu_memory", lambda: [(24 * GIB, 23 * GIB)])
     with pytest.raises(ValueError, match=r"training needs .* GiB of each GPU"):
         planning.plan_of_machine(*rest, EngineOptions())
+
+
+def evaluation(shape, **changes):
+    engine = EngineOptions(tensor_parallel_size=shape.ranks, **changes)
+    text = shape.hf_config.get_text_config()
+    card = card_bytes(shape.gigabytes)
+    return plan_evaluation(text, shape.sizes, shape.drafter, 15, engine, card)
+
+
+def test_an_evaluation_needs_no_room_for_training():
+    plan, training = evaluation(QWEN_8B), QWEN_8B.plan()
+    assert plan.fits
+    assert plan.least < training.least
+    assert plan.sequences > training.sequences
+    assert not {name for name, _ in plan.rows} & {"one training step", "drafter: adamw's moments"}
+    # The whole drafter sits in the engine, with a KV cache of all its layers.
+    sizes = dict(plan.rows)
+    assert sizes["drafter: fp32 weights"] == 2 * sizes["drafter in the engine"]
+    drafter, tokens = QWEN_8B.drafter, 3072 + 15 + 2
+    of_one = kv_bytes(QWEN_8B.hf_config.get_text_config(), tokens, 4096, 1)
+    of_one += 2 * 5 * drafter.num_key_value_heads * drafter.head_dim * 2 * tokens
+    assert plan.engine_args()["kv_cache_memory_bytes"] == plan.sequences * of_one
+    # Where training does not fit an evaluation may.
+    assert not SHAPES[0].plan().fits
+    assert evaluation(SHAPES[0]).fits
+
+
+def test_an_evaluation_that_does_not_fit_says_what_would():
+    plan = evaluation(replace(QWEN_8B, gigabytes=20))
+    assert not plan.fits
+    message = plan.refusal()
+    assert message.startswith(f"evaluation needs {plan.least / GIB:.1f} GiB of each GPU")
+    assert "anchors" not in message
+    ways = dict(plan.ways_out)
+    assert list(ways) == ["--max-len 1536", "--tensor-parallel-size 2", "a verifier of 4 bits"]
+    two = evaluation(replace(QWEN_8B, gigabytes=20, ranks=2))
+    assert ways["--tensor-parallel-size 2"] == two.least
+
+
+def test_eval_starts_its_engine_by_the_plan(verifier, models, prompts_file, monkeypatch):
+    drafter = tiny.make_drafter(models / "planned-drafter", verifier)
+    config = EvalConfig(
+        Verifier(str(verifier)), str(drafter), str(prompts_file), engine=EngineOptions(max_len=160)
+    )
+    started, tables = [], []
+
+    def engine(*args):
+        started.append(args)
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(evaluate_module, "VerifierEngine", engine)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(planning, "gpu_memory", lambda: [(8 * GIB, 8 * GIB)])
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "table", lambda *table: tables.append(table))
+    with pytest.raises(RuntimeError, match="no engine"):
+        evaluate(config, reporter)
+    of_drafter, tokens, memory = started[0][1], started[0][3], started[0][4]
+    assert of_drafter == str(drafter)
+    plan = planning.evaluation_plan_of_machine(
+        config.verifier,
+        config.verifier.load_config(),
+        DrafterConfig.from_pretrained(drafter),
+        tokens,
+        config.engine,
+    )
+    assert memory == plan.engine_args()
+    assert ("together", f"{plan.total / GIB:.1f}") in tables[0][1]
+
+    monkeypatch.setattr(planning, "gpu_memory", lambda: [(2 * GIB, 2 * GIB)])
+    with pytest.raises(ValueError, match=r"evaluation needs .* GiB of each GPU"):
+        evaluate(config, reporter)
+    # Users who size the engine are not told what it needs.
+    own = replace(config.engine, extra={"gpu_memory_utilization": 0.5})
+    with pytest.raises(RuntimeError, match="no engine"):
+        evaluate(replace(config, engine=own), reporter)
+    assert started[-1][4] is None
 
 
 def test_the_allocator_is_set_unless_the_user_did(monkeypatch):

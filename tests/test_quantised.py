@@ -60,7 +60,7 @@ def test_serving_and_training(scheme, base, prompts, prompts_file, folder) -> No
     plain = tiny.engine_job(job, folder)
     for i, output in enumerate(plain["runs"]["run"]["outputs"]):
         assert out["sequences"][f"run:{i}"] == prompts[i] + output[0]["token_ids"]
-    args = (*tiny.TRAIN_ARGS, "--dtype", DTYPE, "--max-steps", "4", "--anchors", "8")
+    args = (*tiny.TRAIN_ARGS, "--dtype", DTYPE, "--max-steps", "4", "--num-anchors", "8")
     tiny.cli("train", path, "--data", prompts_file, "-o", folder / f"{scheme}-trained", *args)
     summary = json.loads((folder / f"{scheme}-trained" / "dflash_training.json").read_text())
     assert not summary["skipped"]

@@ -17,12 +17,12 @@ from test_learner import CONFIG, HPARAMS, make_learner, make_sample, snapshot
 from vllm_dflash.training import ranks as module
 from vllm_dflash.training.config import StepLayout
 from vllm_dflash.training.learner import Learner
-from vllm_dflash.training.loop import save_pause
 from vllm_dflash.training.memory import learner_memory
 from vllm_dflash.training.plan import owner, plan_windows, rows_by_rank
 from vllm_dflash.training.ranks import Ranks, checksum
 from vllm_dflash.training.session import TrainingSession
 from vllm_dflash.training.sharding import shards
+from vllm_dflash.training.trainer import save_pause
 
 SIZE = 2
 
@@ -206,7 +206,10 @@ PARTS = [([1, 2], [3]), ([4], [5, 6, 7]), ([], [8]), ([], [])]
 
 def _steps(ranks: Ranks) -> Any:
     out = []
-    for hparams in ({}, {"loss": "kl", "optimizer": "muon", "ema": 0.9, "clip": 0.01}):
+    for hparams in (
+        {},
+        {"loss": "kl", "optimizer": "muon", "ema_decay": 0.9, "max_grad_norm": 0.01},
+    ):
         learner = _learner(ranks, **hparams)
         rows = [
             learner.step(i, [make_sample(s, final=True) for s in part[ranks.rank]])
@@ -220,7 +223,9 @@ def test_steps_of_two_ranks_equal_those_of_one(tmp_path) -> None:
     answers = on_two_ranks("_steps", tmp_path)
     assert answers[0] == answers[1]
     for hparams, (rows, weights) in zip(
-        ({}, {"loss": "kl", "optimizer": "muon", "ema": 0.9, "clip": 0.01}), answers[0], strict=True
+        ({}, {"loss": "kl", "optimizer": "muon", "ema_decay": 0.9, "max_grad_norm": 0.01}),
+        answers[0],
+        strict=True,
     ):
         alone = _learner(None, **hparams)
         start = snapshot(alone)
@@ -242,8 +247,8 @@ def test_steps_of_two_ranks_equal_those_of_one(tmp_path) -> None:
 
 #: Every optimizer and its extras, clipped.
 SHARDED: tuple[dict[str, Any], ...] = (
-    {"clip": 0.01, "weight_decay": 0.1},
-    {"optimizer": "muon", "ema": 0.9, "clip": 0.01},
+    {"max_grad_norm": 0.01, "weight_decay": 0.1},
+    {"optimizer": "muon", "ema_decay": 0.9, "max_grad_norm": 0.01},
 )
 
 
@@ -304,7 +309,7 @@ def test_sharded_optimizers_give_the_same_bits(sharded) -> None:
     first, second = (steps for steps, _ in sharded[1])
     for hparams, one, other in zip(SHARDED, first, second, strict=True):
         rows, weights, unsharded, held = one
-        assert min(row["grad_norm"] for row in rows[0][:3]) > hparams["clip"]
+        assert min(row["grad_norm"] for row in rows[0][:3]) > hparams["max_grad_norm"]
         assert str(rows[0]) == str(rows[1]) == str(other[0][0])
         assert weights == unsharded == other[1]
         # Each parameter's state is on one rank, and they share as the plan says.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_dflash.training.curves import draw_curves
 from vllm_dflash.training.run_folder import RunFolder
 
 
@@ -43,11 +44,12 @@ def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
     assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3]
 
 
-def test_curves_are_drawn(tmp_path):
+@pytest.mark.parametrize("held", [None, {"tau": 1.7, "position_rates": [0.5, 0.2]}])
+def test_curves_are_drawn(tmp_path, held):
     folder = RunFolder(tmp_path, {})
-    assert folder.draw_curves() is None
+    assert draw_curves(folder.read_metrics(), held, "none", folder.curves) is None
     row = {"loss": 2.0, "accepted": 3, "anchors": 4, "right": [3, 1], "valid": [4, 2]}
     folder.append_metrics([{"step": s, **row} for s in range(3)] + [{"step": 2, "tau": 1.7}])
-    path = folder.draw_curves()
+    path = draw_curves(folder.read_metrics(), held, "drafter", folder.curves)
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")

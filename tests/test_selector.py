@@ -239,7 +239,7 @@ def test_acceptance_walks_the_selector(from_anchor):
 
 
 def test_state_of_a_head_resumes_bit_for_bit(tmp_path):
-    straight, resumed = (make_learner(WITH_HEAD, ema=0.9) for _ in range(2))
+    straight, resumed = (make_learner(WITH_HEAD, ema_decay=0.9) for _ in range(2))
     samples = [make_sample(1), make_sample(2)]
     for step in range(6):
         straight.step(step, samples)

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 from test_bench import CPU_ENV, PROMPTS, FakeEngine, bench_config, fake_engine, tiny_llama
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from vllm_dflash import environment
 from vllm_dflash.bench import engine_process, runner, sharing
-from vllm_dflash.bench.runner import BenchConfig, plan_run, run_bench
+from vllm_dflash.bench.config import BenchConfig
+from vllm_dflash.bench.runner import plan_run, run_bench
 from vllm_dflash.bench.sharing import Device, Sharing, plan_sharing
 from vllm_dflash.checkpoint import weight_bytes
 
@@ -40,15 +41,43 @@ def plan(monkeypatch, gib: float | None, device: Device, count: int = 4, **args:
     size = None if gib is None else int(gib * GIB)
     monkeypatch.setattr(sharing, "weight_bytes", lambda model: size)
     wanted = args.pop("wanted", "auto")
-    return plan_sharing(wanted, [["model"]] * count, QWEN3_8B, 4096, args, device)
+    return plan_sharing(wanted, [["model"]] * count, QWEN3_8B, 4, 1024, args, device)
 
 
-def test_key_value_bytes_of_a_token() -> None:
-    assert sharing.kv_bytes_per_token(QWEN3_8B, "auto") == 36 * 2 * 8 * 128 * 2
-    assert sharing.kv_bytes_per_token(QWEN3_8B, "float32") == 36 * 2 * 8 * 128 * 4
-    assert sharing.kv_bytes_per_token(QWEN3_8B, "auto", "fp8_e4m3") == 36 * 2 * 8 * 128
-    # Served in 16 bits, whatever it was saved in.
-    assert sharing.kv_bytes_per_token(LlamaConfig(dtype="float32"), "auto") == 32 * 2 * 4096 * 2
+@pytest.mark.parametrize(
+    ("config", "args", "of_a_token"),
+    [
+        (QWEN3_8B, {}, 36 * 2 * 8 * 128 * 2),
+        (QWEN3_8B, {"dtype": "float32"}, 36 * 2 * 8 * 128 * 4),
+        (QWEN3_8B, {"kv_cache_dtype": "fp8_e4m3"}, 36 * 2 * 8 * 128),
+        (QWEN3_8B, {"tensor_parallel_size": 2}, 36 * 2 * 4 * 128 * 2),
+        # Served in 16 bits, whatever it was saved in.
+        (LlamaConfig(dtype="float32"), {}, 32 * 2 * 4096 * 2),
+    ],
+)
+def test_key_value_bytes_of_requests_in_flight(monkeypatch, config, args, of_a_token) -> None:
+    monkeypatch.setattr(sharing, "weight_bytes", lambda model: 0)
+    made = plan_sharing("auto", [["model"]] * 2, config, 8, 40960, args, h100())
+    assert f"KV cache {8 * 40960 * of_a_token / GIB:.1f}," in made.sentence
+
+
+def test_sliding_layers_hold_a_window(monkeypatch) -> None:
+    """The cache is counted as the trainer's plan counts it."""
+    monkeypatch.setattr(sharing, "weight_bytes", lambda model: 0)
+    config = Qwen3Config(
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        hidden_size=1024,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        use_sliding_window=True,
+        sliding_window=1024,
+        dtype="bfloat16",
+    )
+    args = {"max_num_batched_tokens": 1024}
+    made = plan_sharing("auto", [["model"]] * 2, config, 64, 40960, args, h100())
+    assert f"KV cache {64 * (3 * 2048 + 40960) * 4096 / GIB:.1f}," in made.sentence
 
 
 @pytest.mark.parametrize(
@@ -80,6 +109,14 @@ def test_what_fits_decides(monkeypatch, gib, device, kind) -> None:
 def test_tensor_parallel_ranks_share_the_weights(monkeypatch) -> None:
     assert plan(monkeypatch, 30, h100(), 2).kind == "sleep"
     assert plan(monkeypatch, 30, h100(), 2, tensor_parallel_size=2).kind == "together"
+
+
+def test_weights_in_float32_take_twice_their_file(monkeypatch) -> None:
+    device = Device("CPU", 23 * GIB, 20 * GIB, 20 * GIB, False)
+    assert plan(monkeypatch, 2.0, device, dtype="bfloat16").kind == "together"
+    made = plan(monkeypatch, 2.0, device, dtype="float32")
+    assert made.kind == "restart"
+    assert "weights 4.0" in made.sentence
 
 
 def test_what_is_asked_for_wins_where_it_is_possible(monkeypatch) -> None:
@@ -144,8 +181,8 @@ class Sleeper(FakeEngine):
 @pytest.mark.parametrize("kind", ["sleep", "restart"])
 def test_one_engine_at_a_time(tmp_path, fake_engine, monkeypatch, kind) -> None:
     monkeypatch.setattr(Sleeper, "awake", set())
-    fake_engine.wall_s |= {"none": [2.0], "ours": [1.0]}
-    config = bench_config(tmp_path, modes=("none", "ours"), sharing=kind)
+    fake_engine.wall_s |= {"none": [2.0], "plugin": [1.0]}
+    config = bench_config(tmp_path, modes=("none", "plugin"), sharing=kind)
     result = run_bench(config, PROMPTS, engine_factory=Sleeper)
     assert result["errors"] == {}
     assert result["sharing"]["kind"] == kind
@@ -155,33 +192,33 @@ def test_one_engine_at_a_time(tmp_path, fake_engine, monkeypatch, kind) -> None:
     }[kind]
     log = [entry for entry in Sleeper.log if kind == "sleep" or entry[1].startswith("run")]
     if kind == "sleep":
-        order = [("none", 1), ("ours", 1), ("ours", 2), ("none", 2)]
-        order += [("ours", 1), ("none", 1), ("none", 2), ("ours", 2)]
+        order = [("none", 1), ("plugin", 1), ("plugin", 2), ("none", 2)]
+        order += [("plugin", 1), ("none", 1), ("none", 2), ("plugin", 2)]
         assert log[:4] == [
             ("none", "start"),
             ("none", "sleep"),
-            ("ours", "start"),
-            ("ours", "sleep"),
+            ("plugin", "start"),
+            ("plugin", "sleep"),
         ]
         assert log[4:-2] == [entry for mode, c in order for entry in turn(mode, c)]
     else:
-        order = [("none", 1), ("none", 2), ("ours", 1), ("ours", 2)]
-        order += [("ours", 1), ("ours", 2), ("none", 1), ("none", 2)]
+        order = [("none", 1), ("none", 2), ("plugin", 1), ("plugin", 2)]
+        order += [("plugin", 1), ("plugin", 2), ("none", 1), ("none", 2)]
         assert log == [entry for mode, c in order for entry in turn(mode, c)]
-        assert Sleeper.log.count(("ours", "start")) == Sleeper.log.count(("ours", "close")) == 2
+        assert Sleeper.log.count(("plugin", "start")) == Sleeper.log.count(("plugin", "close")) == 2
     assert not Sleeper.awake
-    ours = result["modes"]["ours"]["concurrency"]
+    ours = result["modes"]["plugin"]["concurrency"]
     assert {c: f["over_none"]["ratio"] for c, f in ours.items()} == {"1": 2.0, "2": 2.0}
 
 
 def test_a_mode_that_fails_in_its_turn_is_left_out(tmp_path, fake_engine, monkeypatch) -> None:
     monkeypatch.setattr(Sleeper, "awake", set())
     fake_engine.fail_start.add("stock")
-    config = bench_config(tmp_path, modes=("none", "stock", "ours"), sharing="restart")
+    config = bench_config(tmp_path, modes=("none", "stock", "plugin"), sharing="restart")
     result = run_bench(config, PROMPTS, engine_factory=Sleeper)
     assert runner.failed_modes(result) == ["stock"]
     assert Sleeper.log.count(("stock", "start")) == 1
-    assert len(result["modes"]["ours"]["concurrency"]["2"]["output_tokens_per_s"]["raw"]) == 2
+    assert len(result["modes"]["plugin"]["concurrency"]["2"]["output_tokens_per_s"]["raw"]) == 2
     assert not Sleeper.awake
 
 

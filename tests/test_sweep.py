@@ -13,8 +13,8 @@ from test_bench import FakeEngine, request, run_result
 from tiny import make_tokenizer
 
 from vllm_dflash.bench import report as bench_report
+from vllm_dflash.bench.config import BenchConfig
 from vllm_dflash.bench.engine_process import RunResult, SpecCounters
-from vllm_dflash.bench.runner import BenchConfig
 from vllm_dflash.training.conversations import Conversation, load_conversations
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -235,8 +235,8 @@ def train_args(
 ) -> list[str]:
     return [
         *map(str, ("train", trained.verifier, "--data", trained.prompts, "-o", out)),
-        *tiny.TRAIN_ARGS, "--lr", "2e-3", "--anchors", "16", "--holdout", "0.1",
-        "--max-steps", str(steps), "--sequences", str(sequences),
+        *tiny.TRAIN_ARGS, "--lr", "2e-3", "--num-anchors", "16", "--holdout", "0.1",
+        "--max-steps", str(steps), "--batch-size", str(sequences),
         "--tensor-parallel-size", str(ranks), *more,
     ]  # fmt: skip
 
@@ -287,7 +287,7 @@ def test_training_on_two_ranks_equals_one(trained, folder, capsys) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        ("--loss", "kl", "--optimizer", "muon", "--ema", "0.9"),
+        ("--loss", "kl", "--optimizer", "muon", "--ema-decay", "0.9"),
         ("--loss", "ce", "--draft-vocab", "250"),
         ("--feature-gib", "0.0003"),
     ],
@@ -301,6 +301,20 @@ def test_other_recipes_on_two_ranks(trained, folder, more, sequences) -> None:
     for ranks, out in enumerate(outs, start=1):
         train(trained, out, ranks, *more, sequences=sequences)
     assert largest_difference(*outs) < 2e-5
+
+
+@pytest.mark.long
+def test_features_recorded_while_generating_on_two_ranks(trained, folder) -> None:
+    """The first rank records, both train on its files: as from extracted features."""
+    extracted, recorded = folder / "extracted", folder / "recorded"
+    train(trained, extracted, 2)
+    done = train(trained, recorded, 2, "--features-from", "generation")
+    count, of = re.search(
+        r"features of (\d+) of (\d+) sequences were recorded", done.stderr
+    ).groups()
+    assert count == of != "0"
+    assert "extracting features: " not in done.stderr
+    assert largest_difference(extracted, recorded) < 2e-5
 
 
 @pytest.mark.slow
@@ -322,7 +336,7 @@ def test_killed_and_stopped_on_two_ranks(trained, folder) -> None:
     assert stopped < killed < 300
     done = tiny.cli(*args)
     assert f"resuming at step {killed}" in done.stderr
-    assert "extracting features:" not in done.stderr
+    assert "extracting" not in done.stderr
     assert len(list((folder / "cache").rglob("index.json"))) == 2
     assert metric_steps(run) == list(range(300))
     assert same_weights(whole, resumed)

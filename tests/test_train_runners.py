@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 STEPS = 300  # many more than the steps of one call to the workers
 ARGS = (
-    *tiny.TRAIN_ARGS, "--max-tokens", "16", "--lr", "2e-3", "--anchors", "16", "--sequences", "2",
+    *tiny.TRAIN_ARGS, "--max-tokens", "16", "--lr", "2e-3", "--num-anchors", "16", "--batch-size", "2",
     "--max-steps", str(STEPS), "--holdout", "0.25", "--eval-every", "150",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import verifiers
 from test_parity import Reference, check_drafts, drafted
 
 from vllm_dflash.config import FULL, SLIDING
@@ -106,3 +107,26 @@ def test_drafts_and_outputs(
     if layout != "from anchor":  # trained otherwise, so nothing is accepted
         assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert check_drafts(out, reference, reference.config.num_speculative_tokens) > 200
+
+
+@pytest.mark.long
+def test_a_hybrid_goes_on_from_the_accepted_token(verifier, prompts, folder) -> None:
+    """Mamba-2 states behind rejected drafts; vLLM's CPU kernels take those of the last draft token."""
+    hybrid = verifiers.make(folder / "hybrid", "nemotron_h", verifier)
+    drafter = tiny.make_drafter(folder / "hybrid-drafter", hybrid)
+    job = {
+        "engine": {"model": str(hybrid), "max_model_len": 192, "max_num_seqs": 4},
+        "runs": [
+            {
+                "name": "run",
+                "prompts": prompts[:3],
+                "params": {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True},
+                "concurrency": 4,
+            }
+        ],
+    }
+    alone = tiny.engine_job(job, folder)["runs"]["run"]["outputs"]
+    out = drafted(hybrid, drafter, prompts[:3], folder, runner="v2", max_tokens=8, features=False)
+    assert out["runner"].startswith("vllm.v1.worker.cpu.model_runner")
+    assert out["runs"]["run"]["counters"]["vllm:spec_decode_num_drafts_total"] > 0
+    assert out["runs"]["run"]["outputs"] == alone

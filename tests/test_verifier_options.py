@@ -14,7 +14,7 @@ from refusal import Refused
 from test_tokenization import conversation_of
 
 from vllm_dflash.bench.prompts import load_prompts
-from vllm_dflash.training.loop import TrainConfig
+from vllm_dflash.training.config import TrainConfig
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import keep_date, prompt_token_ids
 from vllm_dflash.verifier import Verifier

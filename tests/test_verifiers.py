@@ -84,8 +84,8 @@ def test_training(model_type, verifier, prompts_file, folder) -> None:
     """gpt2 has tied embeddings that vLLM knows as transformer.wte, and no lm_head of its own."""
     path = verifiers.make(folder / f"{model_type}-train", model_type, verifier)
     out = folder / f"{model_type}-trained"
-    args = (*tiny.TRAIN_ARGS, "--max-steps", "300", "--lr", "4e-3", "--anchors", "48")
-    args += ("--sequences", "2", "--eval-data", prompts_file, "--eval-every", "150")
+    args = (*tiny.TRAIN_ARGS, "--max-steps", "300", "--lr", "4e-3", "--num-anchors", "48")
+    args += ("--batch-size", "2", "--eval-data", prompts_file, "--eval-every", "150")
     tiny.cli("train", path, "--data", prompts_file, "-o", out, *args)
     summary = json.loads((out / "dflash_training.json").read_text())
     assert not summary["skipped"]

@@ -1,4 +1,4 @@
-"""benchmarks/versions.py without environments: its tests exist, its table says what ran."""
+"""tools/versions.py without environments: its tests exist, its table says what ran."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+sys.path.insert(0, str(TESTS.parent / "tools"))
 
 import versions  # noqa: E402
 

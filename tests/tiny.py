@@ -35,7 +35,7 @@ VOCAB = 384
 #: Common to every tiny training run: fp32 throughout, short conversations.
 TRAIN_ARGS = (
     "--dtype", "float32", "--autocast", "float32", "--max-len", "160", "--max-tokens", "48",
-    "--features", "3", "--layers", "2", "--block-size", "8",
+    "--num-target-layers", "3", "--num-layers", "2", "--block-size", "8",
 )  # fmt: skip
 
 

@@ -345,7 +345,7 @@ def examine(
             "20",
             "--lr",
             "2e-3",
-            "--anchors",
+            "--num-anchors",
             "16",
         )
         trained = folder / f"{model_type}-trained"

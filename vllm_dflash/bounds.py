@@ -6,6 +6,7 @@ and callers of the functions get the same refusals.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,3 +95,29 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} {text!r} is not a JSON object")
+    return value
+
+
+def int_list(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; give whole numbers separated by commas") from error
+
+
+def words(name: str, text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def one_or_all(name: str, names: list[str]) -> str | tuple[str, ...] | None:
+    """A single name as it is, so that a run of one file keeps its identity."""
+    return (names[0] if len(names) == 1 else tuple(names)) if names else None

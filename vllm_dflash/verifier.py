@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.settings import option
+
 #: What vLLM takes for the text of a template, not for the name of a file.
 _TEMPLATE_CHARACTERS = "{}\n"
 
@@ -24,34 +26,43 @@ class Verifier:
 
     Attributes:
         model: folder or hub name.
-        revision: branch, tag or commit of a hub name; None for the default branch.
-        tokenizer: folder or hub name of another tokenizer.
-        tokenizer_revision: its revision.
-        trust_remote_code: lets Python code that comes with the model run.
-        chat_template: a file's name or the text itself, as for ``vllm serve``; kept as the text.
-        reasoning_parser: the server's, which splits thinking from the answer.
+        chat_template: as for ``vllm serve``; kept as the text.
+        revision: None for the default branch.
+        tokenizer: folder or hub name.
+        tokenizer_revision: of another tokenizer; None for ``revision``.
 
     Raises:
         ValueError: an option cannot mean anything.
     """
 
     model: str
-    revision: str | None = None
-    tokenizer: str | None = None
+    chat_template: str | None = option(
+        None, "The server's chat template: a file, or the text itself.", panel="Data"
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "The server's, as vLLM's: splits thinking from the answer in replies that become history. "
+        "Default: at the markers that tokenizer and template show.",
+        panel="Data",
+    )
+    trust_remote_code: bool = option(
+        False, "Let Python code that comes with the verifier run.", panel="Engine"
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a verifier named on the Hub.", panel="Engine"
+    )
+    tokenizer: str | None = option(None, "Another tokenizer than the verifier's.", panel="Engine")
     tokenizer_revision: str | None = None
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.trust_remote_code, bool):
             raise ValueError(f"trust_remote_code is {self.trust_remote_code!r}; give true or false")
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name not in ("model", "trust_remote_code") and not isinstance(
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("model", "trust_remote_code") and not isinstance(
                 value, str | None
             ):
-                raise ValueError(f"{option.name} is {value!r}; give text")
+                raise ValueError(f"{field.name} is {value!r}; give text")
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", _template_text(self.chat_template))
 
@@ -74,7 +85,7 @@ class Verifier:
 
         An option of the verifier may also stand among the engine arguments, which then win.
         """
-        names = {option.name for option in fields(cls)} - {"model"}
+        names = {field.name for field in fields(cls)} - {"model"}
         given = {name: value for name, value in engine_args.items() if name in names}
         rest = {name: value for name, value in engine_args.items() if name not in names}
         return cls(model, **(options | given)), rest

@@ -165,7 +165,7 @@ def make(shape: Shape, anchors: int, device: str) -> tuple[Learner, Sample]:
     torch.manual_seed(0)
     dtype = torch.bfloat16
     head = torch.randn(shape.vocab, shape.hidden, dtype=dtype, device=device) * 0.02
-    settings = Hyperparameters(anchors=anchors)
+    settings = Hyperparameters(num_anchors=anchors)
     learner = Learner(config, settings, SharedHead(head, head, None), 100, device)
     features = torch.randn(shape.tokens, config.num_features, dtype=dtype, device=device)
     tokens = torch.randint(10, shape.vocab, (shape.tokens + 1,)).tolist()

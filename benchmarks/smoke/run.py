@@ -157,7 +157,7 @@ def check_machine(rehearse: bool) -> None:
     """
     if rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        set_cpu_defaults()
+        set_cpu_defaults(kv_gib=1)
         return
     if not describe_machine()["gpus"]:
         sys.exit("there is no NVIDIA GPU here (nvidia-smi finds none); --rehearse runs on the CPU")

@@ -34,8 +34,6 @@ SETS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 #: What is rehearsed of the sets behind the first.
 REHEARSED = ("none", "ours fixed")
-#: vLLM's CPU kernels for Mamba-2 go wrong beside drafts; the plugin mends them for the V1 runner.
-REHEARSED_ON_V1 = frozenset({"mamba2"})
 #: Share of drafts that may differ from stock's: near ties, which another order of sums decides.
 NEAR_TIES = 0.01
 
@@ -49,11 +47,8 @@ def run(context: Context) -> None:
         verifier = make_verifier(context.folder / verifier_name, verifier_name)
         drafter = make_drafter(context.folder / f"{verifier_name}-drafter", verifier)
         engine = {**engine_args(context.rehearse), "model": str(verifier), **extra}
-        v1 = context.rehearse and verifier_name in REHEARSED_ON_V1
-        interpreted = context.rehearse and not v1
-        configs = {mode: config(engine, mode, str(drafter), interpreted, not v1) for mode in modes}
-        results = serve_all(context, name, configs)
-        report(context, name, results, v1)
+        configs = {mode: config(engine, mode, str(drafter), context.rehearse) for mode in modes}
+        report(context, name, serve_all(context, name, configs))
 
 
 def engine_args(rehearse: bool) -> dict[str, Any]:
@@ -75,9 +70,7 @@ def engine_args(rehearse: bool) -> dict[str, Any]:
     return args
 
 
-def config(
-    engine: dict[str, Any], mode: str, drafter: str, interpreted: bool, record: bool
-) -> dict[str, Any]:
+def config(engine: dict[str, Any], mode: str, drafter: str, interpreted: bool) -> dict[str, Any]:
     """Of an :class:`Engine`."""
     added = MODES[mode]
     speculative = None
@@ -88,7 +81,7 @@ def config(
         "engine": {**engine, "speculative_config": speculative},
         "plugin": mode.startswith("ours"),
         "interpreted": interpreted,
-        "record": record and mode in ("stock", "ours fixed", "ours without ops"),
+        "record": mode in ("stock", "ours fixed", "ours without ops"),
     }
 
 
@@ -137,10 +130,8 @@ def loads(rehearse: bool) -> list[tuple[int, int, tuple[int, int]]]:
     return [(1, 4, (16, 300)), (8, 16, (16, 300)), (40, 60, (16, 300))]
 
 
-def report(
-    context: Context, name: str, results: dict[str, dict[str, Any]], v1: bool = False
-) -> None:
-    """Says what came of a set; ``v1``: it is rehearsed on the V1 runner."""
+def report(context: Context, name: str, results: dict[str, dict[str, Any]]) -> None:
+    """Says what came of a set."""
     plain = results["none"]
     for mode, result in results.items():
         case = f"{name}, {mode}"
@@ -151,7 +142,7 @@ def report(
             continue
         about = {key: result[key] for key in ("start_s", "v2", "async", "graphs") if key in result}
         problems = []
-        if not result["v2"] and not v1:
+        if not result["v2"]:
             problems.append("served by the V1 runner")
         if mode.startswith("ours") and not (result["proposer"] or "").startswith("vllm_dflash"):
             problems.append(f"drafted by {result['proposer']}")

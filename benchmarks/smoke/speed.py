@@ -22,7 +22,8 @@ from smoke.models import (
     write_shapes,
 )
 from smoke.rows import Context, need
-from vllm_dflash.bench.sharing import Device, kv_bytes_per_token
+from vllm_dflash.bench.sharing import Device
+from vllm_dflash.training import verifier_memory
 
 DRAFT = 15
 MODES: dict[str, dict[str, Any] | None] = {
@@ -90,9 +91,9 @@ def engine_gib(verifier: str, rehearse: bool) -> float:
 
 def kv_bytes(shape: Any) -> int:
     """KV cache of verifier and drafter for the largest batch, with room for drafts and whole blocks."""
-    tokens = max(BATCHES) * (PROMPT + OUTPUT + 3 * (DRAFT + 1))
-    layers = shape.num_hidden_layers
-    return 2 * tokens * kv_bytes_per_token(shape, "bfloat16") * (layers + 5) // layers
+    tokens, layers = PROMPT + OUTPUT + 3 * (DRAFT + 1), shape.num_hidden_layers
+    of_one = verifier_memory.kv_bytes(shape, tokens, budget=tokens, ranks=1)
+    return 2 * max(BATCHES) * of_one * (layers + 5) // layers
 
 
 def config(

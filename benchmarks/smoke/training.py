@@ -38,7 +38,7 @@ def run(context: Context) -> None:
     tiny.write_prompts(prompts, 12 if context.rehearse else 24)
     steps = 4 if context.rehearse else 30
     train = ["train", verifier, "--data", prompts, "-o", folder / "drafter", *tiny.TRAIN_ARGS]
-    train += ["--max-steps", steps, "--anchors", 16, "--sequences", 2, "--lr", "2e-3"]
+    train += ["--max-steps", steps, "--num-anchors", 16, "--batch-size", 2, "--lr", "2e-3"]
     done = command(context, folder, "train", train)
     if done["problem"]:
         context.say("train", "failed", done["problem"], **done["figures"])

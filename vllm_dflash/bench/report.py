@@ -21,12 +21,21 @@ MODE_COLORS = {
     "none": "#8c8c8c",
     "ngram": "#e69f00",
     "stock": "#56b4e9",
-    "ours": "#0072b2",
+    "plugin": "#0072b2",
     "adaptive": "#009e73",
+}
+#: What the modes are, for readers of a picture.
+_MODE_NAMES = {
+    "none": "none (no speculation)",
+    "ngram": "ngram (vLLM's)",
+    "stock": "stock (vLLM's dflash)",
+    "plugin": "plugin (vllm-dflash)",
+    "adaptive": "adaptive (vLLM's)",
 }
 NO_VALUE = "-"
 LEGEND = """\
-tau: tokens delivered a step with a draft; below "ours" those of the drafter's drafts and of prompt lookup's
+output tok/s, over none: median of the runs, then the least and the greatest.
+tau: tokens delivered a step with a draft; below "plugin" those of the drafter's drafts and of prompt lookup's
 (- where it sent none). differ: prompts whose output is not that of mode none (in bf16 near ties do that)"""
 
 
@@ -34,13 +43,37 @@ tau: tokens delivered a step with a draft; below "ours" those of the drafter's d
 
 
 def write_json(report: Mapping[str, Any] | list[Any], path: str | Path) -> Path:
-    """Writes the report; readers see the old file or the whole new one."""
+    """Writes the report, a row a line; readers see the old file or the whole new one.
+
+    Raises:
+        ValueError: a figure is NaN or infinite, which would make it unreadable for everything but Python.
+    """
     path = Path(path)
-    # allow_nan: a NaN would make the file unreadable for everything but Python.
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    text = _lines(report, "", nested=isinstance(report, Mapping)) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text)
     return path
+
+
+def _lines(value: Any, indent: str, nested: bool = False) -> str:
+    """JSON with a line for each entry of what holds records, and of what holds those if ``nested``."""
+
+    def compact(item: Any) -> str:
+        return json.dumps(item, allow_nan=False)
+
+    def show(item: Any) -> str:
+        return _lines(item, f"{indent} ") if nested else compact(item)
+
+    if isinstance(value, Mapping) and (
+        nested or any(isinstance(v, Mapping) for v in value.values())
+    ):
+        left, right, items = "{", "}", [f"{compact(k)}: {show(v)}" for k, v in value.items()]
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        left, right, items = "[", "]", [compact(v) for v in value]
+    else:
+        return compact(value)
+    inner = ",\n".join(f"{indent} {item}" for item in items)
+    return f"{left}\n{inner}\n{indent}{right}"
 
 
 def markdown_table(
@@ -94,8 +127,8 @@ def write_png(report: Mapping[str, Any], path: str | Path) -> Path:
     groups = sorted({int(c) for m in modes for c in report["modes"][m]["concurrency"]})
     width = 0.8 / len(modes)
     num_bars = len(groups) * len(modes)
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(max(6.0, 0.9 * num_bars + 1.5), 4.5), layout="constrained")
+    with matplotlib.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(max(7.0, 0.95 * num_bars + 1.5), 5.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         for i, mode in enumerate(modes):
@@ -108,7 +141,7 @@ def write_png(report: Mapping[str, Any], path: str | Path) -> Path:
                 [groups.index(g) + (i - (len(modes) - 1) / 2) * width for g in at],
                 medians,
                 0.92 * width,
-                label=mode,
+                label=_MODE_NAMES.get(mode, mode),
                 color=MODE_COLORS.get(mode),
                 # Whiskers are the extremes of the repeats.
                 yerr=[
@@ -117,15 +150,21 @@ def write_png(report: Mapping[str, Any], path: str | Path) -> Path:
                 ],
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#404040"},
             )
-            axes.bar_label(bars, [_bar_label(f) for f in figures], padding=3, fontsize=8)
+            axes.bar_label(bars, [_bar_label(f) for f in figures], padding=3, fontsize=10)
         axes.set_xticks(range(len(groups)), [str(g) for g in groups])
-        axes.set_xlabel("requests in flight")
+        axes.set_xlabel(
+            "requests in flight\n(x: speed over no speculation; τ: tokens a step with a draft; whiskers: "
+            "slowest and fastest run)"
+        )
         axes.set_ylabel("output tokens / s")
-        axes.margins(y=0.18)
+        # Room for the labels, whose lines are a share of the height.
+        axes.margins(y=0.08 + 0.06 * max(text.get_text().count("\n") for text in axes.texts))
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=len(modes), loc="upper left", bbox_to_anchor=(0, 1.08))
-        figure.suptitle(f"{_title(report)}\n{_subtitle(report)}", fontsize=10)
+        axes.legend(
+            frameon=False, ncols=(len(modes) + 1) // 2, loc="lower left", bbox_to_anchor=(0, 1)
+        )
+        figure.suptitle(f"{_title(report)}\n{_subtitle(report)}", fontsize=11)
         path = Path(path)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
@@ -177,13 +216,13 @@ def make_table(report: Mapping[str, Any]) -> Table:
         caption=_subtitle(report),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        collapse_padding=True,
+        padding=0,
     )
-    table.add_column("in flight", justify="right")
+    table.add_column("in\nflight", justify="right")
     table.add_column("mode")
     for name in ("output tok/s", "over none"):
         table.add_column(name, justify="right", min_width=len("98.7-103.0"))
-    for name in ("tau", "TTFT ms", "TPOT ms", "differ"):
+    for name in ("tau", "TTFT\nms", "TPOT\nms", "differ"):
         table.add_column(name, justify="right")
     modes = report["modes"]
     groups = sorted({int(c) for entry in modes.values() for c in entry.get("concurrency", {})})

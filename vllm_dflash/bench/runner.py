@@ -11,7 +11,7 @@ Modes:
 * ``none``: no speculation, plugin off: the baseline of every ratio.
 * ``ngram``: vLLM's prompt lookup with as many draft tokens as the drafter gives, plugin off.
 * ``stock``: the drafter in vLLM's own ``dflash``, plugin off.
-* ``ours``: the drafter in ``dflash``, plugin on.
+* ``plugin``: the drafter in ``dflash``, plugin on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.bench.config import ADAPTIVE, DRAFTER_MODES, BenchConfig
 from vllm_dflash.bench.engine_process import (
     EngineProcess,
     EngineSpec,
@@ -36,21 +37,14 @@ from vllm_dflash.bench.engine_process import (
     SpecCounters,
 )
 from vllm_dflash.bench.sharing import (
-    KINDS,
     MEMORY_SHARE,
     Device,
     Sharing,
     needed_model_len,
     plan_sharing,
 )
-from vllm_dflash.bounds import DTYPES, POSITIVE, Bound, check_bounds, check_choice, count
-from vllm_dflash.config import DrafterConfig
 from vllm_dflash.environment import describe_machine, versions
 
-MODES = ("none", "ngram", "stock", "ours")
-#: Stock with vLLM's adaptive verification, for its V2 runner on a GPU.
-ADAPTIVE = "adaptive"
-DRAFTER_MODES = frozenset({"stock", "ours", ADAPTIVE})
 #: Entry point name of the plugin in ``pyproject.toml``; what ``VLLM_PLUGINS`` lists.
 PLUGIN_NAME = "dflash"
 #: Longest and shortest n-gram looked up. vLLM's own default (5, 5) misses most repeats, 1 would
@@ -60,109 +54,6 @@ WARMUP_MAX_TOKENS = 16
 
 Progress = Callable[[str], None]
 EngineFactory = Callable[[EngineSpec], EngineProcess]
-
-
-@dataclass
-class BenchConfig:
-    """One benchmark.
-
-    Attributes:
-        verifier: path or hub name of the model that is served.
-        drafter: checkpoint folder of the DFlash drafter; needed by ``stock`` and ``ours``.
-        num_speculative_tokens: draft tokens a step; None reads the drafter's ``config.json``.
-        modes: some of :data:`MODES` and :data:`ADAPTIVE`; ratios need ``none``.
-        concurrencies: requests in flight; each is measured by itself.
-        num_prompts: how many of the given prompts are used.
-        repeats: measured runs per mode and concurrency.
-        max_tokens: output tokens a prompt at most.
-        temperature: 0 is greedy.
-        ignore_eos: generate ``max_tokens`` always. Text after its end tends to repeat, which
-            flatters every drafter.
-        dtype: as vLLM's ``--dtype``.
-        max_model_len: as vLLM's ``--max-model-len``. vLLM stops drafting for a batch that comes
-            within a draft of it, so leave room. None: see :func:`run_bench`.
-        sharing: how the engines share the device, one of :data:`~vllm_dflash.bench.sharing.KINDS`, or
-            ``auto``: as the memory allows.
-        enforce_eager: no compilation and no graphs: quick start, slow serving.
-        prefix_caching: off, so that a repeat does all the work again.
-        out_dir: gets ``logs/<mode>.log``.
-        engine_args: further ``AsyncEngineArgs`` of every mode; they win over the fields above.
-        env: environment of every engine, e.g. ``VLLM_CPU_OMP_THREADS_BIND``.
-        settle_s: pause before each measured run. A vLLM worker goes on polling for its next batch
-            for a second after the last one, at the expense of the engine whose turn it is.
-        startup_timeout_s: seconds that one engine may take to start.
-        run_timeout_s: seconds that one run may take.
-    """
-
-    verifier: str
-    drafter: str | None = None
-    num_speculative_tokens: int | None = None
-    modes: tuple[str, ...] = MODES
-    concurrencies: tuple[int, ...] = (1, 4)
-    num_prompts: int = 16
-    repeats: int = 3
-    max_tokens: int = 128
-    temperature: float = 0.0
-    ignore_eos: bool = False
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    sharing: str = "auto"
-    enforce_eager: bool = False
-    prefix_caching: bool = False
-    out_dir: str | Path = "bench"
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
-    settle_s: float = 2.0
-    startup_timeout_s: float = 1800.0
-    run_timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        known = (*MODES, ADAPTIVE)
-        unknown = [m for m in self.modes if m not in known]
-        if unknown or not self.modes or len(set(self.modes)) != len(self.modes):
-            raise ValueError(
-                f"--modes is {','.join(self.modes)!r}; give some of {', '.join(known)}, each once"
-            )
-        flights = self.concurrencies
-        if not flights or len(set(flights)) != len(flights) or not all(map(count().holds, flights)):
-            raise ValueError(
-                f"--concurrency is {','.join(map(str, flights))!r}; give numbers of at least 1, each once"
-            )
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("sharing", self.sharing, ("auto", *KINDS))
-        bounds = {
-            "num_speculative_tokens": count(),
-            "num_prompts": count(),
-            "repeats": count(),
-            "max_tokens": count(),
-            "max_model_len": count(),
-            "temperature": Bound(low=0, high=100),
-            "settle_s": Bound(low=0),
-            "startup_timeout_s": POSITIVE,
-            "run_timeout_s": POSITIVE,
-        }
-        fields_only = ("settle_s", "startup_timeout_s", "run_timeout_s")
-        check_bounds(self, bounds, {name: name for name in fields_only})
-        need_drafter = sorted(DRAFTER_MODES & set(self.modes))
-        if self.drafter is None and need_drafter:
-            raise ValueError(
-                f"modes {need_drafter} need a drafter and none is given; name a checkpoint folder "
-                "or measure only none and ngram"
-            )
-
-    def resolve_num_speculative_tokens(self) -> int | None:
-        """Draft tokens a step, from the drafter where not given; None when no mode drafts."""
-        if set(self.modes) == {"none"} or self.num_speculative_tokens is not None:
-            return self.num_speculative_tokens
-        if self.drafter is None:
-            raise ValueError(
-                "num_speculative_tokens is not given and there is no drafter to read it from; "
-                "mode ngram needs one of them"
-            )
-        tokens = DrafterConfig.from_pretrained(self.drafter).num_speculative_tokens
-        if tokens is None:
-            raise ValueError(f"the drafter {self.drafter} does not state its block size: give -k")
-        return tokens
 
 
 def speculative_config(config: BenchConfig, mode: str) -> dict[str, Any] | None:
@@ -188,7 +79,7 @@ def speculative_config(config: BenchConfig, mode: str) -> dict[str, Any] | None:
 def engine_spec(config: BenchConfig, mode: str) -> EngineSpec:
     """The engine of one mode; the modes differ in speculation and in the plugin only."""
     speculative = speculative_config(config, mode)
-    return make_spec(config, mode, speculative, mode == "ours", len(config.modes))
+    return make_spec(config, mode, speculative, mode == "plugin", len(config.modes))
 
 
 def make_spec(
@@ -219,7 +110,7 @@ def make_spec(
         engine_args["max_model_len"] = config.max_model_len
     # VLLM_PLUGINS is the list of allowed plugins. An empty one (which vLLM reads as one nameless
     # plugin, not as "unset") turns all groups off, stat loggers included; naming ours alone makes
-    # our plugin the one difference between stock and ours.
+    # our plugin the one difference between stock and plugin.
     return EngineSpec(
         mode=mode,
         model=config.verifier,
@@ -284,8 +175,18 @@ def run_bench(
         log = engine_spec(config, mode).log_path
         report["modes"][mode] = {"log": str(log), "startup_s": None}
         runs[mode] = {c: [] for c in config.concurrencies}
+    started = time.monotonic()
     with _Engines(config, prompts, sharing, engine_factory, report, say) as engines:
-        _measure(config, prompts, engines, runs, report, say)
+        for repeat in range(config.repeats):
+            began = time.monotonic()
+            _measure(config, prompts, engines, repeat, runs, report, say)
+            now = time.monotonic()
+            fits = config.minutes is None or 2 * now - began - started <= 60 * config.minutes
+            if repeat + 1 < config.repeats and not fits:
+                say(
+                    f"{repeat + 1} of {config.repeats} repeats, to end in {config.minutes:g} minutes"
+                )
+                break
     for mode in config.modes:
         report["modes"][mode]["concurrency"] = {
             str(c): summarize(results, runs.get("none", {}).get(c), config.temperature)
@@ -317,7 +218,8 @@ def plan_run(
         config.sharing,
         [[config.verifier, *(drafter if m in DRAFTER_MODES else [])] for m in config.modes],
         verifier_config,
-        max(config.concurrencies) * most,
+        max(config.concurrencies),
+        most,
         {"dtype": config.dtype, **config.engine_args},
         device or Device.here(),
     )
@@ -395,7 +297,7 @@ class _Engines:
         engine = self.alive[mode] = self.factory(replace(spec, engine_args=args))
         self._stack.callback(engine.close)
         engine.start()
-        startup_s = await_engine(self.config, engine, plugin=mode == "ours")
+        startup_s = await_engine(self.config, engine, plugin=mode == "plugin")
         entry = self.report["modes"][mode]
         if entry["startup_s"] is None:
             entry["startup_s"] = startup_s
@@ -474,12 +376,13 @@ def _measure(
     config: BenchConfig,
     prompts: Sequence[Sequence[int]],
     engines: _Engines,
+    repeat: int,
     runs: dict[str, dict[int, list[RunResult]]],
     report: dict[str, Any],
     say: Progress,
 ) -> None:
-    """The alternating runs; appends to ``runs``."""
-    for repeat, mode, concurrencies in turns(config, engines.sharing.kind):
+    """The alternating runs of a repeat; appends to ``runs``."""
+    for mode, concurrencies in turns(config, engines.sharing.kind, repeat):
         if mode in report["errors"]:
             continue
         with engines.leaving_out(mode), engines.turn(mode) as engine:
@@ -490,16 +393,15 @@ def _measure(
                 runs[mode][concurrency].append(result)
 
 
-def turns(config: BenchConfig, kind: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Who is measured when: repeat, mode, and what the turn measures. In turn, each mode goes first.
+def turns(config: BenchConfig, kind: str, repeat: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Who is measured when in a repeat: mode, and what the turn measures. In turn, each mode goes first.
 
     An engine that is started for its turn measures all concurrencies in it.
     """
     parts = [config.concurrencies] if kind == "restart" else [(c,) for c in config.concurrencies]
-    for repeat in range(config.repeats):
-        for i, concurrencies in enumerate(parts):
-            for mode in rotate(config.modes, repeat + i):
-                yield repeat, mode, concurrencies
+    for i, concurrencies in enumerate(parts):
+        for mode in rotate(config.modes, repeat + i):
+            yield mode, concurrencies
 
 
 def rotate(modes: Sequence[str], turn: int) -> list[str]:

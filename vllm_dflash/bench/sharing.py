@@ -14,9 +14,8 @@ from typing import Any
 
 from vllm_dflash.checkpoint import weight_bytes
 from vllm_dflash.environment import available_bytes, gpu_memory, total_bytes
+from vllm_dflash.training.verifier_memory import kv_bytes
 
-#: All engines at once; weights in host memory between turns (vLLM's sleep mode); one process a turn.
-KINDS = ("together", "sleep", "restart")
 #: Share of what is free on the device that the engines take together.
 MEMORY_SHARE = 0.85
 #: Share of an engine's memory that is neither weights nor KV cache.
@@ -24,7 +23,7 @@ SET_ASIDE = 0.25
 #: What an engine that sleeps keeps on the device: its context and its graphs.
 ASLEEP_BYTES = 3 * 2**30
 _GIB = 2**30
-_BYTES = {"float32": 4, "float16": 2, "half": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Sharing:
     """The plan.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`~vllm_dflash.bench.config.SHARING`.
         engine_args: what every engine gets for it.
         sentence: the plan in words.
     """
@@ -81,38 +80,39 @@ def needed_model_len(
     return needed if limit is None or needed <= limit else None
 
 
-def kv_bytes_per_token(verifier_config: Any, dtype: str, kv_cache_dtype: str = "auto") -> int:
-    """Of all layers, as if each kept keys and values of all its heads for all tokens."""
-    text = verifier_config.get_text_config()
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    width = 1 if kv_cache_dtype.startswith("fp8") else _dtype_bytes(verifier_config, dtype)
-    return 2 * text.num_hidden_layers * kv_heads * size * width
+def kv_itemsize(verifier_config: Any, dtype: str, kv_cache_dtype: str = "auto") -> int:
+    """Bytes of a cached value."""
+    return 1 if kv_cache_dtype.startswith("fp8") else _dtype_bytes(verifier_config, dtype)
+
+
+def _stored_bytes(verifier_config: Any) -> int:
+    own = str(getattr(verifier_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    return _BYTES.get(own, 2)
 
 
 def _dtype_bytes(verifier_config: Any, dtype: str) -> int:
-    own = str(getattr(verifier_config, "dtype", None) or "bfloat16").removeprefix("torch.")
     # vLLM serves what was saved in float32 in 16 bits, unless told otherwise.
-    return _BYTES.get(dtype, min(_BYTES.get(own, 2), 2))
+    return _BYTES.get(dtype, min(_stored_bytes(verifier_config), 2))
 
 
 def plan_sharing(
     wanted: str,
     models: Sequence[Sequence[str | Path]],
     verifier_config: Any,
-    tokens_in_flight: int,
+    requests: int,
+    tokens: int,
     engine_args: Mapping[str, Any],
     device: Device,
 ) -> Sharing:
     """How engines share a device.
 
     Args:
-        wanted: one of :data:`KINDS`, or ``auto``: the first of them that fits.
+        wanted: one of :data:`~vllm_dflash.bench.config.SHARING`, or ``auto``: the first of them that fits.
         models: folders or hub names that each engine loads.
         verifier_config: transformers' configuration of the verifier.
-        tokens_in_flight: that the KV cache of an engine has to hold.
-        engine_args: of vLLM; ``dtype``, ``kv_cache_dtype`` and ``tensor_parallel_size`` count.
+        requests: in flight at most, which the KV cache of an engine has to hold.
+        tokens: of each at most.
+        engine_args: of vLLM; those count that say how large the cache is.
         device: where they run.
 
     Raises:
@@ -125,11 +125,15 @@ def plan_sharing(
     ranks = int(engine_args.get("tensor_parallel_size", 1))
     count = len(models)
     sizes = [[weight_bytes(model) for model in engine] for engine in models]
-    known = [sum(s for s in engine if s is not None) for engine in sizes if None not in engine]
-    per_token = kv_bytes_per_token(
-        verifier_config, engine_args.get("dtype", "auto"), engine_args.get("kv_cache_dtype", "auto")
-    )
-    kv = tokens_in_flight * per_token // ranks
+    dtype = engine_args.get("dtype", "auto")
+    # float32 weights take twice what a file of 16 bits has.
+    wider = max(1, _dtype_bytes(verifier_config, dtype) // _stored_bytes(verifier_config))
+    known = [
+        wider * sum(s for s in engine if s is not None) for engine in sizes if None not in engine
+    ]
+    itemsize = kv_itemsize(verifier_config, dtype, engine_args.get("kv_cache_dtype", "auto"))
+    step = engine_args.get("max_num_batched_tokens", tokens)
+    kv = requests * kv_bytes(verifier_config.get_text_config(), tokens, step, ranks, itemsize)
     # Free of what others hold, so that the shares of all are really there.
     budget = MEMORY_SHARE * device.free
     if len(known) < count:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LossName = Literal["dpace", "ce", "kl"]
+from vllm_dflash.modeling.loss_kinds import LOSSES, Loss
 
 #: Decay constants of the paper's checkpoints, by block size (arXiv 2602.06036, section 4).
 _GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
@@ -48,23 +48,23 @@ def dpace_weights(target_probs_AK: Tensor, valid_AK: Tensor, alpha: float) -> Te
 
 
 def position_weights(
-    ce_AK: Tensor, valid_AK: Tensor, *, loss: LossName, gamma: float, alpha: float
+    ce_AK: Tensor, valid_AK: Tensor, *, kind: Loss, gamma: float, alpha: float
 ) -> Tensor:
-    """Weight of each position in a loss ``[A, K]``, 0 where invalid; ``ce_AK`` is read by ``dpace`` only."""
-    if loss == "dpace":
-        return dpace_weights(torch.exp(-ce_AK), valid_AK, alpha)
-    return decay_weights(ce_AK.shape[1], gamma).to(ce_AK) * valid_AK
+    """Weight of each position in a loss ``[A, K]``, 0 where invalid; ``ce_AK`` counts with D-PACE only."""
+    if kind.decays:
+        return decay_weights(ce_AK.shape[1], gamma).to(ce_AK) * valid_AK
+    return dpace_weights(torch.exp(-ce_AK), valid_AK, alpha)
 
 
-def logit_bytes(dtype: torch.dtype, loss: LossName = "dpace") -> int:
+def logit_bytes(dtype: torch.dtype, loss: str = "dpace") -> int:
     """Bytes that one logit takes at most: itself, a copy in fp32, its log-probability, kl's targets."""
     wide = torch.promote_types(dtype, torch.float32)
     copy = 0 if wide == dtype else wide.itemsize
-    return dtype.itemsize + copy + (4 if loss == "kl" else 1) * wide.itemsize
+    return dtype.itemsize + copy + (4 if LOSSES[loss].needs_final_states else 1) * wide.itemsize
 
 
 def chunk_anchors(
-    num_draft_tokens: int, vocab: int, dtype: torch.dtype, loss: LossName = "dpace"
+    num_draft_tokens: int, vocab: int, dtype: torch.dtype, loss: str = "dpace"
 ) -> int:
     """Anchors whose logits fit :data:`CHUNK_BYTES`; at least one."""
     return max(1, CHUNK_BYTES // (num_draft_tokens * vocab * logit_bytes(dtype, loss)))
@@ -95,7 +95,7 @@ def block_loss(
     labels_AK: Tensor,
     valid_AK: Tensor,
     *,
-    loss: LossName = "dpace",
+    loss: str = "dpace",
     gamma: float = 7.0,
     alpha: float = 0.5,
     verifier_logits: Callable[[slice], Tensor] | None = None,
@@ -123,14 +123,15 @@ def block_loss(
     Raises:
         ValueError: an unknown loss, or no verifier's logits for ``kl``.
     """
-    if loss not in ("ce", "dpace", "kl"):
-        raise ValueError(f"unknown loss {loss!r}; use 'dpace', 'ce' or 'kl'")
-    if loss != "kl":
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; use one of {', '.join(LOSSES)}")
+    kind = LOSSES[loss]
+    if not kind.needs_final_states:
         verifier_logits = None
     elif verifier_logits is None:
-        raise ValueError("the kl loss needs the verifier's logits")
+        raise ValueError(f"the {loss} loss needs the verifier's logits")
 
-    weights = functools.partial(position_weights, loss=loss, gamma=gamma, alpha=alpha)
+    weights = functools.partial(position_weights, kind=kind, gamma=gamma, alpha=alpha)
     device = hidden_AKH.device.type
     dtype = hidden_AKH.dtype
     if torch.is_autocast_enabled(device):

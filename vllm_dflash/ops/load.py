@@ -258,7 +258,7 @@ def _absent(mode: str, reasons: list[Reason]) -> RuntimeError:
     why = "\n".join(f"  {reason}" for reason in reasons if reason.mode == mode)
     return RuntimeError(
         f"{ENV_OPS}={mode}, but that is not available:\n{why}\n"
-        f"Unset {ENV_OPS} to use the best there is; docs/build.md says how to get more."
+        f"Unset {ENV_OPS} to use the best there is; docs/user/install.md says how to get more."
     )
 
 

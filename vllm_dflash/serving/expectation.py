@@ -1,8 +1,8 @@
 """The acceptance that a drafter's training measured, and whether a server comes near it.
 
 ``vllm-dflash train`` leaves ``dflash_training.json`` beside the weights; its ``tau_heldout`` is described in
-docs/training.md. Served acceptance is compared by position: what share of draft tokens was right, given that
-those before it were. From both sides follows the tau of drafts that all have ``num_speculative_tokens``
+docs/user/training.md. Served acceptance is compared by position: what share of draft tokens was right, given
+that those before it were. From both sides follows the tau of drafts that all have ``num_speculative_tokens``
 tokens, whatever lengths are chosen (:func:`~vllm_dflash.modeling.acceptance.full_length_tau`).
 """
 

@@ -2,7 +2,7 @@
 
 Each seam is one attribute of one vLLM module. It is patched right after vLLM imports that module
 (or at once where it already has), and only if it looks as expected; otherwise one warning names it
-and stock vLLM stays. docs/architecture.md has the list with the vLLM versions.
+and stock vLLM stays. docs/dev/architecture.md has the list with the vLLM versions.
 """
 
 from __future__ import annotations

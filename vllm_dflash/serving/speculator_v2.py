@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vllm_dflash import ops
 from vllm_dflash.options import Options
+from vllm_dflash.serving.cpu_recurrent import mend_recurrent_layers
 from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.drafter_model import DrafterModel
 from vllm_dflash.serving.tap import FeatureTap, install_tap
@@ -169,6 +170,8 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
     speculator.max_model_len = position_limit(
         vllm_config.speculative_config, speculator.max_model_len
     )
+    if speculator.device.type == "cpu" and vllm_config.model_config.is_hybrid:
+        mend_recurrent_layers()
     options = Options.from_additional_config(vllm_config.additional_config)
     adopt(speculator, options)
     return speculator

@@ -30,8 +30,9 @@ pre {{ font: 14px/1.8 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
 td {{ padding: 0 .6em }} td.long {{ width: 20em }} .bar {{ background: #7fb77e; height: .8em }}
 </style>
 <h1>Where drafts end</h1>
-<p>Drafter {drafter}, verifier {verifier}. tau {tau:.2f}: tokens delivered a verify step, over
-{drafts} drafts of {tokens} tokens in {conversations} conversations; the page shows {shown} of these.</p>
+<p>Drafter {drafter}, verifier {verifier}. tau {tau:.2f}: tokens that a step of the verifier
+yields (1 without a drafter), over {drafts} drafts of {tokens} tokens in {conversations} conversations; the
+page shows {shown} of these.</p>
 <p>Marked in <span class="a">one</span> or the <span class="b">other</span> colour, step by step: draft
 tokens that were accepted. <span class="own">Underlined</span>: the token that the verifier put behind
 them, where the draft went wrong or was over. Hover over a step for its count.</p>
@@ -86,7 +87,7 @@ def _positions(rates: Sequence[float]) -> str:
         f'<div class="bar" style="width:{100 * rate:.1f}%"></div>\n'
         for k, rate in enumerate(rates, start=1)
     )
-    return f"<table><tr><td>draft token<td colspan=2>delivered\n{rows}</table>\n"
+    return f"<table><tr><td>draft token<td colspan=2>drafts accepted up to it\n{rows}</table>\n"
 
 
 def _responses(
@@ -99,7 +100,9 @@ def _responses(
     while any(mask[at:]):
         start = mask.index(True, at)
         end = mask.index(False, start)
-        context = "".join(pieces[at:start])[-_CONTEXT:]
+        context = "".join(pieces[at:start])
+        if len(context) > _CONTEXT:
+            context = f"... {context[-_CONTEXT:]}"
         yield f'<pre><span class="context">{escape(context)}</span>{escape(pieces[start])}'
         at = start + 1
         step = 0

@@ -66,7 +66,7 @@ def durations(
     step = max(reading, together * prefill)
     decode = traffic.prompts * traffic.response_tokens / together * step
     responses = traffic.prompts * traffic.prompt_tokens * prefill + decode
-    steps = traffic.epochs * traffic.prompts / hparams.sequences / ranks
+    steps = traffic.epochs * traffic.prompts / hparams.batch_size / ranks
     return {
         "responses": responses,
         "features": traffic.prompts * length * prefill,
@@ -85,7 +85,7 @@ def step_seconds(
     """One training step of a rank."""
     numbers = drafter_parameters(drafter)
     layers, hidden = drafter.num_hidden_layers, drafter.hidden_size
-    anchors = hparams.sequences * min(hparams.anchors, traffic.response_tokens)
+    anchors = hparams.batch_size * min(hparams.num_anchors, traffic.response_tokens)
     rows = anchors * drafter.known_block_size("it decides how long a step takes")
     queries = drafter.num_attention_heads * drafter.head_dim
     keys = drafter.num_key_value_heads * drafter.head_dim
@@ -93,7 +93,7 @@ def step_seconds(
     mlp = 3 * hidden * drafter.intermediate_size
     again = 2 * mlp if plan.layout.checkpoint_mlps else 0
     flops = rows * layers * (6 * numbers["matrices"] + again)
-    context = parts * hparams.sequences * length
+    context = parts * hparams.batch_size * length
     flops += context * 6 * (numbers["fc"] + layers * 2 * hidden * keys)
     flops += rows * layers * 14 * (length // 2 + 512) * queries
     # The head is frozen: its own gradient is not computed.

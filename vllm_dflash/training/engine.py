@@ -11,11 +11,12 @@ import difflib
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.checkpoint import save_drafter
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.processes import start_guard
 from vllm_dflash.serving.draft_limits import rotary_positions
@@ -156,6 +157,27 @@ def _set_prefix_caching(engine_args: Any) -> None:
         engine_args.block_size = 32
 
 
+@dataclass
+class Generated:
+    """What requests brought so far.
+
+    Attributes:
+        tokens: of all, unfinished requests included.
+        finished: requests.
+        finished_tokens: theirs.
+    """
+
+    tokens: int = 0
+    finished: int = 0
+    finished_tokens: int = 0
+
+    def expected(self, requests: int, most: int) -> tuple[int, float]:
+        """The tokens so far, and about how many so many requests bring in all: as many each as the finished
+        ones did, or ``most`` while there are none."""
+        mean = self.finished_tokens / self.finished if self.finished else most
+        return self.tokens, requests * mean
+
+
 class VerifierEngine:
     """vLLM with the verifier and a drafter in the dflash seat."""
 
@@ -227,6 +249,8 @@ class VerifierEngine:
             _set_prefix_caching(engine_args)
         self.engine = LLMEngine.from_engine_args(engine_args)
         self._recording = False
+        #: Of the last generator.
+        self.generated = Generated()
         self.draft(False)
 
     @cached_property
@@ -296,15 +320,22 @@ class VerifierEngine:
         self._recording = True
 
     def _run(self, requests: Iterable[tuple[str, Sequence[int], Any]]) -> Iterator[Any]:
-        pending = set()
+        pending = {}  # tokens so far
+        generated = self.generated
         for key, token_ids, params in requests:
             self.engine.add_request(key, {"prompt_token_ids": list(token_ids)}, params)
-            pending.add(key)
+            pending[key] = 0
         try:
             while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
+                outputs: list[Any] = self.engine.step()
+                for output in outputs:
+                    key, num_tokens = output.request_id, len(output.outputs[0].token_ids)
+                    generated.tokens += num_tokens - pending[key]
+                    pending[key] = num_tokens
                     if output.finished:
-                        pending.discard(output.request_id)
+                        del pending[key]
+                        generated.finished += 1
+                        generated.finished_tokens += num_tokens
                         yield output
         finally:
             if pending:
@@ -316,6 +347,7 @@ class VerifierEngine:
         """A generate function for ``training.responses.regenerate``."""
         from vllm import SamplingParams
 
+        self.generated = Generated()
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -430,3 +462,16 @@ def seat_drafter(config: DrafterConfig) -> DrafterConfig:
         head=None,
         intermediate_size=64,
     )
+
+
+def write_seat(config: DrafterConfig, path: Path) -> Path:
+    """Saves :func:`seat_drafter` with random weights in a folder, and returns that."""
+    import torch
+
+    from vllm_dflash.modeling.drafter import Drafter
+
+    seat = seat_drafter(config)
+    drafter = Drafter(seat)
+    drafter.init_weights(generator=torch.Generator().manual_seed(0))
+    save_drafter(path, seat, drafter.state_dict())
+    return path

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dflash.bounds import SHARE, check_bounds, count
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.files import claim_file
-from vllm_dflash.training.config import EngineOptions, Hyperparameters, SamplingOptions
+from vllm_dflash.training.config import EvalConfig, Hyperparameters, SamplingOptions
 from vllm_dflash.training.conversations import load_conversations
 from vllm_dflash.training.drafts_page import write_page
 from vllm_dflash.training.engine import (
@@ -24,66 +24,19 @@ from vllm_dflash.training.engine import (
     cut_sentence,
     fit_max_len,
 )
+from vllm_dflash.training.memory import plan_table
+from vllm_dflash.training.planning import evaluation_plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples
 from vllm_dflash.training.rejections import report_rejected
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.responses import is_log
-from vllm_dflash.training.rows import Data
 from vllm_dflash.training.tokenization import Example
-from vllm_dflash.verifier import Verifier
 
 if TYPE_CHECKING:
     from vllm_dflash.bench.engine_process import EngineSpec
 
 #: Share of tau by which the engine may differ from the offline walk: ties between two tokens fall either way.
 MAX_DISAGREEMENT = 0.02
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What to evaluate.
-
-    Attributes:
-        num_speculative_tokens: drafted tokens a step; None takes the drafter's own.
-        on_policy: trust the responses of the data instead of having the verifier answer greedily.
-        through_engine: also serve the prompts and read vLLM's own counters.
-        concurrency: requests in flight for that.
-        responses: file in which generated responses are kept, so that a second evaluation reuses them.
-        rejected: file that gets the rows that are not used; None keeps none.
-        page: HTML file that gets a few responses, marked with what each draft brought; None writes none.
-        max_rejected: share of the rows that may be.
-    """
-
-    verifier: Verifier
-    drafter: str
-    data: Data
-    num_speculative_tokens: int | None = None
-    on_policy: bool = False
-    through_engine: bool = False
-    concurrency: int = 4
-    chat_template_kwargs: dict[str, Any] | None = None
-    limit: int | None = None
-    responses: Path | None = None
-    rejected: Path | None = None
-    page: Path | None = None
-    max_rejected: float = 0.5
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    max_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "num_speculative_tokens": count(),
-            "concurrency": count(1, 2**16),
-            "limit": count(),
-            "max_tokens": count(),
-            "max_rejected": SHARE,
-        }
-        check_bounds(self, bounds)
-        if self.on_policy and self.responses is not None:
-            raise ValueError(
-                f"--responses {self.responses} keeps generated responses, but --on-policy generates none; "
-                "leave one out"
-            )
 
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
@@ -113,8 +66,11 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter, tokens))
     check_block(config.engine, drafter)
     check_engine(hf_config, config.engine, tokens)
+    plan = evaluation_plan_of_machine(config.verifier, hf_config, drafter, tokens, config.engine)
     if config.engine.max_len < asked:
         reporter.say(cut_sentence(config.engine.max_len, asked))
+    if plan is not None:
+        reporter.table(*plan_table(plan))
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
@@ -122,12 +78,27 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     total = len(conversations) + len(rejected)
     report_rejected(rejected, total, rejected_path, config.max_rejected, reporter.say)
     check_prompts(config.verifier, conversations, config.engine.extra)
+    given = config.engine.dtype
+    dtype = verifier_dtype(given, config.verifier, hf_config, config.engine.extra)
+    config = replace(config, engine=replace(config.engine, dtype=dtype))
+    if sentence := float32_sentence(given, dtype):
+        reporter.say(sentence)
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         responses = config.responses or Path(scratch) / "responses.jsonl"
         with reporter.stage("starting the verifier"):
-            engine = VerifierEngine(config.verifier, config.drafter, config.engine, tokens)
+            engine = VerifierEngine(
+                config.verifier,
+                config.drafter,
+                config.engine,
+                tokens,
+                None if plan is None else plan.engine_args(),
+            )
         try:
-            with reporter.progress("responses", "responses") as update:
+
+            def generated(requests: int) -> tuple[int, float]:
+                return engine.generated.expected(requests, config.max_tokens)
+
+            with reporter.progress("responses", "responses", generated) as update:
                 examples, rejected = prepare_examples(
                     engine,
                     config.verifier,
@@ -233,6 +204,7 @@ def _offline(
     failed = {}
     with reporter.progress("extracting features", "sequences") as update:
         token_ids = {k: e.token_ids for k, e in by_key.items()}
+        update(0, len(by_key))
         for done, (key, problem) in enumerate(engine.extract(token_ids), start=1):
             update(done, len(by_key))
             if problem:
@@ -269,7 +241,7 @@ def serving_spec(config: EvalConfig, tokens: int, log: Path) -> EngineSpec:
     from vllm_dflash.bench.engine_process import EngineSpec
 
     return EngineSpec(
-        mode="ours",
+        mode="plugin",
         model=str(config.verifier),
         engine_args={
             "dtype": config.engine.dtype,
@@ -306,7 +278,7 @@ def _served(
         EngineProcess(spec) as process,
     ):
         process.start()
-        process.wait_ready()
+        startup_s = process.wait_ready()["startup_s"]
         result = process.run(
             [ids for ids, _ in requests],
             # As long as the responses that the offline walk went over.
@@ -320,6 +292,7 @@ def _served(
         "num_drafts": counters.num_drafts,
         "num_accepted": counters.num_accepted_tokens,
         "position_rates": counters.acceptance_per_position or [],
+        "startup_s": startup_s,
         "output_tokens": result.num_output_tokens,
         "output_tokens_per_s": result.output_tokens_per_s,
     }

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 from vllm_dflash.serving.features import BrokenFeatures, FeatureRecorder, Rows
-from vllm_dflash.training.feature_store import FeatureStore
+from vllm_dflash.training.feature_store import SHARD_BYTES, FeatureStore
 from vllm_dflash.training.plan import content_key
 from vllm_dflash.training.prefixes import prefix_digests
 
@@ -105,3 +106,30 @@ class GeneratedFeatures:
         # The next requests may bear the names of these.
         self._holders = OrderedDict((d, h) for d, h in self._holders.items() if h in self.store)
         self.recorder.started, self.recorder.on_host = None, False
+
+
+class ReadFeatures:
+    """In place of :class:`GeneratedFeatures` on the ranks that do not record.
+
+    Hidden states are the same on every tensor parallel rank, so one records, and the others read its folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._store: FeatureStore | None = None
+
+    @property
+    def store(self) -> FeatureStore:
+        if self._store is None:
+            self._store = FeatureStore(SHARD_BYTES, self._folder)
+        return self._store
+
+    def watch(self, prompts: dict[str, list[int]], max_tokens: int) -> None:
+        """Nothing to do here."""
+
+    def take(self, key: str, response: Sequence[int]) -> None:
+        """Nothing to do here."""
+
+    def end(self) -> None:
+        """What the recording rank is writing now is looked up when it is next asked for."""
+        self._store = None

@@ -41,7 +41,7 @@ from vllm_dflash.training.selector import factors, selector_loss
 from vllm_dflash.training.sharding import freeze, shards
 
 #: Anchors whose blocks are drafted in one evaluation pass.
-_EVAL_ANCHORS = 256
+EVAL_ANCHORS = 256
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Learner:
         self._shards = shards(self.drafter, hparams.optimizer, self.ranks.size)
         self.optimizers = self._make_optimizers()
         self.ema: dict[str, Tensor] | None = None
-        if hparams.ema:
+        if hparams.ema_decay:
             self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -240,7 +240,7 @@ class Learner:
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine to ``min_lr``; a function of the step alone."""
         hp = self.hparams
-        warm = max(1, round(hp.warmup * self.total_steps))
+        warm = max(1, round(hp.warmup_ratio * self.total_steps))
         if step < warm:
             return hp.lr * (step + 1) / warm
         done = (step - warm) / max(1, self.total_steps - warm)
@@ -251,7 +251,7 @@ class Learner:
         """Random anchors of one sequence, ascending; a function of (seed, step, sequence)."""
         candidates = sample.anchor_candidates()
         rng = random.Random(f"{self.hparams.seed}/{step}/{sample.key}")
-        count = min(self.hparams.anchors, len(candidates))
+        count = min(self.hparams.num_anchors, len(candidates))
         return sorted(rng.sample(candidates, count))
 
     def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -373,7 +373,7 @@ class Learner:
         )
         hp = self.hparams
         weights_AK = position_weights(
-            ce_AK.detach(), valid_AK, loss=hp.loss, gamma=self.gamma, alpha=hp.alpha
+            ce_AK.detach(), valid_AK, kind=hp.loss_kind, gamma=self.gamma, alpha=hp.alpha
         )
         return loss._replace(
             total=loss.total + (ce_AK * weights_AK).sum(),
@@ -401,7 +401,7 @@ class Learner:
         self._sum_gradients()
         grads = [p.grad for p in self.drafter.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) / weight
-        torch._foreach_mul_(grads, min(1.0, self.hparams.clip / (norm + 1e-6)) / weight)
+        torch._foreach_mul_(grads, min(1.0, self.hparams.max_grad_norm / (norm + 1e-6)) / weight)
         return norm
 
     def _sum_gradients(self) -> None:
@@ -463,19 +463,21 @@ class Learner:
         They are as it samples from them. The drafter's have neither cap nor scale: vLLM samples drafts from
         what its lm_head gives, also where that is the verifier's.
         """
-        if self.hparams.loss != "kl":
+        if not self.hparams.loss_kind.needs_final_states:
             return None
         num_draft = self.num_draft_tokens
         rows = []
         for sample, group in zip(samples, anchors, strict=True):
             if sample.final_TH is None:
-                raise ValueError(f"the kl loss needs the verifier's final states of {sample.key}")
+                raise ValueError(
+                    f"the {self.hparams.loss} loss needs the verifier's final states of {sample.key}"
+                )
             # Token p + 1 + k is predicted by the final state of position p + k.
             at = torch.tensor(group).unsqueeze(1) + torch.arange(num_draft)
             rows.append(sample.final_TH[at.clamp_max(sample.final_TH.shape[0] - 1)])
         of_states = self.verifier_logits
         if of_states is None:
-            raise ValueError("the kl loss needs the verifier's logits")
+            raise ValueError(f"the {self.hparams.loss} loss needs the verifier's logits")
         final_AKH = torch.cat(rows)
 
         def logits(part: slice) -> Tensor:
@@ -495,19 +497,24 @@ class Learner:
         if self.ema is None:
             return
         params = [p.detach() for _, p in self.drafter.named_parameters()]
-        torch._foreach_lerp_(list(self.ema.values()), params, 1 - self.hparams.ema)
+        torch._foreach_lerp_(list(self.ema.values()), params, 1 - self.hparams.ema_decay)
 
     # -- evaluation ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def serving_drafter(self, dtype: torch.dtype) -> Drafter:
         """A copy as it would be served: exported weights in the serving dtype."""
-        if isinstance(self.drafter.candidate_selector, (CandidateSelector, type(None))):
-            drafter = copy.deepcopy(self.drafter)
-        else:
-            drafter = Drafter(self.config)
-        drafter.load_state_dict(self.weights())
-        return drafter.to(self.device, dtype).eval()
+        weights = self.weights()
+        if self.config.head is not None:
+            served = Drafter(self.config)
+            served.load_state_dict(weights)
+            return served.to(self.device, dtype).eval()
+        # No second copy in fp32 on the way.
+        memo: dict[int, Any] = {
+            id(p): torch.nn.Parameter(weights[n].to(dtype, copy=True), requires_grad=False)
+            for n, p in self.drafter.named_parameters()
+        }
+        return copy.deepcopy(self.drafter, memo).eval()
 
     @torch.no_grad()
     def accept(
@@ -525,8 +532,8 @@ class Learner:
         for start, end in sample.response_spans():
             positions = [p for p in range(start, end - 1) if p <= features.shape[0]]
             matches: list[list[bool]] = []
-            for i in range(0, len(positions), _EVAL_ANCHORS):
-                group = positions[i : i + _EVAL_ANCHORS]
+            for i in range(0, len(positions), EVAL_ANCHORS):
+                group = positions[i : i + EVAL_ANCHORS]
                 length = max(group)
                 layout = BlockLayout.build([group], [length], width, self.device)
                 embeds = self._block_embeds(drafter, [sample], [group], width).to(dtype)

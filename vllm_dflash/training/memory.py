@@ -10,7 +10,8 @@ that against fake tensors. Shape suffixes as in modeling/drafter.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,16 +92,16 @@ def learner_memory(
     copies = 0 if size == 4 else 2 * matrices
     block = config.known_block_size("a step's memory depends on it")
     drafted = block - (not config.sample_from_anchor)
-    wanted = hparams.anchors * hparams.sequences
+    wanted = hparams.num_anchors * hparams.batch_size
     anchors = min(layout.anchors_in_flight or wanted, wanted)
     parts = -(-wanted // anchors)
-    sequences = -(-anchors // hparams.anchors)
+    sequences = -(-anchors // hparams.num_anchors)
     rows, context = anchors * block, sequences * max_len
 
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     per_chunk = max(1, MAX_CHUNK_QUERIES // block)
-    chunks = sequences * -(-min(anchors, hparams.anchors) // per_chunk)
+    chunks = sequences * -(-min(anchors, hparams.num_anchors) // per_chunk)
     chunk_rows = min(per_chunk, anchors) * block
     chunk_keys = -(-(max_len + chunk_rows) // 16) * 16
     # The norms' inputs are kept in fp32 and their outputs in the matrices' dtype; the queries' once more as
@@ -145,7 +146,7 @@ def learner_memory(
         + (mlp if layout.checkpoint_mlps else 0)
     )
     before = gradients if parts > 1 else 0
-    states = masters + moments * 4 + (masters if hparams.ema else 0)
+    states = masters + moments * 4 + (masters if hparams.ema_decay else 0)
     loss_point = before + copies + activations + logits
     back_point = before + copies + activations + hidden_grads + own_head * 4 + going_back
     # Layer by layer gradients take the place of activations and copies.
@@ -154,7 +155,7 @@ def learner_memory(
         parameters=total,
         masters=masters,
         optimizer=moments * 4,
-        average=masters if hparams.ema else 0,
+        average=masters if hparams.ema_decay else 0,
         gradients=gradients,
         copies=copies,
         activations=activations,
@@ -181,6 +182,7 @@ class MemoryPlan:
         least: bytes with a KV cache of two sequences, below which nothing works.
         layout: how the learner runs its steps to fit.
         ways_out: what else could be asked for where it does not fit, and the bytes it would need.
+        work: what for: ``training`` or ``evaluation``.
     """
 
     rows: tuple[tuple[str, int], ...]
@@ -188,8 +190,9 @@ class MemoryPlan:
     sequences: int
     kv_cache: int
     least: int
-    layout: StepLayout
+    layout: StepLayout = field(default_factory=StepLayout)
     ways_out: tuple[tuple[str, int], ...] = ()
+    work: str = "training"
 
     @property
     def total(self) -> int:
@@ -203,7 +206,7 @@ class MemoryPlan:
         """vLLM's ``EngineArgs`` for the engine's part; vLLM refuses to start where less than all is free."""
         return {
             "kv_cache_memory_bytes": self.kv_cache,
-            "gpu_memory_utilization": round(min(1.0, self.total / self.card) * (1 - _SPARE), 3),
+            "gpu_memory_utilization": round(min(1.0, self.total / self.card) * (1 - SPARE), 3),
         }
 
     def refusal(self) -> str:
@@ -213,15 +216,19 @@ class MemoryPlan:
             f"{name}: {size / GIB:.1f}{' (fits)' if size <= self.card else ''}"
             for name, size in self.ways_out
         )
+        how = ""
+        if self.work == "training":
+            how = (
+                f", with {self.layout.anchors_in_flight} anchors in flight and MLPs computed twice"
+            )
         return (
-            f"training needs {self.least / GIB:.1f} GiB of each GPU, which has {self.card / GIB:.1f} for it "
-            f"({rows}), with {self.layout.anchors_in_flight} anchors in flight and MLPs computed twice. By "
-            f"arithmetic, GiB needed with: {ways}"
+            f"{self.work} needs {self.least / GIB:.1f} GiB of each GPU, which has {self.card / GIB:.1f} for "
+            f"it ({rows}){how}. By arithmetic, GiB needed with: {ways}"
         )
 
 
 #: Of a card that stays unplanned: the allocator rounds and leaves gaps. An assumption.
-_SPARE = 0.03
+SPARE = 0.03
 
 
 def card_bytes(gigabytes: float) -> int:
@@ -245,8 +252,8 @@ def plan_memory(
         drafter, hparams, engine: of the run.
         card: bytes of one GPU.
     """
-    card = int(card * (1 - _SPARE))
-    wanted = hparams.anchors * hparams.sequences
+    card = int(card * (1 - SPARE))
+    wanted = hparams.num_anchors * hparams.batch_size
     layouts = [StepLayout(wanted), StepLayout(wanted, True)]
     while (fewer := -(-(layouts[-1].anchors_in_flight or 1) // 2)) >= _FEWEST_ANCHORS:
         layouts.append(StepLayout(fewer, True))
@@ -271,21 +278,34 @@ def plan_memory(
     for layers in (3, 1):
         if layers < drafter.num_hidden_layers and drafter.layer_types is None:
             ways.append(
-                (f"--layers {layers}", least(drafter=drafter.with_(num_hidden_layers=layers)))
+                (f"--num-layers {layers}", least(drafter=drafter.with_(num_hidden_layers=layers)))
             )
     if hparams.optimizer == "adamw":
         muon = least(hparams=replace(hparams, optimizer="muon"))
         ways.append(("--optimizer muon (one moment for the matrices)", muon))
+    ways += engine_ways_out(sizes, engine, least)
+    return replace(smallest, ways_out=tuple(way for way in ways if way[1] < smallest.least))
+
+
+def engine_ways_out(
+    sizes: VerifierSizes, engine: EngineOptions, least: Callable[..., int]
+) -> list[tuple[str, int]]:
+    """What a smaller share of the verifier would need.
+
+    Args:
+        sizes: of the verifier.
+        engine: as asked for.
+        least: bytes needed with other ``engine`` or ``sizes``.
+    """
     ranks = 2 * engine.ranks
     more = replace(engine, tensor_parallel_size=ranks, extra={
         k: v for k, v in engine.extra.items() if k != "tensor_parallel_size"
     })  # fmt: skip
-    ways.append((f"--tensor-parallel-size {ranks}", least(engine=more)))
-    rest = sizes.weights - sizes.vocabulary
-    if rest > sizes.parameters:
+    ways = [(f"--tensor-parallel-size {ranks}", least(engine=more))]
+    if sizes.weights - sizes.vocabulary > sizes.parameters:
         small = replace(sizes, weights=sizes.vocabulary + int(sizes.parameters * 4.5 / 8))
         ways.append(("a verifier of 4 bits", least(sizes=small)))
-    return replace(smallest, ways_out=tuple(way for way in ways if way[1] < smallest.least))
+    return ways
 
 
 def _plan(
@@ -297,9 +317,48 @@ def _plan(
     card: int,
     layout: StepLayout,
 ) -> MemoryPlan:
-    ranks = engine.ranks
-    itemsize = 4 if engine.dtype in ("float32", "float") else 2
-    learner = learner_memory(drafter, hparams, layout, engine.max_len, itemsize, ranks)
+    learner = learner_memory(
+        drafter, hparams, layout, engine.max_len, verifier_itemsize(engine), engine.ranks
+    )
+    rows = [
+        ("drafter: fp32 weights", learner.masters),
+        (f"drafter: {hparams.optimizer}'s moments", learner.optimizer),
+        ("drafter: moving average", learner.average),
+        ("one training step", learner.peak - learner.states),
+    ]
+    # In the engine sits a drafter of one layer.
+    plan = share_card(text, sizes, drafter, engine, card, rows, (1, 1), hparams.batch_size)
+    return replace(plan, layout=layout)
+
+
+def verifier_itemsize(engine: EngineOptions) -> int:
+    """Bytes of an activation of the verifier."""
+    return 4 if engine.dtype in ("float32", "float") else 2
+
+
+def share_card(
+    text: Any,
+    sizes: VerifierSizes,
+    drafter: DrafterConfig,
+    engine: EngineOptions,
+    card: int,
+    beside: list[tuple[str, int]],
+    seat: tuple[int, int],
+    sequences: int,
+) -> MemoryPlan:
+    """The engine's part of a card, what is beside it, and the KV cache that is left.
+
+    Args:
+        text: the verifier's text configuration.
+        sizes: of the verifier.
+        drafter: whose features are recorded.
+        engine: of the run.
+        card: bytes that may be used.
+        beside: name and bytes of what is not the engine's.
+        seat: layers and draft tokens of the drafter in the engine.
+        sequences: whose features are on the card at once.
+    """
+    ranks, itemsize = engine.ranks, verifier_itemsize(engine)
     budget = int(engine.extra.get("max_num_batched_tokens", engine.max_num_batched_tokens))
     most = int(engine.extra.get("max_num_seqs", engine.max_num_seqs))
     hidden = drafter.target_hidden_size or drafter.hidden_size
@@ -316,34 +375,30 @@ def _plan(
         ("verifier's embedding and head for the learner", vocabulary),
         ("verifier's step", step),
         ("features: the tap, those being recorded, the next step's", (
-            budget + (budget + 2 * engine.max_len) + hparams.sequences * engine.max_len
+            budget + (budget + 2 * engine.max_len) + sequences * engine.max_len
         ) * feature),
-        ("drafter: fp32 weights", learner.masters),
-        (f"drafter: {hparams.optimizer}'s moments", learner.optimizer),
-        ("drafter: moving average", learner.average),
-        ("one training step", learner.peak - learner.states),
+        *beside,
         ("CUDA, cuBLAS, NCCL, graphs (assumed)", RUNTIME_BYTES),
     ]  # fmt: skip
-    # The engine's own one-layer drafter caches as many tokens.
-    tokens = engine.max_len + 3
+    layers, drafted = seat
+    tokens = engine.max_len + drafted + 2
     keys = max(1, drafter.num_key_value_heads // ranks) * drafter.head_dim
-    of_one = kv_bytes(text, tokens, budget, ranks, itemsize) + 2 * tokens * keys * itemsize
+    of_one = kv_bytes(text, tokens, budget, ranks, itemsize) + 2 * layers * tokens * keys * itemsize
     taken = sum(size for _, size in rows)
     # Room for one is what vLLM insists on, and blocks round up.
-    sequences = max(2, min(most, (card - taken) // of_one))
+    held = max(2, min(most, (card - taken) // of_one))
     rows = [row for row in rows if row[1]]
-    rows.append(
-        (f"KV cache of {sequences} sequences of {engine.max_len} tokens", sequences * of_one)
-    )
-    return MemoryPlan(tuple(rows), card, sequences, sequences * of_one, taken + 2 * of_one, layout)
+    rows.append((f"KV cache of {held} sequences of {engine.max_len} tokens", held * of_one))
+    return MemoryPlan(tuple(rows), card, held, held * of_one, taken + 2 * of_one)
 
 
 def plan_table(plan: MemoryPlan) -> tuple[str, list[tuple[str, str]]]:
     """Title and rows of a plan, for people."""
     rows = [(name, f"{size / GIB:.1f}") for name, size in plan.rows]
     rows.append(("together", f"{plan.total / GIB:.1f}"))
-    rows.append((f"of a GPU ({_SPARE:.0%} kept free)", f"{plan.card / GIB:.1f}"))
-    layout = plan.layout
-    how = f"{layout.anchors_in_flight} anchors in flight"
-    how += ", MLPs computed again in the backward pass" if layout.checkpoint_mlps else ""
-    return f"GiB of each GPU, by arithmetic ({how})", rows
+    rows.append((f"of a GPU ({SPARE:.0%} kept free)", f"{plan.card / GIB:.1f}"))
+    title, layout = "GiB of each GPU, by arithmetic", plan.layout
+    if plan.work == "training":
+        again = ", MLPs computed again in the backward pass" if layout.checkpoint_mlps else ""
+        title += f" ({layout.anchors_in_flight} anchors in flight{again})"
+    return title, rows

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vllm_dflash.bounds import check_bounds, count, option_of
+from vllm_dflash.checkpoint import check_computable, check_weights, read_config
 from vllm_dflash.config import CandidateHead, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import gpu_memory
-from vllm_dflash.training.config import DrafterShape, EngineOptions, Hyperparameters
+from vllm_dflash.training.config import (
+    DrafterShape,
+    EngineOptions,
+    Hyperparameters,
+    TrainConfig,
+)
 from vllm_dflash.training.durations import (
     DECODE_SHARE,
     PREFILL_SHARE,
@@ -20,39 +27,47 @@ from vllm_dflash.training.durations import (
     durations,
 )
 from vllm_dflash.training.engine import check_block, fit_max_len
+from vllm_dflash.training.evaluation_memory import plan_evaluation
 from vllm_dflash.training.memory import MemoryPlan, card_bytes, plan_memory, plan_table
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.verifier_memory import VerifierSizes, verifier_sizes
+from vllm_dflash.training.vocab import choose_mask_token
 from vllm_dflash.verifier import Verifier
 
 #: Engine arguments by which a user sizes the engine.
 _SIZES_ENGINE = ("gpu_memory_utilization", "kv_cache_memory_bytes")
+#: Fields of a shape that the drafter's configuration calls otherwise.
+_IN_CONFIG = {
+    "num_layers": "num_hidden_layers",
+    "block_size": "draft_block_size",
+    "num_target_layers": "num_features",
+    "draft_vocab": "draft_vocab_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
 
 
 def new_drafter(
     given: DrafterShape, hf_config: Any, mask_token_id: int, name: str
 ) -> DrafterConfig:
     """A drafter of the given shape for a verifier; ValueError where the two do not go together."""
-    shape: Any = given.with_defaults()
+    info = VerifierInfo.from_hf_config(hf_config, name)
+    ids, num = given.target_layer_ids, given.num_target_layers
+    if ids is not None and num not in (None, len(ids)):
+        raise ValueError(
+            f"--num-target-layers is {num}, but --target-layer-ids names {len(ids)} layers; leave one out"
+        )
+    if num is not None and num > info.num_hidden_layers:
+        raise ValueError(
+            f"--num-target-layers is {num}, but the verifier has {info.num_hidden_layers} layers to read"
+        )
+    shape = given.with_defaults()
     try:
         drafter = DrafterConfig.for_verifier(
             hf_config,
-            mask_token_id=mask_token_id,
             name=name,
-            num_hidden_layers=shape.layers,
-            draft_block_size=shape.block_size,
-            target_layer_ids=shape.target_layer_ids,
-            num_features=shape.features,
-            draft_vocab_size=shape.draft_vocab,
-            intermediate_size=shape.intermediate_size,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            layer_types=shape.layer_types,
-            sliding_window=shape.sliding_window,
-            causal=shape.causal,
-            sample_from_anchor=shape.sample_from_anchor,
+            **{_IN_CONFIG.get(k, k): v for k, v in vars(shape).items()}
+            | {"mask_token_id": mask_token_id},
         )
         return drafter if shape.head is None else with_head(drafter)
     except ValueError as error:
@@ -71,9 +86,63 @@ def with_head(drafter: DrafterConfig) -> DrafterConfig:
     return drafter.with_(head=head)
 
 
+def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
+    """The drafter to train: of ``init_from``, or made for the verifier."""
+    info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
+    if config.init_from is not None:
+        raw = read_config(config.init_from)
+        drafter = DrafterConfig.from_dict(raw)
+        drafter.check_verifier(info)
+        drafter.known_block_size("give it there to train this drafter")
+        check_computable(config.init_from, raw)
+        check_weights(config.init_from, drafter)
+        _check_same_shape(config.shape, drafter, config.init_from)
+        return drafter if config.shape.head is None else with_head(drafter)
+    tokenizer = config.verifier.load_tokenizer()
+    avoid = [info.pad_token_id] if info.pad_token_id is not None else []
+    mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
+    return new_drafter(config.shape, hf_config, mask, str(config.verifier))
+
+
+def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
+    """ValueError when the user gives a shape that the drafter to go on from does not have."""
+    for field_name, value in shape.given().items():
+        if field_name == "head":  # one without can be given
+            continue
+        if field_name == "num_target_layers":
+            has: Any = len(drafter.target_layer_ids)
+        elif field_name == "draft_vocab":
+            has = drafter.logits_vocab_size
+        else:
+            has = getattr(drafter, _IN_CONFIG.get(field_name, field_name))
+        if value != has:
+            raise ValueError(
+                f"{option_of(field_name)} is {value!r}, but the drafter --init-from {name} has {has!r}, and "
+                "a drafter keeps its shape; leave the option out"
+            )
+
+
 def _sizes(verifier: Verifier, hf_config: Any, engine: EngineOptions) -> VerifierSizes:
     remote = verifier.trust_remote_code
     return verifier_sizes(hf_config, Path(verifier.model), engine.dtype, trust_remote_code=remote)
+
+
+def _plan_here(
+    verifier: Verifier,
+    hf_config: Any,
+    engine: EngineOptions,
+    make: Callable[[VerifierSizes, Any, int], MemoryPlan],
+) -> MemoryPlan | None:
+    import torch
+
+    cards = gpu_memory() if torch.version.cuda else []
+    if not cards or not engine.extra.keys().isdisjoint(_SIZES_ENGINE):
+        return None
+    sizes = _sizes(verifier, hf_config, engine)
+    plan = make(sizes, hf_config.get_text_config(), min(total for total, _ in cards))
+    if not plan.fits:
+        raise ValueError(plan.refusal())
+    return plan
 
 
 def plan_of_machine(
@@ -88,18 +157,30 @@ def plan_of_machine(
     Raises:
         ValueError: the run does not fit, or the verifier's size cannot be told.
     """
-    import torch
+    return _plan_here(
+        verifier,
+        hf_config,
+        engine,
+        lambda sizes, text, card: plan_memory(text, sizes, drafter, hparams, engine, card),
+    )
 
-    cards = gpu_memory() if torch.version.cuda else []
-    if not cards or not engine.extra.keys().isdisjoint(_SIZES_ENGINE):
-        return None
-    sizes = _sizes(verifier, hf_config, engine)
-    text = hf_config.get_text_config()
-    card = min(total for total, _ in cards)
-    plan = plan_memory(text, sizes, drafter, hparams, engine, card)
-    if not plan.fits:
-        raise ValueError(plan.refusal())
-    return plan
+
+def evaluation_plan_of_machine(
+    verifier: Verifier,
+    hf_config: Any,
+    drafter: DrafterConfig,
+    num_draft_tokens: int,
+    engine: EngineOptions,
+) -> MemoryPlan | None:
+    """:func:`plan_of_machine` of an evaluation."""
+    return _plan_here(
+        verifier,
+        hf_config,
+        engine,
+        lambda sizes, text, card: plan_evaluation(
+            text, sizes, drafter, num_draft_tokens, engine, card
+        ),
+    )
 
 
 def print_plan(

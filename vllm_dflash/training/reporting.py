@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shlex
 import threading
 import time
 from collections import deque
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,22 +21,50 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 #: Steps over which the shown loss, accuracy and tau are averaged.
 _WINDOW = 200
+#: Draft positions of which the accuracy is shown.
+_POSITIONS = 4
+#: Held-out sequences below which their tau says little.
+_FEW_HELD_OUT = 10
 #: Between two lines of progress where the console is no terminal, which shows no bars.
 LINE_SECONDS = 20.0
 
 
-def _left(done: int, planned: int | None, seconds: float) -> str:
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _rate(count: float, seconds: float) -> str:
+    rate = count / seconds
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _left(done: float, planned: float, seconds: float, words: str = "") -> str:
     """Time left at the pace so far, as words; empty where it is not known."""
-    if not planned or not done or done >= planned:
+    if not done or done >= planned:
         return ""
-    left = seconds * (planned - done) / done
-    return f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
+    return f", {words}{_duration(seconds * (planned - done) / done)} left"
+
+
+class _Bar(Progress):
+    """A bar, and below it whole what a line of the log would say beside the count."""
+
+    def __init__(self, console: Console, text: Callable[[], str], *columns: Any) -> None:
+        self._text = text
+        begin, end = SpinnerColumn(), TextColumn("so far")
+        columns = (begin, TextColumn("{task.description}"), *columns, TimeElapsedColumn(), end)
+        # What is done leaves one line, said by its stage.
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if text := self._text():
+            yield Text(f"  {text}", style="dim")
 
 
 class Reporter:
@@ -62,7 +92,8 @@ class Reporter:
         self._board = SummaryWriter(str(folder.path / "tensorboard"))
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        # Paths and the user's data may hold brackets, which are no markup.
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Rows of text in columns, the last one figures."""
@@ -103,47 +134,79 @@ class Reporter:
         def line() -> str:
             return f"{name}: {time.monotonic() - started:.0f} s so far"
 
-        with self.console.status(name), self._lines(line):
+        with _Bar(self.console, lambda: "") as bar, self._lines(line):
+            bar.add_task(name, total=None)
             yield
-        self.say(f"{name}: {time.monotonic() - started:.0f} s")
-
-    def _bar(self, *columns: Any) -> Progress:
-        return Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            *columns,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.say(f"{name}: done in {time.monotonic() - started:.0f} s")
 
     @contextmanager
-    def progress(self, name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """A stage that counts; gives a function of (done, planned)."""
+    def progress(
+        self, name: str, unit: str, generated: Callable[[int], tuple[int, float]] | None = None
+    ) -> Iterator[Callable[[int, int], None]]:
+        """A stage that counts; gives a function of (done, planned). Its first call says what was done before.
+
+        Args:
+            generated: for units that are long texts: of the units that were or will be made here, the tokens
+                so far and about how many they will be.
+        """
         started = time.monotonic()
+        before: int | None = None
         reached, of = 0, 0
 
-        def line() -> str:
+        def pace() -> str:
             seconds = time.monotonic() - started
-            left = _left(reached, of, seconds)
-            return f"{name}: {reached} of {of or '?'} {unit}, {reached / seconds:.1f}/s{left}"
+            done, planned = reached - (before or 0), of - (before or 0)
+            if generated is None:
+                return f"{_rate(done, seconds)} {unit}/s{_left(done, planned, seconds)}"
+            tokens, expected = generated(planned)
+            # Until the first is finished, expected is the most that there can be.
+            left = _left(tokens, expected, seconds, "" if done else "at most ")
+            return f"{tokens} tokens, {_rate(tokens, seconds)} tokens/s{left}"
 
-        with self._bar(TextColumn("{task.fields[rate]}")) as bar, self._lines(line):
-            task = bar.add_task(name, total=None, rate="")
+        def line() -> str:
+            count = f"{reached} of {of} {unit}" if of else "at its beginning"
+            return f"{name}: {count}, {pace()}"
+
+        columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(unit)
+        with _Bar(self.console, pace, *columns) as bar, self._lines(line):
+            task = bar.add_task(name, total=None)
 
             def update(done: int, planned: int) -> None:
-                nonlocal reached, of
+                nonlocal before, reached, of
+                before = done if before is None else before
                 reached, of = done, planned
-                rate = done / max(time.monotonic() - started, 1e-3)
-                bar.update(task, completed=done, total=planned, rate=f"{rate:.1f} {unit}/s")
+                bar.update(task, completed=done, total=planned)
 
             yield update
         took = time.monotonic() - started
         if reached:
-            self.say(f"{name}: {reached} {unit} in {took:.0f} s ({reached / took:.1f}/s)")
+            made = reached - (before or 0)
+            kept = f", {before} from before" if before else ""
+            rate = f" ({_rate(made, took)} {unit}/s)" if made else ""
+            self.say(f"{name}: {reached} {unit} in {_duration(took)}{rate}{kept}")
+
+    def terms(self, block_tokens: int, num_held_out: int) -> None:
+        """Says what the figures of training mean.
+
+        Args:
+            block_tokens: draft tokens of a block.
+            num_held_out: held-out sequences.
+        """
+        self.say(
+            f"tau: tokens that a step of the verifier yields, 1 without a drafter and at most "
+            f"{block_tokens + 1} with this one. Loss, accuracy (of draft tokens 1 to "
+            f"{min(_POSITIONS, block_tokens)}) and tau~ are of the last {_WINDOW} steps, at random places of "
+            "the training data; held-out tau is as served"
+        )
+        if not num_held_out:
+            self.say(
+                "nothing is held out, so there will be no held-out tau (--holdout, --eval-data)"
+            )
+        elif num_held_out < _FEW_HELD_OUT:
+            self.say(
+                f"held-out tau will be rough, of so few sequences ({num_held_out}): more data, a larger "
+                "--holdout or --eval-data help"
+            )
 
     @contextmanager
     def training(
@@ -153,26 +216,32 @@ class Reporter:
         started = time.monotonic()
         done, figures = first, ""
 
-        def line() -> str:
+        def pace() -> str:
             seconds = time.monotonic() - started
-            left = _left(done - first, total - first, seconds)
-            return f"training: step {done} of {total}{left} {figures}".rstrip()
+            made = done - first
+            return f"{_rate(made, seconds)} steps/s{_left(made, total - first, seconds)}{figures}"
 
-        with self._bar(TextColumn("{task.fields[figures]}")) as bar, self._lines(line):
-            task = bar.add_task("training", total=total, completed=first, figures="")
+        def line() -> str:
+            return f"training: step {done} of {total}, {pace()}"
+
+        columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps")
+        with _Bar(self.console, pace, *columns) as bar, self._lines(line):
+            task = bar.add_task("training", total=total, completed=first)
 
             def report(rows: list[dict[str, Any]], seconds: float) -> None:
                 nonlocal done, figures
                 rows = [r for r in rows if "loss" in r]
                 self._recent.extend(rows)
                 done, figures = done + len(rows), self._figures(rows, seconds)
-                bar.update(task, advance=len(rows), figures=figures)
+                bar.update(task, advance=len(rows))
                 if self._board is not None:
                     for row in rows:
                         for name in ("loss", "lr", "grad_norm"):
                             self._board.add_scalar(name, row[name], row["step"])
 
             yield report
+        if total > first:
+            self.say(f"training: {total} of {total} steps, {_duration(time.monotonic() - started)}")
 
     def _figures(self, rows: list[dict[str, Any]], seconds: float) -> str:
         recent = self._recent
@@ -185,10 +254,10 @@ class Reporter:
             sum(r["right"][k] for r in recent) / max(sum(r["valid"][k] for r in recent), 1)
             for k in range(len(recent[-1]["right"]))
         ]
-        shown = "/".join(f"{100 * a:.0f}" for a in accuracy[:4])
+        shown = "/".join(f"{100 * a:.0f}" for a in accuracy[:_POSITIONS])
         rate = sum(r["tokens"] for r in rows) / max(seconds, 1e-3)
-        held = "" if self._tau is None else f" held-out tau {self._tau:.2f}"
-        return f"loss {loss:.3f} acc {shown}% tau~{tau:.2f}{held} {rate:.0f} tok/s"
+        held = "" if self._tau is None else f", held-out tau {self._tau:.2f}"
+        return f", {rate:.0f} tokens/s, loss {loss:.3f}, accuracy {shown} %, tau~{tau:.2f}{held}"
 
     def evaluated(self, step: int, tau: float) -> None:
         self._tau = tau
@@ -197,16 +266,27 @@ class Reporter:
             self._board.add_scalar("heldout_tau", tau, step)
 
     def finished(self, output: Path, summary: dict[str, Any], curves: Path | None) -> None:
-        """Closing lines of a run."""
+        """Closing lines of a run: where the drafter is, how good, and what can be done with it."""
         if self._board is not None:
             self._board.close()
-        held = summary["tau_heldout"]
         minutes = summary["minutes"]
         self.say(
-            f"drafter written to {output}"
-            + (f", held-out tau {held['tau']:.3f}" if held else "")
-            + f" (responses {minutes['responses']:.1f} min, features {minutes['extract']:.1f} min, "
-            f"training {minutes['train']:.1f} min)"
+            f"drafter written to {output} (responses {minutes['responses']:.1f} min, features "
+            f"{minutes['extract']:.1f} min, training {minutes['train']:.1f} min)"
         )
+        if held := summary["tau_heldout"]:
+            rates = " ".join(f"{100 * rate:.0f}" for rate in held["position_rates"])
+            self.say(
+                f"held-out tau {held['tau']:.3f}: it can make decoding at most {held['tau']:.2f} times as "
+                f"fast; drafts accepted up to draft token 1, 2, ...: {rates} %"
+            )
         if curves is not None:
             self.say(f"curves: {curves}")
+        verifier, drafter = shlex.quote(summary["verifier"]), shlex.quote(str(output))
+        served = shlex.quote(json.dumps({"method": "dflash", "model": str(output)}))
+        for what, command in (
+            ("acceptance", f"vllm-dflash eval {verifier} {drafter} --engine --data HELDOUT"),
+            ("speed", f"vllm-dflash bench {verifier} {drafter} --data HELDOUT"),
+            ("serving", f"vllm serve {verifier} --speculative-config {served}"),
+        ):
+            self.say(f"next, {what}: {command}")

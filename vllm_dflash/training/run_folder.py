@@ -15,7 +15,6 @@ from vllm_dflash.environment import versions
 from vllm_dflash.files import (
     ANY_FILES,
     MARK,
-    atomic_path,
     atomic_write,
     claim_folder,
     lock_folder,
@@ -23,6 +22,7 @@ from vllm_dflash.files import (
     remove_own,
     writing,
 )
+from vllm_dflash.renamed import run_config
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.responses import check_log
 
@@ -148,6 +148,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
     # -- state -----------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any] | None:
@@ -188,52 +192,6 @@ class RunFolder:
     def _metric_lines(self) -> list[str]:
         return self.metrics.read_text(errors="replace").splitlines()
 
-    def draw_curves(self) -> Path | None:
-        """``curves.png``: loss, tau and per-position accuracy over steps; None without matplotlib."""
-        rows = self.read_metrics()
-        try:
-            import matplotlib
-        except ImportError:
-            return None
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        steps = [r for r in rows if "loss" in r]
-        evals = [r for r in rows if "tau" in r]
-        if not steps:
-            return None
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4))
-        size = max(1, len(steps) // 200)
-        groups = [steps[i : i + size] for i in range(0, len(steps), size)]
-        at = [g[-1]["step"] for g in groups]
-        left.plot(at, [sum(r["loss"] for r in g) / len(g) for g in groups])
-        left.set(title="training loss", xlabel="step")
-        taus = [1 + _ratio(g, "accepted", "anchors") for g in groups]
-        middle.plot(at, taus, label="training, random anchors", alpha=0.6)
-        if evals:
-            middle.plot(
-                [r["step"] for r in evals],
-                [r["tau"] for r in evals],
-                "o-",
-                label="held out, as served",
-            )
-        middle.set(title="tau (tokens per verify step)", xlabel="step")
-        middle.legend()
-        for k in range(len(steps[-1]["right"])):
-            accuracy = [
-                sum(r["right"][k] for r in g) / max(sum(r["valid"][k] for r in g), 1)
-                for g in groups
-            ]
-            right.plot(at, accuracy, label=f"{k + 1}")
-        right.set(title="accuracy by draft position", xlabel="step", ylim=(0, 1))
-        right.legend(ncol=2, fontsize=7)
-        figure.tight_layout()
-        path = self.path / "curves.png"
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=110)
-        plt.close(figure)
-        return path
-
 
 def _parsed(line: str) -> dict[str, Any]:
     try:
@@ -253,7 +211,7 @@ def _read_run(file: Path) -> dict[str, Any]:
     run = _read_object(file)
     if not isinstance(run.get("config"), dict):
         raise ValueError(f"{file} is damaged (it has no config); {_DISCARD}")
-    return run
+    return run | {"config": run_config(run["config"])}
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
@@ -291,7 +249,3 @@ def _check_state_file(file: Path) -> None:
             handle.keys()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); {_DISCARD}") from error
-
-
-def _ratio(rows: list[dict[str, Any]], top: str, bottom: str) -> float:
-    return sum(r[top] for r in rows) / max(sum(r[bottom] for r in rows), 1)

@@ -28,7 +28,7 @@ from vllm_dflash.serving.verifier import (
 )
 from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.feature_store import SHARD_BYTES, FeatureStore
-from vllm_dflash.training.generated import GeneratedFeatures
+from vllm_dflash.training.generated import GeneratedFeatures, ReadFeatures
 from vllm_dflash.training.host_memory import on_device
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 from vllm_dflash.training.piece_store import PieceStore
@@ -90,7 +90,7 @@ class TrainingSession:
         #: Whole sequences by their tokens, in the cache folder.
         self.cache: FeatureStore | None = None
         #: Those recorded while responses were generated.
-        self.generated: GeneratedFeatures | None = None
+        self.generated: GeneratedFeatures | ReadFeatures | None = None
         self._planned: dict[str, Piece] = {}
         self._watched: dict[str, int] = {}
         self._own_embedding: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ class TrainingSession:
             self._mask_embedding = self._mask_embedding.to(embedding)
         head = SharedHead(embedding, lm_head, ids, own_lm_head, self._mask_embedding)
         final = verifier_logits = None
-        if hp.loss == "kl":
+        if hp.loss_kind.needs_final_states:
             final = self.recorder.final_states or FinalStates(self.runner)
             verifier_logits = VerifierLogits(
                 self.verifier, head.verifier_lm_head, head.draft_token_ids
@@ -204,12 +204,15 @@ class TrainingSession:
         """
         if final_states:
             self.recorder.final_states = FinalStates(self.runner)
+        if self.ranks.rank != 0:
+            self.generated = ReadFeatures(Path(folder))
+            return
         store = FeatureStore(SHARD_BYTES, Path(folder))
         self.generated = GeneratedFeatures(
             self.recorder, store, layers, max_len, block_size, num_blocks
         )
 
-    def _generated(self) -> GeneratedFeatures:
+    def _generated(self) -> GeneratedFeatures | ReadFeatures:
         if self.generated is None:
             raise ValueError("responses are not recorded: call record_responses first")
         return self.generated
