@@ -99,7 +99,16 @@ def train_and_serve(
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     common: list[str | Path] = [verifier, "--data", data, "--on-policy"]
-    recipe = ["--num-layers", "2", "--block-size", "8", "--draft-vocab", "8192", "--max-len", "1024"]
+    recipe = [
+        "--num-layers",
+        "2",
+        "--block-size",
+        "8",
+        "--draft-vocab",
+        "8192",
+        "--max-len",
+        "1024",
+    ]
     recipe += ["--num-anchors", "32", "--lr", "2e-3", "--seed", str(seed), *ARMS[arm]]
     train = ["train", *common, "--eval-data", held, *recipe]
     cache = ["--cache-features", data.with_suffix(".features")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from test_learner import (
@@ -159,6 +160,33 @@ def test_a_fresh_head_drafts_as_the_drafter_that_it_was_given_to(dtype, tmp_path
         assert unary == selected
     assert "selector_lift" not in want.as_dict()
     assert got.as_dict()["selector_lift"] == 0
+
+
+def test_the_option_makes_a_head_or_gives_one(tmp_path):
+    from vllm_dflash.training.config import DrafterShape, TrainConfig
+    from vllm_dflash.training.planning import drafter_config
+    from vllm_dflash.verifier import Verifier
+
+    verifier = tiny.make_verifier(tmp_path / "verifier")
+    plain = tiny.make_drafter(tmp_path / "plain", verifier, draft_vocab_size=256)
+    loaded = Verifier(str(verifier))
+
+    def made(shape: DrafterShape, init_from=None):
+        config = TrainConfig(
+            verifier=loaded, data="d", output=tmp_path / "o", init_from=init_from, shape=shape
+        )
+        return drafter_config(config, loaded.load_config())
+
+    asked = DrafterShape(head="dflash2")
+    given = made(asked, str(plain))
+    assert given.head == CandidateHead(selector_rank=16)
+    assert given.with_(head=None) == made(DrafterShape(), str(plain))
+    sizes = {"num_layers": 2, "num_target_layers": 3, "draft_vocab": 10}
+    assert made(DrafterShape(**sizes)).head is None
+    head = made(DrafterShape(head="dflash2", **sizes)).head
+    assert head == CandidateHead(selector_rank=16, selector_top_k=10)
+    with pytest.raises(ValueError, match="only dflash2"):
+        DrafterShape(head="dspark")
 
 
 def test_a_drafter_to_start_from_is_whole():

@@ -181,10 +181,10 @@ class _LossByChunks(torch.autograd.Function):
             if num_candidates:
                 best = logits.topk(num_candidates, dim=-1).indices
                 candidates[part] = best.view(*labels.shape, num_candidates)
-                first = best[:, 0]
+                likely = best[:, 0]
             else:
-                first = logits.argmax(-1)
-            right_AK[part] = (first.view_as(labels) == labels) & valid
+                likely = logits.argmax(-1)
+            right_AK[part] = (likely.view_as(labels) == labels) & valid
             log_probs = logits.log_softmax(-1, dtype=wide)
             ce = torch.where(valid, -log_probs.gather(1, rows).view_as(labels), 0)
             ce_AK[part] = ce

@@ -67,7 +67,7 @@ def new_drafter(
             hf_config,
             name=name,
             **{_IN_CONFIG.get(k, k): v for k, v in vars(shape).items()}
-            | {"mask_token_id": mask_token_id},
+            | {"mask_token_id": mask_token_id, "head": None},
         )
         return drafter if shape.head is None else with_head(drafter)
     except ValueError as error:
