@@ -74,7 +74,8 @@ def our_logits(folder: Path, vocabulary, sample: Sample, anchors: list[int]) -> 
     weights = load_weights(folder, config)
     ids = weights["d2t"] + torch.arange(len(weights["d2t"])) if "d2t" in weights else None
     head = SharedHead(*vocabulary, ids, weights.get("lm_head.weight"))
-    learner = Learner(config, Hyperparameters(autocast="float32"), head, 1)
+    hparams = Hyperparameters(autocast="float32", codebooks="free")
+    learner = Learner(config, hparams, head, 1)
     learner.load_drafter(weights)
     with torch.no_grad():
         return head.logits(learner.drafter, learner._forward([sample], [anchors])[0])
