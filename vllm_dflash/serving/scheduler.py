@@ -27,7 +27,7 @@ from vllm_dflash.serving.draft_stats import (
     stats_file,
     verified_file,
 )
-from vllm_dflash.serving.seams import DRAFTER_ARCH
+from vllm_dflash.serving.seams import is_ours
 from vllm_dflash.serving.verified import count_by_source, counting
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -48,7 +48,7 @@ def wanted(vllm_config: Any) -> bool:
 def unsupported(vllm_config: Any) -> str | None:
     """Why the scheduler cannot choose; None where it can. The same in the engine core and its workers."""
     spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    if DRAFTER_ARCH not in (spec.draft_model_config.architectures or ()):
+    if not is_ours(spec):
         return f"vLLM serves {spec.model} with a drafter class of its own"
     if getattr(spec, "enable_adaptive_verification", False):
         # The scheduler would count tokens that were not verified as wrong.

@@ -23,6 +23,8 @@ from typing import Any
 logger = logging.getLogger("vllm.vllm_dflash")
 #: The drafter architecture that both public formats resolve to in vLLM.
 DRAFTER_ARCH = "DFlashDraftModel"
+#: That of those with DFlash 2's head.
+HEAD_ARCH = "DFlash2DraftModel"
 _PATCHED = "_vllm_dflash_patched"
 
 
@@ -124,14 +126,26 @@ def _patch_vllm_config(module: ModuleType) -> None:
     cls = module.VllmConfig
     needs_multi_kv_group = cls._dflash_needs_multi_kv_group
 
+    # vLLM refuses such drafters on the V1 runner; our proposer there serves those of our classes.
     @functools.wraps(needs_multi_kv_group)
     def _dflash_needs_multi_kv_group(self):
-        # vLLM refuses such drafters on the V1 runner; our proposer there serves those of our class.
-        draft = getattr(self.speculative_config, "draft_model_config", None)
-        ours = draft is not None and DRAFTER_ARCH in (draft.architectures or ())
-        return not ours and needs_multi_kv_group(self)
+        return not is_ours(self.speculative_config) and needs_multi_kv_group(self)
 
     cls._dflash_needs_multi_kv_group = _dflash_needs_multi_kv_group
+    needs_selector = getattr(cls, "_is_dflash_candidate_draft", None)
+    if needs_selector is not None:
+
+        @functools.wraps(needs_selector)
+        def _is_dflash_candidate_draft(self):
+            return not is_ours(self.speculative_config) and needs_selector(self)
+
+        cls._is_dflash_candidate_draft = _is_dflash_candidate_draft
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether the drafter is served with a class of ours."""
+    draft = getattr(speculative_config, "draft_model_config", None)
+    return draft is not None and not {DRAFTER_ARCH, HEAD_ARCH}.isdisjoint(draft.architectures or ())
 
 
 def _patch_worker(module: ModuleType) -> None:
@@ -330,6 +344,7 @@ def install() -> list[str]:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(DRAFTER_ARCH, "vllm_dflash.serving.drafter_model:DrafterModel")
+    ModelRegistry.register_model(HEAD_ARCH, "vllm_dflash.serving.dflash2_model:HeadDrafterModel")
     pending = {}
     for seam in SEAMS:
         module = sys.modules.get(seam.module)
