@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from vllm_dflash.options import DRAFTER_ARCH
+from vllm_dflash.options import DRAFTER_ARCH, HEAD_ARCH
 from vllm_dflash.serving.seams import SEAMS, Seam
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -122,7 +122,7 @@ def _exists(module: str) -> bool:
 
 
 def install() -> list[str]:
-    """Registers the drafter class and hooks every ``import`` seam; returns the modules this vLLM lacks.
+    """Registers the drafter classes and hooks every ``import`` seam; returns the modules this vLLM lacks.
 
     Where a module is absent nothing is patched at all, since half a plugin is worse than none.
     """
@@ -133,6 +133,7 @@ def install() -> list[str]:
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(DRAFTER_ARCH, "vllm_dflash.serving.drafter_model:DrafterModel")
+    ModelRegistry.register_model(HEAD_ARCH, "vllm_dflash.serving.dflash2_model:HeadDrafterModel")
     pending: dict[str, list[Seam]] = {}
     for seam in seams:
         module = sys.modules.get(seam.module)
