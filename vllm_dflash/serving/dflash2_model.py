@@ -21,6 +21,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_dflash.modeling.dflash2 import greedy_walk, scores_on_path, transition_scores
 from vllm_dflash.serving.drafter_model import DrafterLayer, DrafterModel
+from vllm_dflash.serving.patching import specialise
 
 
 class StepConv(DFlashGroupedConv):
@@ -78,7 +79,7 @@ class HeadDrafterModel(DrafterModel, DFlash2Qwen3ForCausalLM):
             device = convs[0].base_kernel.device
             self._offsets = torch.arange(rows, device=device) % self._width
             for conv in convs:
-                conv.__class__ = StepConv
+                specialise(conv, "vllm_dflash.serving.dflash2_model:StepConv")
                 conv.register_buffer("offsets", self._offsets, persistent=False)
 
     def set_block_width(self, width: int) -> None:
