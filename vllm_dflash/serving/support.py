@@ -81,8 +81,10 @@ def graph_lengths(vllm_config: Any) -> tuple[int, ...]:
 
 
 def not_of_ours(original: Callable[..., bool]) -> Callable[..., bool]:
-    """Wraps a question of ``VllmConfig`` about drafters that vLLM refuses on the V1 runner. Our proposer serves
-    those of our classes there. vLLM 0.33 asks it, too, where it cannot watermark what they draft."""
+    """Wraps a question of ``VllmConfig`` about drafters that vLLM refuses on the V1 runner.
+
+    Our proposer serves those of our classes there. vLLM 0.33 asks it, too, where it cannot watermark drafts.
+    """
 
     @functools.wraps(original)
     def asked(self):
