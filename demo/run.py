@@ -152,14 +152,12 @@ def summarize(bench: dict, evaluation: dict, training: dict, total_minutes: floa
         "position_rates": evaluation["offline"]["position_rates"],
         "dtype": bench["config"]["dtype"],
         "prompts": bench["config"]["num_prompts"],
-        "repeats": min(
-            len(f["output_tokens_per_s"]["raw"])
-            for f in bench["modes"]["none"]["concurrency"].values()
-        ),
+        "repeats": bench["config"]["repeats"],
         "compiled": not bench["config"]["enforce_eager"],
         "speedup": figures["plugin"]["1"]["over_none"]["ratio"],
         "modes": figures,
         "machine": describe_machine(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "versions": versions(),
     }
 

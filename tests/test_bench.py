@@ -376,6 +376,7 @@ def test_repeats_fit_the_minutes(tmp_path, fake_engine, monkeypatch, minutes, re
     for figures in result["modes"]["none"]["concurrency"].values():
         assert len(figures["output_tokens_per_s"]["raw"]) == repeats
     assert (f"{repeats} of 5 repeats" in said[-1]) == (repeats < 5)
+    assert result["config"]["repeats"] == repeats
 
 
 def test_mode_that_does_not_start_is_left_out(tmp_path, fake_engine):

@@ -110,6 +110,7 @@ class Commands:
         }
         config = {
             "dtype": "auto",
+            "repeats": repeats,
             "num_prompts": int(self.value(line, "--num-prompts")),
             "enforce_eager": "--enforce-eager" in line,
         }

@@ -186,6 +186,7 @@ def run_bench(
                 say(
                     f"{repeat + 1} of {config.repeats} repeats, to end in {config.minutes:g} minutes"
                 )
+                report["config"]["repeats"] = repeat + 1
                 break
     for mode in config.modes:
         report["modes"][mode]["concurrency"] = {
