@@ -286,7 +286,7 @@ def test_every_option_is_explained_and_those_of_train_are_grouped() -> None:
 
 #: Of other commands; serving/ and ops/ speak of vLLM's and the compilers', renamed.py of old ones.
 OTHERS_OPTIONS = {"--speculative-config", "--help", "--format", "--query-gpu", "--id", "--fd"}
-OTHERS_OPTIONS |= {"--no-deps"}
+OTHERS_OPTIONS |= {"--no-deps", "--worker-extension-cls"}
 
 
 def test_options_that_messages_speak_of_exist() -> None:

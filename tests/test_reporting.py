@@ -135,7 +135,7 @@ def test_the_end_says_where_how_good_and_what_next(log, curves) -> None:
     lines = log.getvalue().splitlines()
     assert lines[0].startswith("drafter written to d (")
     assert "held-out tau 1.500" in lines[1]
-    assert lines[1].endswith("40 10 %")
+    assert lines[1].endswith("40, 10 %")
     assert ("curves: d-run/curves.png" in lines) == (curves is not None)
     commands = [shlex.split(line.split(": ", 1)[1]) for line in lines if line.startswith("next, ")]
     assert [c[:3] for c in commands] == [

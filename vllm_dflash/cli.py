@@ -210,14 +210,16 @@ def eval_(
         "tau",
         "drafts",
         "tokens accepted",
-        "drafts accepted up to token 1, 2, ...",
-        caption=f"tau: tokens that a step of the verifier yields, 1 without a drafter and at most "
-        f"{result['num_speculative_tokens'] + 1} here, over {result['conversations']} conversations; "
-        "offline by teacher forcing, engine by vLLM's counters",
+        "drafts whose first 1, 2, ... tokens were accepted",
+        caption=f"tau: mean number of tokens that a step of the verifier yields, 1 without a drafter and at "
+        f"most {result['num_speculative_tokens'] + 1} here, over {result['conversations']} conversations. "
+        "Offline: drafts replayed over the verifier's responses; engine: counted by vLLM while serving",
         caption_justify="left",
     )
     rows = [("offline", result["offline"])]
-    rows += [(f"  {name}", r) for name, r in result["offline"]["sources"].items()]
+    sources = result["offline"]["sources"]
+    if len(sources) > 1:
+        rows += [(f"  of {name}", r) for name, r in sources.items()]
     if "engine" in result:
         rows.append(("engine", result["engine"]))
     for name, r in rows:

@@ -273,18 +273,18 @@ def _served(
     scratch = Path(tempfile.mkdtemp(prefix="vllm-dflash-eval-"))
     spec = serving_spec(config, tokens, scratch / "engine.log")
     requests = first_prompts(examples)
-    with (
-        reporter.stage("serving the same prompts"),
-        EngineProcess(spec) as process,
-    ):
-        process.start()
-        startup_s = process.wait_ready()["startup_s"]
-        result = process.run(
-            [ids for ids, _ in requests],
-            # As long as the responses that the offline walk went over.
-            max_tokens=[length for _, length in requests],
-            concurrency=config.concurrency,
-        )
+    with EngineProcess(spec) as process:
+        with reporter.stage("starting vLLM with the drafter"):
+            process.start()
+            startup_s = process.wait_ready()["startup_s"]
+        # Drafts of a fixed length: acceptance is counted, speed is bench's.
+        with reporter.stage(f"serving {len(requests)} prompts to count acceptance"):
+            result = process.run(
+                [ids for ids, _ in requests],
+                # As long as the responses that the offline walk went over.
+                max_tokens=[length for _, length in requests],
+                concurrency=config.concurrency,
+            )
     shutil.rmtree(scratch)
     counters = result.counters
     return {

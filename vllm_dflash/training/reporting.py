@@ -31,6 +31,8 @@ _WINDOW = 200
 _POSITIONS = 4
 #: Held-out sequences below which their tau says little.
 _FEW_HELD_OUT = 10
+#: Steps before which the time left is not told.
+_FIRST_STEPS = 5
 #: Between two lines of progress where the console is no terminal, which shows no bars.
 LINE_SECONDS = 20.0
 
@@ -193,10 +195,11 @@ class Reporter:
             num_held_out: held-out sequences.
         """
         self.say(
-            f"tau: tokens that a step of the verifier yields, 1 without a drafter and at most "
-            f"{block_tokens + 1} with this one. Loss, accuracy (of draft tokens 1 to "
-            f"{min(_POSITIONS, block_tokens)}) and tau~ are of the last {_WINDOW} steps, at random places of "
-            "the training data; held-out tau is as served"
+            f"tau: mean number of tokens that a step of the verifier yields, 1 without a drafter and at most "
+            f"{block_tokens + 1} with this one. In training, loss (a block's), accuracy (of draft tokens 1 "
+            f"to {min(_POSITIONS, block_tokens)}, each by itself) and tau~ are means of the last {_WINDOW} "
+            "steps or of all so far, for drafts at random places; held-out tau walks through responses as "
+            "serving does"
         )
         if not num_held_out:
             self.say(
@@ -219,7 +222,9 @@ class Reporter:
         def pace() -> str:
             seconds = time.monotonic() - started
             made = done - first
-            return f"{_rate(made, seconds)} steps/s{_left(made, total - first, seconds)}{figures}"
+            # The first steps also wait for features.
+            left = _left(made, total - first, seconds) if made >= _FIRST_STEPS else ""
+            return f"{_rate(made, seconds)} steps/s{left}{figures}"
 
         def line() -> str:
             return f"training: step {done} of {total}, {pace()}"
@@ -275,18 +280,19 @@ class Reporter:
             f"{minutes['extract']:.1f} min, training {minutes['train']:.1f} min)"
         )
         if held := summary["tau_heldout"]:
-            rates = " ".join(f"{100 * rate:.0f}" for rate in held["position_rates"])
+            rates = ", ".join(f"{100 * rate:.0f}" for rate in held["position_rates"])
             self.say(
-                f"held-out tau {held['tau']:.3f}: it can make decoding at most {held['tau']:.2f} times as "
-                f"fast; drafts accepted up to draft token 1, 2, ...: {rates} %"
+                f"held-out tau {held['tau']:.3f} of at most {len(held['position_rates']) + 1}: a bound of "
+                "the speed-up, which bench measures; share of drafts whose first 1, 2, ... tokens were all "
+                f"accepted: {rates} %"
             )
         if curves is not None:
             self.say(f"curves: {curves}")
         verifier, drafter = shlex.quote(summary["verifier"]), shlex.quote(str(output))
         served = shlex.quote(json.dumps({"method": "dflash", "model": str(output)}))
         for what, command in (
-            ("acceptance", f"vllm-dflash eval {verifier} {drafter} --engine --data HELDOUT"),
-            ("speed", f"vllm-dflash bench {verifier} {drafter} --data HELDOUT"),
+            ("acceptance", f"vllm-dflash eval {verifier} {drafter} --engine --data YOUR-TEST-DATA"),
+            ("speed", f"vllm-dflash bench {verifier} {drafter} --data YOUR-TEST-DATA"),
             ("serving", f"vllm serve {verifier} --speculative-config {served}"),
         ):
             self.say(f"next, {what}: {command}")

@@ -173,8 +173,8 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
     if (summary := finished(config.output, folder)) is not None:
         reporter.say(
-            f"this run is finished: {summary['steps']} steps; the same command with --restart trains anew, "
-            "another -o beside it"
+            f"this run is finished: {summary['steps']} steps, nothing is left to do. To train again, give "
+            "--restart, which replaces this drafter, or another -o, which keeps it"
         )
         curves = folder.curves if folder.curves.is_file() else None
         reporter.finished(config.output, summary, curves)
@@ -196,8 +196,9 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     )
     reporter.say(
         "to do: start the verifier, "
-        + ("" if config.on_policy else "have it write the responses, ")
-        + f"extract its features, train; {folder.path} keeps what is done, and the same command resumes there"
+        + ("" if config.on_policy else "have it write its own responses to the prompts, ")
+        + "extract its features (hidden states), train. Stop with Ctrl-C at any time: the same command "
+        f"goes on from what is in {folder.path}"
     )
     if sentence := float32_sentence(given, config.engine.dtype):
         reporter.say(sentence)
