@@ -65,9 +65,9 @@ def make_model(
     for name in ("_project_context_kv", "precompute_and_store_context_kv"):
         setattr(model, name, MethodType(getattr(Stock, name), model))
     # vLLM's CPU kernel norms all layers with the first one's weight; see drafter_model.py.
-    from vllm_dflash.serving.drafter_model import _normalize_context_k
+    from vllm_dflash.serving.drafter_model import DrafterLayers
 
-    model._normalize_context_k = MethodType(_normalize_context_k, model)
+    model._normalize_context_k = MethodType(DrafterLayers._normalize_context_k, model)
     return model
 
 

@@ -73,12 +73,12 @@ def test_the_commands_take_these_defaults(command, monkeypatch, tmp_path) -> Non
     """No option of a command is another default than the engine's."""
     from typer.testing import CliRunner
 
-    from vllm_dflash.training import evaluate, loop
+    from vllm_dflash.training import evaluate, trainer
 
     def seen(config, reporter):
         raise Seen(config.engine)
 
-    monkeypatch.setattr(loop, "train", seen)
+    monkeypatch.setattr(trainer, "train", seen)
     monkeypatch.setattr(evaluate, "evaluate", seen)
     names = ["v", "--data", "rows.jsonl", "-o", str(tmp_path / "out")]
     if command == "eval":

@@ -6,8 +6,9 @@ from collections.abc import Set
 
 #: How much more a step with drafts must promise than one without: estimates are off by as much.
 MARGIN = 1.02
-#: Share of the time that may go into drafts made only to see whether drafting pays again.
-PROBE_SHARE = 0.002
+#: Share of the time that may go into drafts made only to see whether drafting pays again. Each of them lowers it
+#: by a factor, down to the least, while passes do not bring in a tenth of what they cost.
+PROBE_SHARE, PROBE_DECAY, LEAST_PROBE_SHARE, RETURNED = 0.005, 0.8, 0.0015, 0.1
 #: Steps that a request's first draft is taken to be of use for.
 HORIZON = 20
 #: Steps for which a decision against drafting stands while nothing is known anew but what steps cost.
@@ -25,6 +26,7 @@ class Exploration:
 
     def __init__(self) -> None:
         self.budget = 0.0
+        self._share = PROBE_SHARE
         self._requests: Set[str] = frozenset()
         self._matched: Set[str] = frozenset()
         self._trials = 0
@@ -32,7 +34,17 @@ class Exploration:
 
     def earn(self, seconds: float) -> None:
         """A step of so many seconds without speculation adds its share to the budget."""
-        self.budget += PROBE_SHARE * seconds
+        self.budget += self._share * seconds
+
+    def spend(self, seconds: float) -> None:
+        """A probe is made."""
+        self.budget -= seconds
+        self._share = max(PROBE_DECAY * self._share, LEAST_PROBE_SHARE)
+
+    def returned(self, seconds: float, cost: float) -> None:
+        """A draft pass brings in so many seconds, or may, and costs so many."""
+        if seconds > RETURNED * cost:
+            self._share = PROBE_SHARE
 
     def decided_against(
         self, requests: Set[str], trials: int, matched: Set[str] = frozenset()

@@ -131,6 +131,7 @@ class SchedulerPolicy:
         probe = value.passed + float(value.seconds_M[M] - value.seconds_M[0])
         explore.budget = min(explore.budget, _PROBES_KEPT * probe)
         if self._choose(batch, value).rate > MARGIN * plain:
+            explore.returned(value.passed, value.passed)
             self._tried.update(batch.ids)
             return True
         new = [i for i, name in enumerate(batch.ids) if name not in self._tried and value.caps_B[i]]
@@ -145,7 +146,7 @@ class SchedulerPolicy:
             probed = [batch.ids[i] for i in new]
         else:
             return False
-        explore.budget -= probe  # observe_step() pays it back
+        explore.spend(probe)  # observe_step() pays it back
         self._tried.update(probed)
         self._probing.update(probed)
         return True
@@ -283,8 +284,9 @@ class SchedulerPolicy:
         passed = self.pass_seconds(B) if drafted else 0.0
         self.counters.add(emitted, B, context, seconds, drafts, passed)
         # What the tokens brought counts against what their probing cost.
-        plain = self.cost.verify_one(B, context, 0)
-        self.exploration.budget += max(emitted - B, 0) / B * plain
+        brought = max(emitted - B, 0) / B * self.cost.verify_one(B, context, 0)
+        self.exploration.budget += brought
+        self.exploration.returned(brought, self.pass_seconds(B))
         if drafted is None:
             return
         step = self.cost.verify_one(B, context, drafts)

@@ -177,13 +177,14 @@ class WorkerPolicy:
         drafting: list[int] = []
         value_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
         order = np.argsort(-value_B, kind="stable")[: int((value_B > 0).sum())]
-        margin = MARGIN
+        margin, plain = MARGIN, best.rate
         for size in _sizes(len(order), self.whole_batch):
             chosen = order[:size]
             survival_BK = lookups_BK.copy()
             survival_BK[chosen] = drafts_BK[chosen]
             passed = self.pass_seconds(B if self.whole_batch else size)
             budget = assign_draft_budget(survival_BK, seconds_M + passed)
+            self.exploration.returned(budget.tokens / plain - (budget.seconds - passed), passed)
             if budget.rate > margin * best.rate:
                 best, drafting, margin = budget, chosen.tolist(), 1.0
         caps_B = allowed_BK.sum(axis=1)
@@ -231,7 +232,7 @@ class WorkerPolicy:
         before = self.pass_seconds(len(drafting))
         cost = self.pass_seconds(len(drafting) + len(left)) - before
         if cost <= self.exploration.budget:
-            self.exploration.budget -= cost
+            self.exploration.spend(cost)
             return left
         new = [i for i in left if not self.by_position.seen(requests[i].id)]
         if not new:
