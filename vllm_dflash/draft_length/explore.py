@@ -6,8 +6,8 @@ from collections.abc import Set
 
 #: How much more a step with drafts must promise than one without: estimates are off by as much.
 MARGIN = 1.02
-#: Share of the time that may go into drafts made only to see whether drafting pays again. Each of them lowers it
-#: by a factor, down to the least, while passes do not bring in a tenth of what they cost.
+#: Share of the time that may go into drafts made only to see whether drafting pays again. Each of them lowers
+#: it by a factor, down to the least, while passes do not bring in a tenth of what they cost.
 PROBE_SHARE, PROBE_DECAY, LEAST_PROBE_SHARE, RETURNED = 0.005, 0.8, 0.0015, 0.1
 #: Steps that a request's first draft is taken to be of use for.
 HORIZON = 20
