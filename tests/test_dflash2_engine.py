@@ -63,7 +63,7 @@ def test_a_head_for_a_plain_drafter(verifier, prompts_file, prompts, folder) -> 
     assert "DFlash 2: conv_kernel_size 2" in tiny.cli("inspect", head, verifier).stdout
     result = folder / "eval.json"
     sizes = ("--dtype", "float32", "--max-len", "160", "--max-tokens", "48")
-    tiny.cli("eval", verifier, head, prompts_file, *sizes, "--engine", "-o", result)
+    tiny.cli("eval", verifier, head, "--data", prompts_file, *sizes, "--engine", "-o", result)
     got = json.loads(result.read_text())
     assert got["offline"]["selector_accuracy"] > 0
     assert got["disagreement"] is None
