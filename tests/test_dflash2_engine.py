@@ -120,7 +120,9 @@ def test_drafts_on_v2(where, verifier, drafter, prompts, folder) -> None:
         env={"VLLM_PLUGINS": ""} if where == "stock" else None,
         num_speculative_tokens=7,
     )
-    speculator = "vllm_dflash.serving.speculator_v2" if where == "ours" else "vllm.v1.worker.gpu"
+    speculator = (
+        "vllm_dflash.serving.worker.v2.speculator" if where == "ours" else "vllm.v1.worker.gpu"
+    )
     assert out["proposer"].startswith(speculator)
     assert out["proposer"].endswith(".DFlash2Speculator")
     model = "HeadDrafterModel" if where == "ours" else "DFlash2Qwen3ForCausalLM"
