@@ -182,8 +182,10 @@ def count_ops() -> dict[str, int]:
 
 
 class RecorderV2:
-    """The same for the V2 runner: drafts of vLLM's own ``propose``, features from our class around it, or, where
-    stock runs, from ``propose`` too."""
+    """The same for the V2 runner: drafts of vLLM's own ``propose``, features from our class around it.
+
+    Where stock runs, those come from ``propose``, too.
+    """
 
     def __init__(self) -> None:
         from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
