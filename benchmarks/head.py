@@ -1,150 +1,176 @@
-"""What DFlash 2's head is worth at equal training time: acceptance and speed with it and without, by seed.
+"""What DFlash 2's head is worth at equal training time: two trained drafters go on, with it and without.
 
-    python benchmarks/head.py VERIFIER -o RESULT.json [--minutes 5] [--seeds 3] [--conversations 500]
+    vllm-dflash train VERIFIER --data DATA --eval-data HELD -o RUN --cache-features RUN-features ...
+    python benchmarks/head.py VERIFIER RUN RUN-features --data DATA --eval-data HELD --traffic NAME -o FILE
 
-Two kinds of traffic: the demo's tickets, and functions of the Python standard library to write from their
-signature and docstring, read from the interpreter's own sources. The verifier answers all prompts once. Then
-each arm trains for as many steps as fit into the minutes, by the time that its own steps take, and serves the
-held-out prompts. Arms: no head; the head; the head with free codebooks (``--free``).
+The finished run of ``train`` is where every arm starts, and its responses and features are what all learn
+from, so that no engine is needed. Each arm takes as many steps as fit into ``--minutes`` of CPU time by the
+cost of its own steps, which are measured in turns. Then all held-out conversations are walked offline.
+
+A row is a seed: tau with the head and without, how often its selector is right where the logits alone are not
+(``selector_lift``), and what share of a training step the head is. The other arms: tables for codebooks
+(``free``), and the head with one half of it left as it starts.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
-import random
-import subprocess
-import sys
-import sysconfig
-import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from vllm_dflash.bench.report import write_json
+from vllm_dflash.checkpoint import load_weights, save_drafter
+from vllm_dflash.config import DrafterConfig
 from vllm_dflash.environment import describe_machine, versions
+from vllm_dflash.modeling.acceptance import Acceptance
+from vllm_dflash.training.config import Hyperparameters
+from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.feature_store import FeatureStore
+from vllm_dflash.training.learner import Learner, Sample, SharedHead
+from vllm_dflash.training.plan import content_key, epoch_steps
+from vllm_dflash.training.planning import with_head
+from vllm_dflash.training.responses import regenerate
+from vllm_dflash.verifier import Verifier
 
-ROOT = Path(__file__).parents[1]
-ARMS: dict[str, list[str]] = {
-    "without": [],
-    "with": ["--head", "dflash2"],
-    "free": ["--head", "dflash2", "--codebooks", "free"],
+#: What of the head each arm learns; None has no head.
+ARMS: dict[str, tuple[str, ...] | None] = {
+    "without": None,
+    "with": ("conv", "selector"),
+    "free": ("conv", "selector"),
+    "conv only": ("conv",),
+    "selector only": ("selector",),
 }
-#: Steps by which the time of one is measured.
-_PROBE_STEPS = 24
-_MODULES = "ast argparse calendar collections csv datetime difflib fractions functools heapq json "
-_MODULES += "logging random shutil statistics string tarfile textwrap typing urllib zipfile"
+#: Rounds by which steps are timed, and those before, which are not counted.
+_PROBES, _WARM = 16, 3
 
 
-def code_prompts(count: int, seed: int) -> list[dict[str, Any]]:
-    """Requests to write documented functions of the standard library."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [
-        file
-        for name in _MODULES.split()
-        for file in [folder / f"{name}.py", *sorted((folder / name).glob("*.py"))]
-        if file.is_file()
-    ]
-    asks = []
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
-            if isinstance(node, ast.FunctionDef) and doc and 40 < len(doc) < 600:
-                head = f'def {node.name}({ast.unparse(node.args)}):\n    """{doc}"""'
-                asks.append(f"Write this Python function:\n\n```python\n{head}\n```")
-    asks = sorted(set(asks))
-    if len(asks) < count:
-        raise SystemExit(f"the standard library here has {len(asks)} functions, {count} are wanted")
-    random.Random(seed).shuffle(asks)
-    return [{"source": "code", "messages": [{"role": "user", "content": a}]} for a in asks[:count]]
+class ConvOnly(Learner):
+    """Learns by the loss of a plain drafter."""
+
+    def _with_selector(self, loss, *args, **kwargs):
+        return loss
 
 
-def ticket_prompts(count: int, seed: int, folder: Path) -> list[dict[str, Any]]:
-    script = [sys.executable, str(ROOT / "demo" / "tickets.py"), str(folder)]
-    sizes = ["--train", str(count), "--heldout", "1", "--seed", str(seed)]
-    said = subprocess.run([*script, *sizes], check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in Path(said.split()[0]).read_text().splitlines()]
+class Traffic:
+    """A run's conversations with their features, and the drafter that it made."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        verifier = Verifier(args.verifier)
+        self.tokenizer = verifier.with_template(verifier.load_tokenizer())
+        self.config = DrafterConfig.from_pretrained(args.run)
+        self.start = load_weights(args.run, self.config)
+        tables = load_file(Path(args.verifier) / "model.safetensors")
+        self.embedding = tables["model.embed_tokens.weight"]
+        self.lm_head = tables.get("lm_head.weight", self.embedding)
+        (folder,) = (f.parent for f in args.features.glob("*/index.json"))
+        self.features = FeatureStore(2**40, folder)
+        log = args.run.with_name(f"{args.run.name}-run") / "responses.jsonl"
+        self.max_len = args.max_len
+        self.train = self._samples(args.data, log)
+        self.held = self._samples(args.eval_data, log.with_name("responses-heldout.jsonl"))
+
+    def _samples(self, data: str, log: Path) -> dict[str, Sample]:
+        with log.open() as lines:
+            fingerprint = json.loads(next(lines))["fingerprint"]
+        conversations, _ = load_conversations(data)
+        examples, _ = regenerate(
+            conversations,
+            self.tokenizer,
+            lambda requests: iter(()),  # what was not generated is left out
+            log,
+            fingerprint=fingerprint,
+            max_len=self.max_len,
+        )
+        out = {}
+        for example in examples:
+            key = content_key(example.token_ids)
+            if key in self.features:
+                rows, _ = self.features.get(key)
+                out[example.id] = Sample(example.id, example.token_ids, example.loss_mask, rows)
+        return out
+
+    def learner(self, arm: str, hparams: Hyperparameters, total_steps: int) -> Learner:
+        learned = ARMS[arm]
+        config = self.config if learned is None else with_head(self.config)
+        ids = self.start["d2t"] + torch.arange(len(self.start["d2t"]))
+        head = SharedHead(self.embedding, self.lm_head, ids, self.start.get("lm_head.weight"))
+        hparams = replace(hparams, codebooks="free" if arm == "free" else "factored")
+        make = ConvOnly if arm == "conv only" else Learner
+        learner = make(config, hparams, head, total_steps)
+        learner.load_drafter(self.start)
+        for name, parameter in learner.drafter.named_parameters():
+            left = "selector" if arm == "conv only" else "_conv." if arm == "selector only" else " "
+            if left in name:
+                parameter.requires_grad_(False)
+        return learner
 
 
-def answered(verifier: str, rows: list[dict[str, Any]], max_tokens: int, path: Path) -> Path:
-    """The rows with the verifier's greedy answers behind them, as a file; kept if it is there."""
-    if path.is_file():
-        return path
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(verifier, max_model_len=1024, enable_prefix_caching=True)
-    prompts = [[m for m in row["messages"] if m["role"] != "assistant"] for row in rows]
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    outputs = engine.chat(prompts, sampling)  # type: ignore[arg-type]
-    lines = []
-    for row, prompt, out in zip(rows, prompts, outputs, strict=True):
-        answer = {"role": "assistant", "content": out.outputs[0].text}
-        lines.append(json.dumps({**row, "messages": [*prompt, answer]}) + "\n")
-    path.write_text("".join(lines))
-    return path
+def steps_of(samples: dict[str, Sample], seed: int, count: int) -> list[list[Sample]]:
+    steps: list[tuple[str, ...]] = []
+    epoch = 0
+    while len(steps) < count:
+        steps += epoch_steps(list(samples), 1, seed, epoch)
+        epoch += 1
+    return [[samples[key] for key in step] for step in steps[:count]]
 
 
-def run(*args: str | Path) -> None:
-    subprocess.run([Path(sys.executable).with_name("vllm-dflash"), *map(str, args)], check=True)
+def timed(learner: Learner, step: int, samples: list[Sample]) -> float:
+    """CPU seconds of a step."""
+    begun = time.process_time()
+    learner.step(step, samples)
+    return time.process_time() - begun
 
 
-def step_seconds(summary: Path) -> float:
-    """Seconds of a training step, by a run's own account."""
-    said = json.loads((summary / "dflash_training.json").read_text())
-    return 60 * said["minutes"]["train"] / said["steps"]
+def step_seconds(learners: dict[str, Learner], samples: dict[str, Sample], seed: int):
+    """CPU seconds of the arms' steps over the same sequences, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in learners}
+    for step, some in enumerate(steps_of(samples, seed, _WARM + _PROBES)):
+        for name, learner in learners.items():
+            seconds[name].append(timed(learner, step, some))
+    return {name: median(times[_WARM:]) for name, times in seconds.items()}
 
 
-def train_and_serve(
-    verifier: str, arm: str, data: Path, held: Path, seed: int, minutes: float, folder: Path
+def accepted(learner: Learner, held: dict[str, Sample], dtype: torch.dtype) -> dict[str, Any]:
+    drafter, total = learner.serving_drafter(dtype), Acceptance()
+    for sample in held.values():
+        total.merge(learner.accept(drafter, sample, learner.num_draft_tokens, dtype))
+    keys = ("tau", "num_drafts", "unary_accuracy", "selector_accuracy", "selector_lift")
+    return {k: v for k, v in total.as_dict().items() if k in keys}
+
+
+def run_arm(
+    traffic: Traffic, arm: str, hparams: Hyperparameters, steps: int, export: Path | None
 ) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    common: list[str | Path] = [verifier, "--data", data, "--on-policy"]
-    recipe = [
-        "--num-layers",
-        "2",
-        "--block-size",
-        "8",
-        "--draft-vocab",
-        "8192",
-        "--max-len",
-        "1024",
-    ]
-    recipe += ["--num-anchors", "32", "--lr", "2e-3", "--seed", str(seed), *ARMS[arm]]
-    train = ["train", *common, "--eval-data", held, *recipe]
-    cache = ["--cache-features", data.with_suffix(".features")]
-    run(*train, *cache, "-o", folder / "probe", "--max-steps", str(_PROBE_STEPS))
-    seconds = step_seconds(folder / "probe")
-    steps = max(1, round(60 * minutes / seconds))
-    run(*train, *cache, "-o", folder / "drafter", "--max-steps", str(steps))
-    result = folder / "eval.json"
-    served = ["--engine", "--concurrency", "1", "--max-len", "1024", "-o", result]
-    run("eval", verifier, folder / "drafter", held, "--on-policy", *served)
-    got = json.loads(result.read_text())
-    return {
-        "steps": steps,
-        "step_seconds": seconds,
-        "tau_offline": got["offline"]["tau"],
-        "tau": got["engine"]["tau"],
-        "tokens_per_s": got["engine"]["output_tokens_per_s"],
-        "selector_lift": got["offline"].get("selector_lift"),
-        "selector_accuracy": got["offline"].get("selector_accuracy"),
-    }
+    learner = traffic.learner(arm, hparams, steps)
+    seconds = sum(
+        timed(learner, step, some)
+        for step, some in enumerate(steps_of(traffic.train, hparams.seed, steps))
+    )
+    found = accepted(learner, traffic.held, torch.bfloat16)
+    if export is not None:
+        tensors: dict[str, Tensor] = learner.head.checkpoint_tensors() | learner.weights()
+        save_drafter(export, learner.config, tensors)
+    return {"steps": steps, "cpu_seconds": seconds, **found}
 
 
-def row_of(traffic: str, seed: int, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one traffic and seed; shares are of a step with the head."""
-    without, with_head = arms["without"], arms["with"]
-    # Tokens of a second are verify steps of a second times tau.
-    serving = [arm["tokens_per_s"] / arm["tau"] for arm in (without, with_head)]
+def row_of(name: str, seed: int, arms: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The figures of one traffic and seed."""
     return {
-        "traffic": traffic,
+        "traffic": name,
         "seed": seed,
-        "tau_without": without["tau"],
-        "tau_with": with_head["tau"],
-        "selector_lift": with_head["selector_lift"],
-        "serving_share": 1 - serving[1] / serving[0],
-        "training_share": 1 - without["step_seconds"] / with_head["step_seconds"],
-        "speed_ratio": with_head["tokens_per_s"] / without["tokens_per_s"],
+        "tau_without": arms["without"]["tau"],
+        "tau_with": arms["with"]["tau"],
+        "selector_lift": arms["with"]["selector_lift"],
+        "training_share": 1 - seconds["without"] / seconds["with"],
+        "step_seconds": seconds,
         "arms": arms,
     }
 
@@ -152,50 +178,51 @@ def row_of(traffic: str, seed: int, arms: dict[str, dict[str, Any]]) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("verifier")
+    parser.add_argument("run", type=Path, help="Output of the run to go on from.")
+    parser.add_argument("features", type=Path, help="What it was given as --cache-features.")
+    parser.add_argument("--data", required=True, help="As that run's.")
+    parser.add_argument("--eval-data", required=True, help="As that run's.")
+    parser.add_argument("--max-len", type=int, default=1024, help="As that run's.")
+    parser.add_argument("--traffic", required=True, help="Its name in the rows.")
     parser.add_argument(
-        "--traffic", nargs="+", choices=("tickets", "code"), default=["tickets", "code"]
+        "--minutes", type=float, default=2.5, help="Of CPU time, each arm and seed."
     )
-    parser.add_argument("--conversations", type=int, default=500)
-    parser.add_argument("--held-out", type=int, default=40)
-    parser.add_argument("--minutes", type=float, default=5, help="Of training, each arm and seed.")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--free", action="store_true", help="Also train with free codebooks.")
-    parser.add_argument("--work", type=Path, help="Keeps answers, features and drafters.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--num-anchors", type=int, default=32)
+    parser.add_argument("--arms", nargs="+", default=["without", "with"], choices=ARMS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", type=Path, help="Folder for the drafters that come out.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    work = args.work or Path(tempfile.mkdtemp(prefix="vllm-dflash-head-"))
-    names = [name for name in ARMS if name != "free" or args.free]
-    rows = []
-    for traffic in args.traffic:
-        folder = work / traffic
-        folder.mkdir(parents=True, exist_ok=True)
-        count = args.conversations + args.held_out
-        prompts = code_prompts(count, 0) if traffic == "code" else ticket_prompts(count, 0, folder)
-        all_rows = answered(args.verifier, prompts, args.max_tokens, folder / "answered.jsonl")
-        lines = all_rows.read_text().splitlines(keepends=True)
-        data, held = folder / "data.jsonl", folder / "held.jsonl"
-        data.write_text("".join(lines[: args.conversations]))
-        held.write_text("".join(lines[args.conversations :]))
-        for seed in range(args.seeds):
-            arms = {
-                name: train_and_serve(
-                    args.verifier, name, data, held, seed, args.minutes, folder / f"{name}-{seed}"
-                )
-                for name in names
-            }
-            rows.append(row_of(traffic, seed, arms))
-            write_json(
-                args.output,
-                {
-                    "verifier": Path(args.verifier).name,
-                    "minutes": args.minutes,
-                    "conversations": args.conversations,
-                    "machine": describe_machine(),
-                    "versions": versions(),
-                    "rows": rows,
-                },
-            )
+    torch.set_num_threads(args.threads)
+    traffic = Traffic(args)
+    report: dict[str, Any] = {
+        "verifier": Path(args.verifier).name,
+        "minutes": args.minutes,
+        "threads": args.threads,
+        "conversations": len(traffic.train),
+        "held_out": len(traffic.held),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "rows": [],
+    }
+    for seed in args.seeds:
+        hparams = Hyperparameters(lr=args.lr, num_anchors=args.num_anchors, seed=seed)
+        learners = {arm: traffic.learner(arm, hparams, _PROBES) for arm in args.arms}
+        if not report["rows"]:
+            found = accepted(learners[args.arms[0]], traffic.held, torch.bfloat16)
+            report["tau_at_start"] = found["tau"]
+        seconds = step_seconds(learners, traffic.train, seed)
+        del learners
+        arms = {}
+        for arm in args.arms:
+            steps = max(1, round(60 * args.minutes / seconds[arm]))
+            export = args.export / f"{arm.replace(' ', '-')}-{seed}" if args.export else None
+            arms[arm] = run_arm(traffic, arm, hparams, steps, export)
+            print(args.traffic, seed, arm, arms[arm], flush=True)
+        report["rows"].append(row_of(args.traffic, seed, arms, seconds))
+        write_json(report, args.output)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_drafts_under_torch_compile_with_narrower_blocks(
     out = drafted(
         verifier,
         drafter,
-        prompts[:6],
+        prompts[:5],
         folder,
         engine={"enforce_eager": False},
         num_speculative_tokens_per_batch_size=table,
