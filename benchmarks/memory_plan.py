@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from fake_peak import fake_peak
-from plan_shapes import SHAPES, Shape
-
+from helpers.fake_peak import fake_peak
+from helpers.plan_shapes import SHAPES, Shape
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.training.config import EngineOptions, Hyperparameters
 from vllm_dflash.training.memory import GIB, card_bytes, learner_memory

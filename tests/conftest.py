@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from refusal import Refused
-from trained import ARGS, Trained, cached, load
+
+pytest.register_assert_rewrite("helpers")
+
+from helpers import tiny  # noqa: E402
+from helpers.refusal import Refused  # noqa: E402
+from helpers.trained import ARGS, Trained, cached, load  # noqa: E402
 
 # The tests share their cores with the engines they start.
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ has stay. Uses the checkout's tests/.
 vLLM imports torchvision for Qwen3.5, which beside a CPU torch takes a detour:
 
     pip install --no-deps --target TV torchvision==0.28.0
-    PYTHONPATH=tests/torchvision_on_cpu:TV python tools/architectures.py
+    PYTHONPATH=tests/helpers/torchvision_on_cpu:TV python tools/architectures.py
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from vllm_dflash.environment import describe_machine, versions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import tiny  # noqa: E402
-import verifiers  # noqa: E402
+from helpers import tiny, verifiers  # noqa: E402
 
 
 def row_of(model_type: str, base: Path, prompts_file: Path, prompts: list[list[int]]) -> dict:
@@ -101,7 +100,7 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_types", nargs="*", help="default: all of tests/verifiers.py")
+    parser.add_argument("model_types", nargs="*", help="default: all of tests/helpers/verifiers.py")
     parser.add_argument("--jobs", type=int, default=2, help="architectures at a time")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--docs", type=Path)

@@ -2,9 +2,9 @@
 
     python tools/versions.py [VERSION ...] [--source-only] [-o FILE] [--changelog CHANGELOG.md]
 
-By source: what we rely on (tests/contract.py), and what of it is not as in the installed vLLM. By running,
-where there is a CPU wheel: an environment of its own with the plugin's wheel, in which chosen tests of this
-checkout run. With ``--changelog`` the table between that file's markers is replaced. Exits with 1 if
+By source: what we rely on (tests/helpers/contract.py), and what of it is not as in the installed vLLM. By
+running, where there is a CPU wheel: an environment of its own with the plugin's wheel, in which chosen tests
+of this checkout run. With ``--changelog`` the table between that file's markers is replaced. Exits with 1 if
 a supported version fails anything. Needs pip and its registry; about 10 minutes a CPU wheel on two cores.
 """
 
@@ -33,34 +33,33 @@ from vllm_dflash.bench.report import markdown_table, replace_between_markers, wr
 from vllm_dflash.environment import describe_machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/install")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-import installs  # noqa: E402
-import vllm_versions  # noqa: E402
-from contract import Contract  # noqa: E402
-from vllm_source import Source  # noqa: E402
+from helpers import installs, vllm_versions  # noqa: E402
+from helpers.contract import Contract  # noqa: E402
+from helpers.vllm_source import Source  # noqa: E402
 
-#: What is run: a column of the table and its tests.
+#: What is run: a column of the table and its tests, in tests/.
 RUN = {
-    "greedy output": ("test_lossless.py::test_greedy_output_is_the_verifiers",),
+    "greedy output": ("engine/test_lossless.py::test_greedy_output_is_the_verifiers",),
     "sampling": (
-        "test_lossless.py::test_sampled_output_has_the_verifiers_distribution[greedy-1.0-0]",
+        "engine/test_lossless.py::test_sampled_output_has_the_verifiers_distribution[greedy-1.0-0]",
     ),
-    "drafts": ("test_parity.py::test_drafts_equal_pytorch_and_stock_vllm",),
-    "mixed layers": ("test_parity.py::test_drafts_of_other_shapes[mixed]",),
-    "speculators": ("test_parity.py::test_drafts_of_a_converted_checkpoint[ours]",),
-    "tapped": ("test_verifiers.py::test_features_and_output[glm4]",),
-    "hybrid": ("test_verifiers.py::test_features_and_output[qwen3_next]",),
+    "drafts": ("engine/test_parity.py::test_drafts_equal_pytorch_and_stock_vllm",),
+    "mixed layers": ("engine/test_parity.py::test_drafts_of_other_shapes[mixed]",),
+    "speculators": ("engine/test_parity.py::test_drafts_of_a_converted_checkpoint[ours]",),
+    "tapped": ("engine/test_verifiers.py::test_features_and_output[glm4]",),
+    "hybrid": ("engine/test_verifiers.py::test_features_and_output[qwen3_next]",),
     "training": (
-        "test_train_engine.py::test_features_equal_hugging_face[chunked]",
-        "test_train_engine.py::test_train_leaves_drafter_and_run_folder",
+        "engine/test_train_engine.py::test_features_equal_hugging_face[chunked]",
+        "engine/test_train_engine.py::test_train_leaves_drafter_and_run_folder",
     ),
     "server": (
-        "test_plugin_engine.py::test_metrics_of_a_running_server",
-        "test_plugin_engine.py::test_other_methods_are_untouched[ngram]",
-        "test_seams.py",
+        "engine/test_plugin_engine.py::test_metrics_of_a_running_server",
+        "engine/test_plugin_engine.py::test_other_methods_are_untouched[ngram]",
+        "unit/serving/test_seams.py",
     ),
-    "V2 runner": ("test_v2_runner.py::test_drafts_and_outputs[full-True-engine0]",),
+    "V2 runner": ("engine/test_v2_runner.py::test_drafts_and_outputs[full-True-engine0]",),
 }
 
 
@@ -130,7 +129,7 @@ def by_column(results: ElementTree.ElementTree) -> dict[str, dict[str, Any]]:
     """JUnit's test cases under the columns of ``RUN``; RuntimeError where one has none."""
     out: dict[str, dict[str, Any]] = {c: {"passed": 0, "failed": {}} for c in RUN}
     for case in results.iter("testcase"):
-        file = case.get("classname", "").rpartition(".")[2] + ".py"
+        file = case.get("classname", "").removeprefix("tests.").replace(".", "/") + ".py"
         name = f"{file}::{case.get('name')}"
         column = next(
             c

@@ -32,10 +32,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/install")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-import installs  # noqa: E402
-
+from helpers import installs  # noqa: E402
 from vllm_dflash.ops import build  # noqa: E402
 
 #: Libraries that come with torch, not with the wheel.
@@ -138,8 +137,7 @@ def check_fresh_install(python: Path, scratch: Path) -> None:
 
 def check_server(python: Path, scratch: Path) -> None:
     """A server in the fresh environment answers one request with drafts."""
-    import api_server
-    import tiny
+    from helpers import api_server, tiny
 
     os.environ.pop("PYTHONPATH", None)  # the server is to see the wheel's package
     models = scratch / "models"

@@ -124,7 +124,7 @@ def serve(config: dict[str, Any]) -> None:
 def start(config: dict[str, Any]) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
     """The engine, what is to be said of it, and the list that drafts will be put into."""
     if config["interpreted"]:
-        import interpreted_v2
+        from helpers import interpreted_v2
 
         interpreted_v2.install()
     began = time.perf_counter()
@@ -133,7 +133,7 @@ def start(config: dict[str, Any]) -> tuple[Any, dict[str, Any], list[dict[str, A
     from vllm.v1.engine.llm_engine import LLMEngine
 
     load_general_plugins()
-    import engine_jobs
+    from helpers import engine_jobs
 
     if config["interpreted"]:
         engine_jobs.schedule_asynchronously()

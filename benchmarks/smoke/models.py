@@ -92,7 +92,7 @@ def make_drafter(path: Path, verifier: Path) -> Path:
     """
     if path.exists():
         return path
-    import tiny
+    from helpers import tiny
 
     tiny.make_drafter(path, verifier, draft_block_size=TINY_DRAFT + 1)
     file = path / "model.safetensors"

@@ -15,8 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import tiny
-
+from helpers import tiny
 from smoke.rows import Context, last_line, need
 from vllm_dflash.environment import gpu_memory
 

@@ -1,5 +1,5 @@
 // Where the kernels meet torch: the device, the stream, the launch and its error. The emulation of the tests
-// (tests/cuda_emulation) puts its own launcher here, so that everything above it is the code that ships.
+// (tests/helpers/cuda_emulation) puts its own launcher here: everything above it is the code that ships.
 #pragma once
 
 #include "../checks.h"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import installs
 import pytest
+
+from helpers import installs
 
 
 @pytest.fixture

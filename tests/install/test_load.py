@@ -6,9 +6,10 @@ import json
 import shutil
 import sys
 
-import installs
 import pytest
 import torch
+
+from helpers import installs
 
 NO_GPU_TORCH = torch.version.cuda is None and torch.version.hip is None
 #: A torch with CUDA as far as the loader can tell; its CUDA kernels cannot be loaded.

@@ -11,10 +11,11 @@ import venv
 import zipfile
 from pathlib import Path
 
-import installs
 import pytest
 import torch
-from installs import ROOT
+
+from helpers import installs
+from helpers.installs import ROOT
 
 CPP, CUDA = "vllm_dflash/_C.abi3.so", "vllm_dflash/_C_cuda.abi3.so"
 

@@ -3,7 +3,7 @@
 One row each: what it is, what of it is relied on, what takes its place, why, where it runs, who knows it
 upstream, and when the row can go. :mod:`vllm_dflash.serving.patching` puts them in place, ``vllm-dflash env``
 shows their state, docs/dev/seams.md is made from them (``python -m vllm_dflash.serving.seams``), and
-tests/contract.py looks for them in the source of every supported vLLM. Nothing is imported here.
+tests/helpers/contract.py looks for them in the source of every supported vLLM. Nothing is imported here.
 """
 
 from __future__ import annotations

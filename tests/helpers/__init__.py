@@ -1,0 +1,1 @@
+"""What tests share; `tests` is on the path (pyproject.toml)."""
