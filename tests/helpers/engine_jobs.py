@@ -459,9 +459,9 @@ def main(job_file: str, out_file: str) -> None:
     for one in job["runs"]:
         if recorder is not None:
             recorder.recording = True
-            limit = one["params"]["max_tokens"]
+            asked, name = zip(one["prompts"], one["params"], strict=True), one["name"]
             recorder.features.watch(
-                {f"{one['name']}:{i}": len(p) + limit for i, p in enumerate(one["prompts"])}
+                {f"{name}:{i}": len(p) + how["max_tokens"] for i, (p, how) in enumerate(asked)}
             )
         restore = None
         if one.get("sampler") == "accept_all":

@@ -25,7 +25,7 @@ def drafted(
     env=None,
     engine=None,
     runner="v1",
-    max_tokens=MAX_TOKENS,
+    max_tokens: int | list[int] = MAX_TOKENS,
     random_lengths=False,
     features=True,
     job=None,
@@ -35,7 +35,11 @@ def drafted(
 
     Drafts all it can each step, unless ``random_lengths``: then it drafts for some requests, sometimes for
     none, and any number of tokens. An engine that could not be built gives its ``error``.
+
+    Args:
+        max_tokens: of all requests, or of each.
     """
+    limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
     if (env or {}).get("VLLM_PLUGINS") != "":
         speculative = {
             "dflash_draft_length": "auto" if random_lengths else "fixed",
@@ -60,7 +64,9 @@ def drafted(
             {
                 "name": "run",
                 "prompts": prompts,
-                "params": {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True},
+                "params": [
+                    {"temperature": 0.0, "max_tokens": n, "ignore_eos": True} for n in limits
+                ],
                 "concurrency": 4,
             }
         ],
