@@ -362,7 +362,7 @@ class Learner:
         right is what the selector takes, as that is what is served."""
         ids = [s.token_ids[p] for s, group in zip(samples, anchors, strict=True) for p in group]
         anchors_A = torch.tensor(ids, device=labels_AK.device)
-        ce_AK, right_AK = selector_loss(
+        ce_AK, found_AK, right_AK = selector_loss(
             self.drafter,
             self.head,
             hidden_AKH,
@@ -372,8 +372,10 @@ class Learner:
             loss.candidates_AKC,
         )
         hp = self.hparams
+        # Behind a label that cannot be taken nothing is accepted.
+        certainty_AK = torch.where(found_AK, ce_AK.detach(), torch.inf)
         weights_AK = position_weights(
-            ce_AK.detach(), valid_AK, kind=hp.loss_kind, gamma=self.gamma, alpha=hp.alpha
+            certainty_AK, valid_AK, kind=hp.loss_kind, gamma=self.gamma, alpha=hp.alpha
         )
         return loss._replace(
             total=loss.total + (ce_AK * weights_AK).sum(),

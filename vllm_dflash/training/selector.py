@@ -30,11 +30,13 @@ class SelectorLoss(NamedTuple):
     """Of the positions of a part of a step.
 
     Attributes:
-        ce_AK: cross entropy over the candidates, 0 where invalid. It has a gradient.
+        ce_AK: cross entropy over the candidates, 0 where there is nothing to learn. It has a gradient.
+        found_AK: bool, where a valid position's label is a candidate.
         right_AK: bool, where the selector takes a valid position's label behind the right token.
     """
 
     ce_AK: Tensor
+    found_AK: Tensor
     right_AK: Tensor
 
 
@@ -49,8 +51,9 @@ def selector_loss(
 ) -> SelectorLoss:
     """Cross entropy over each position's candidates, behind the right token of the position before.
 
-    A label that is no candidate takes the place of the last one, so that there is one to learn; then nothing
-    counts as right.
+    A position whose label is no candidate teaches nothing. Public trainers put the label in the place of the
+    last candidate, which teaches to prefer unlikely ones: where a drafter finds few labels, its first
+    position then drafts worse than by the logits alone.
 
     Args:
         hidden_AKH: the drafter's final hidden states, which learn too.
@@ -60,10 +63,8 @@ def selector_loss(
     """
     labels_AK = torch.where(valid_AK, labels_AK, 0)
     there_AKC = candidates_AKC == labels_AK.unsqueeze(-1)
-    found_AK = there_AKC.any(-1)
-    last = torch.where(found_AK, candidates_AKC[..., -1], labels_AK).unsqueeze(-1)
-    candidates_AKC = torch.cat((candidates_AKC[..., :-1], last), dim=-1)
-    places_AK = torch.where(found_AK, there_AKC.long().argmax(-1), candidates_AKC.shape[-1] - 1)
+    found_AK = there_AKC.any(-1) & valid_AK
+    places_AK = there_AKC.long().argmax(-1)
     before_AK = torch.cat((anchors_A.unsqueeze(1), head.tokens(labels_AK[:, :-1])), dim=1)
 
     def part(hidden: Tensor, before: Tensor, candidates: Tensor, places: Tensor) -> Tensor:
@@ -86,9 +87,9 @@ def selector_loss(
                 for parts in zip(*(t.split(step) for t in tensors), strict=True)
             ]
         )
-    right = torch.cat(right_AK[: -(-len(hidden_AKH) // step)]) & found_AK & valid_AK
+    right = torch.cat(right_AK[: -(-len(hidden_AKH) // step)]) & found_AK
     # What is invalid may be not finite, and 0 times that is no 0.
-    return SelectorLoss(torch.where(valid_AK, ce_AK, 0), right)
+    return SelectorLoss(torch.where(found_AK, ce_AK, 0), found_AK, right)
 
 
 def candidate_scores(
