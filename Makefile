@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: setup demo test test-fast test-long test-all test-install test-versions versions rehearse
+.PHONY: setup demo test test-fast test-long test-all test-install test-versions test-upstream test-newest
+.PHONY: versions rehearse
 .PHONY: lint docs wheels clean
 
 setup: $(VENV)/.built
@@ -54,7 +55,15 @@ test-install: setup
 
 # What we rely on, in the source of every supported vLLM; pip fetches them once into the user's cache.
 test-versions: setup
-	$(BIN)/python -m pytest -m slow tests/versions
+	$(BIN)/python -m pytest -m slow tests/versions/test_contract.py
+
+# The patches of upstream/: they apply to that vLLM's sources, and their own tests need them.
+test-upstream: setup
+	$(BIN)/python -m pytest tests/versions/test_upstream.py tests/versions/test_upstream_engines.py
+
+# The newest vLLM, run although it has no CPU wheel: its Python sources over the installed kernels (half an hour).
+test-newest: setup
+	$(BIN)/python -m pytest -m slow tests/versions/test_newest_vllm.py
 
 # What benchmarks/gpu_smoke.py does on a GPU, tiny and on the CPU: that it reaches its end.
 rehearse: setup

@@ -3,9 +3,11 @@
     python tools/versions.py [VERSION ...] [--source-only] [-o FILE] [--changelog CHANGELOG.md]
 
 By source: what we rely on (tests/helpers/contract.py), and what of it is not as in the installed vLLM. By
-running, where there is a CPU wheel: an environment of its own with the plugin's wheel, in which chosen tests
-of this checkout run. With ``--changelog`` the table between that file's markers is replaced. Exits with 1 if
-a supported version fails anything. Needs pip and its registry; about 10 minutes a CPU wheel on two cores.
+running chosen tests of this checkout: where there is a CPU wheel, in an environment of its own with the
+plugin's wheel; else with the version's Python sources over the installed vLLM's kernels
+(tests/helpers/vllm_overlay.py). With ``--changelog`` the table between that file's markers is replaced. Exits
+with 1 if a supported version fails anything. Needs pip and its registry; about 10 minutes a version on two
+cores.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Iterable
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from vllm_dflash.environment import describe_machine, versions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import installs, vllm_versions  # noqa: E402
+from helpers import installs, vllm_overlay, vllm_versions  # noqa: E402
 from helpers.contract import Contract  # noqa: E402
 from helpers.vllm_source import Source  # noqa: E402
 
@@ -106,34 +109,63 @@ class Environment:
         found = {d["name"]: d["version"] for d in json.loads(self.pip("list", "--format", "json"))}
         return {name: found[name] for name in ("torch", "transformers", "triton", "vllm-dflash")}
 
-    def run(self) -> dict[str, dict[str, Any]]:
+    def variables(self) -> dict[str, str]:
+        """For the tests' processes."""
+        return {}
+
+    def run(self, columns: Iterable[str] = RUN) -> dict[str, dict[str, Any]]:
         """The tests by column: how many passed, and what each failure said."""
-        ids = [f"{ROOT}/tests/{i}" for tests in RUN.values() for i in tests]
+        ids = [f"{ROOT}/tests/{i}" for column in columns for i in RUN[column]]
         results = self.folder / "results.xml"
         # Not by `python -m` and not in the checkout: what is imported is the wheel that was installed.
         command = [self.python.with_name("pytest"), "-q", "-p", "no:cacheprovider"]
         command += ["-c", ROOT / "pyproject.toml", f"--basetemp={self.folder / 'tests'}"]
         done = subprocess.run(
             [*map(str, command), f"--junitxml={results}", *ids], cwd=self.folder, text=True,
-            env=installs.environment(OMP_NUM_THREADS="1"), capture_output=True,
+            env=installs.environment(OMP_NUM_THREADS="1", **self.variables()), capture_output=True,
         )  # fmt: skip
         (self.folder / "pytest.log").write_text(done.stdout + done.stderr)
         if done.returncode not in (0, 1):
             raise RuntimeError(
                 f"pytest on {self.version}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
             )
-        return by_column(ElementTree.parse(results))
+        return by_column(ElementTree.parse(results), columns)
 
 
-def by_column(results: ElementTree.ElementTree) -> dict[str, dict[str, Any]]:
-    """JUnit's test cases under the columns of ``RUN``; RuntimeError where one has none."""
-    out: dict[str, dict[str, Any]] = {c: {"passed": 0, "failed": {}} for c in RUN}
+class Overlay(Environment):
+    """This environment and checkout, with a version's Python sources over the installed vLLM's kernels."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        super().__init__(folder, version)
+        self.python = Path(sys.executable)
+
+    def make(self) -> None:
+        vllm_overlay.overlay(self.version, self.folder / "site")
+
+    def variables(self) -> dict[str, str]:
+        return {"PYTHONPATH": vllm_overlay.python_path(self.folder / "site")}
+
+    def imported(self) -> str:
+        """The version that a process of the tests imports."""
+        command = [str(self.python), "-c", "import vllm; print(vllm.__version__)"]
+        env = installs.environment(**self.variables())
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+
+def by_column(
+    results: ElementTree.ElementTree, columns: Iterable[str] = RUN
+) -> dict[str, dict[str, Any]]:
+    """JUnit's test cases under columns of ``RUN``; RuntimeError where one has none."""
+    out: dict[str, dict[str, Any]] = {c: {"passed": 0, "failed": {}} for c in columns}
     for case in results.iter("testcase"):
         file = case.get("classname", "").removeprefix("tests.").replace(".", "/") + ".py"
         name = f"{file}::{case.get('name')}"
         column = next(
             c
-            for c, tests in RUN.items()
+            for c in columns
+            for tests in (RUN[c],)
             if any(t in (file, name, name.partition("[")[0]) for t in tests)
         )
         bad = [n for kind in ("failure", "error", "skipped") for n in case.findall(kind)]
@@ -159,8 +191,9 @@ def row_of(version: str, contract: Contract, scratch: Path | None) -> dict[str, 
         "problems": contract.problems(source),
         "changes": contract.changes(source),
     }
-    if scratch is not None and row["cpu_wheel"]:
-        environment = Environment(scratch / version, version)
+    if scratch is not None:
+        kind = Environment if row["cpu_wheel"] else Overlay
+        environment = kind(scratch / version, version)
         environment.folder.mkdir(parents=True, exist_ok=True)
         try:
             environment.make()
@@ -185,7 +218,8 @@ def document(result: dict[str, Any]) -> str:
     where = (
         f'The newest vLLM is {result["newest"]}. "By source": of what we rely on in vLLM {have["vllm"]}. The '
         f"other columns ran on a CPU ({cpu}, Python {have['python']}), the V2 runner with its Triton kernels "
-        "interpreted."
+        "interpreted. A version without a CPU wheel ran as its Python sources over the kernels, torch and "
+        f"transformers of {have['vllm']}."
     )
     return f"{where}\n\n{table(result['rows'])}"
 

@@ -437,6 +437,7 @@ def env() -> None:
     from vllm_dflash.ops.load import describe_ops
     from vllm_dflash.options import plugin_disabled
     from vllm_dflash.serving.patching import probe
+    from vllm_dflash.serving.upstream import describe_patches
 
     table = _facts()
     for name, value in (versions() | describe_machine() | describe_ops()).items():
@@ -444,7 +445,7 @@ def env() -> None:
     plugins = os.environ.get("VLLM_PLUGINS")
     table.add_row("VLLM_PLUGINS", plugins if plugins is not None else "unset (all plugins)")
     table.add_row("plugin", "switched off" if plugin_disabled() else "on")
-    for name, state in probe().items():
+    for name, state in (describe_patches() | probe()).items():
         table.add_row(name, state)
     Console().print(table)
 

@@ -54,7 +54,7 @@ class Seam:
             where the attribute is replaced. A class stands for itself.
         where: process and runner.
         why: what is not as wanted without.
-        upstream: issue or pull request of vLLM, or a file in docs/dev/upstream.
+        upstream: issue or pull request of vLLM, a patch in upstream, or a file in docs/dev/upstream.
         until: when the row can go.
         when: how it gets there.
     """
@@ -92,7 +92,7 @@ _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
 _MAMBA = "vllm.model_executor.layers.mamba"
 _REJECTION = "vllm.v1.sample.rejection_sampler"
-_HYBRIDS = "docs/dev/upstream/hybrids-on-a-cpu.md"
+_HYBRIDS = "upstream/mamba2-spec-cpu.patch"
 _RUNNER_V1, _OBSERVED = (
     f"{_OURS}worker.v1.model_runner:drafting_runner",
     f"{_OURS}worker.v2.speculator:observed",
@@ -127,7 +127,7 @@ SEAMS = (
     *_seams("vllm.config.vllm:VllmConfig.", "_dflash_needs_multi_kv_group(self)",
         f"{_OURS}support:not_of_ours", "all processes",
         "vLLM refuses drafters with sliding and full layers on the V1 runner; our proposer serves them there",
-        "vLLM issue 50710, PR 47914 (V2 only)", V1_GONE),
+        "vLLM issue 50710, upstream/dflash-mixed-v1.patch", V1_GONE),
     *_seams("vllm.config.vllm:VllmConfig.", "_is_dflash_candidate_draft(self)",
         f"{_OURS}support:not_of_ours", "all processes",
         "vLLM refuses drafters with a candidate head on the V1 runner; our proposer walks the selector there",
@@ -153,7 +153,8 @@ SEAMS = (
         f"{_OURS}draft_limits:limiting", ENGINE_CORE,
         "no draft token is verified where it would change what a request says, nor beyond the drafter's "
         "positions, nor while training records",
-        "docs/dev/upstream/min-tokens.md, seed-and-drafts.md, logprob-token-ids.md",
+        "upstream/min-tokens-bonus.patch, upstream/logprob-token-ids.patch, "
+        "docs/dev/upstream/seed-and-drafts.md",
         "what is for faults: when those are mended", "class"),
     *_seams(_SCHEDULER, "schedule; _update_after_schedule(scheduler_output); "
         "update_from_output(scheduler_output, model_runner_output); update_draft_token_ids(draft_token_ids)",
@@ -227,32 +228,32 @@ SEAMS = (
         "draft tokens take along where they come from", NO_HOOK, V1_GONE, "class"),
     *_seams(_V1, "_sample; _bookkeeping_sync", _RUNNER_V1, WORKER_V1_CPU,
         "a seed and a prompt in chunks end the engine",
-        "docs/dev/upstream/seeded-chunks.md", MENDED, "class"),
+        "upstream/seeded-chunks.patch", MENDED, "class"),
     *_seams(f"{_REJECTION}:RejectionSampler.",
         "forward(metadata, draft_probs, logits, sampling_metadata); _get_logprobs_tensors",
         f"{_OURS}worker.v1.sampler:Sampler", WORKER_V1,
         "logprob_token_ids is lost beside drafts, or ends the engine",
-        "docs/dev/upstream/logprob-token-ids.md", MENDED, "class"),
+        "upstream/logprob-token-ids.patch", MENDED, "class"),
     *_seams("vllm.v1.sample.sampler:Sampler.", "gather_logprobs(logprobs, num_logprobs, token_ids)",
         f"{_OURS}worker.v1.sampler:Sampler", WORKER_V1,
         "those of each position, while the rejection sampler gathers",
-        "docs/dev/upstream/logprob-token-ids.md", MENDED, "object"),
+        "upstream/logprob-token-ids.patch", MENDED, "object"),
     *_seams("vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.",
         "sync_batch(batch_update); update_state(output_token_ids, spec_token_ids); "
         "apply_to_logits(logits, predict_bonus_token, spec_token_ids); "
         "_find_last_sequence_index(target_list, token_ids)",
         f"{_OURS}worker.v1.thinking_budget:ThinkingBudgets", WORKER_V1,
         "thinking_token_budget is missed beside drafts, and forces tokens in other requests",
-        "docs/dev/upstream/thinking-budget.md", MENDED, "class"),
+        "upstream/thinking-budget-drafts.patch", MENDED, "class"),
     *_seams(f"{_REJECTION}:", "apply_sampling_constraints(logits)",
         f"{_OURS}worker.cpu_sampling:wrap_apply_sampling_constraints", WORKER_V1_CPU,
         "top-k of a batch without draft tokens takes the maximum of nothing and ends the engine",
-        NONE, MENDED, "cpu"),
+        "upstream/rejection-sampler-no-drafts.patch", MENDED, "cpu"),
     *_seams(f"{_REJECTION}:",
         "expand_batch_to_tokens(x, cu_num_tokens, num_tokens, replace_from, replace_to)",
         f"{_OURS}worker.cpu_sampling:wrap_expand_batch_to_tokens", WORKER_V1_CPU,
         "it never writes its result there: temperature, top-k and top-p of draft rows are chance",
-        "vLLM issue 55005", MENDED, "cpu"),
+        "vLLM issue 55005, upstream/cpu-expand-kernel.patch", MENDED, "cpu"),
     *_seams(f"{_MAMBA}.mamba_mixer2:", "causal_conv1d_update(x, conv_state, weight, bias, activation, "
         "conv_state_indices, num_accepted_tokens, query_start_loc)",
         f"{_OURS}worker.cpu_recurrent:wrap_causal_conv1d_update", WORKER_CPU,
@@ -263,7 +264,7 @@ SEAMS = (
     *_seams(f"{_MAMBA}.ops.cpu.gdn_attention:", "_spec_forward",
         f"{_OURS}worker.cpu_recurrent:wrap_spec_forward", WORKER_CPU,
         "GDN layers misplace the convolution's tokens in steps of fewer than 1 + K",
-        f"{NONE}; vLLM PR 46090 brought them", MENDED, "cpu hybrid"),
+        *_IN_033, "cpu hybrid"),
     # ---- V2 runner ----
     *_seams("vllm.v1.worker.gpu.model_runner:", "init_speculator(vllm_config, device)",
         f"{_OURS}worker.v2.speculator:wrap_init_speculator", WORKER_V2,
