@@ -37,10 +37,12 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: setup
 	$(PYTEST) -m "not slow and not long"
 
-# The loop of somebody who edits: what starts no engine, compiles and emulates no kernel, runs no commands by the hundred.
-FAST := --ignore=tests/install --ignore=tests/unit/ops --ignore=tests/unit/commands/test_bad_values.py
+# The loop of somebody who edits: no engine, no kernel compiled or emulated, no commands by the hundred, no processes of
+# several ranks, no other vLLM's source, no import of the speculators package.
+FAST := $(addprefix --ignore=tests/,install engine versions unit/ops unit/commands/test_bad_values.py)
+FAST += $(addprefix --ignore=tests/unit/,training/test_ranks.py training/test_memory.py modeling/test_speculators.py)
 test-fast: setup
-	$(PYTEST) $(FAST) -m "not engine and not slow and not long"
+	$(PYTEST) $(FAST) -m "not engine and not slow and not long and not thorough"
 
 # What CI runs beside it.
 test-long: setup

@@ -37,7 +37,6 @@ from vllm_dflash.draft_length import (  # noqa: E402
 )
 from vllm_dflash.draft_length.acceptance import (  # noqa: E402
     AcceptanceModel,
-    Calibration,
     RequestStats,
 )
 from vllm_dflash.draft_length.cost import StepCost  # noqa: E402
@@ -56,7 +55,6 @@ def _used_only(self: WorkerPolicy, request: Any, source: str, tokens: Any, *rest
         _await(self, request, source, tokens, *rest)
 
 
-_make = AcceptanceModel.__init__
 _await = WorkerPolicy._await
 _match_cells = WorkerPolicy._match_cells
 _observe_step = SchedulerPolicy.observe_step
@@ -78,7 +76,7 @@ def _best_lengths(self: SchedulerPolicy, batch: Any, value: Any) -> Any:
 
 
 def _untaught(self: AcceptanceModel, kinds: int = 5) -> np.ndarray:
-    return np.zeros((1, self._num_groups))
+    return np.zeros(1)
 
 
 #: Name, what stands in its place, and the patches that do it.
@@ -99,7 +97,6 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
         "position",
         [(WorkerPolicy, "use_confidence", property(lambda self: False))],
     ),
-    "calibration": ("estimates as they are", [(Calibration, "factor", property(lambda self: 1.0))]),
     "offsets of requests": (
         "averages",
         [
@@ -119,22 +116,12 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
             (
                 AcceptanceModel,
                 "likely_offsets",
-                lambda self, num=5: np.zeros((0, self._num_groups)),
+                lambda self, num=5: np.zeros(0),
             ),
             (AcceptanceModel, "likely_survival", lambda self, cells: _mean_curve(self, cells)),
         ],
     ),
     "strangers": ("kinds seen lately only", [(acceptance, "_RARITY", 0.0)]),
-    "groups of a match's tokens": (
-        "one offset",
-        [
-            (
-                AcceptanceModel,
-                "__init__",
-                lambda self, prior, weight=6.0, groups=None: _make(self, prior, weight),
-            )
-        ],
-    ),
     "lengths of matches": (
         "one average",
         [(WorkerPolicy, "_match_cells", lambda self, n: _match_cells(self, 3))],
@@ -163,8 +150,6 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
     "cost of uneven batches": ("none", [(SchedulerPolicy, "observe_step", _even_only)]),
     "decaying probes": ("always as many", [(explore, "PROBE_DECAY", 1.0)]),
     "paying probes back": ("the budget only", [(SchedulerPolicy, "observe_step", _unpaid)]),
-    "probes kept": ("two in a row", [(scheduler_policy, "_PROBES_KEPT", 2)]),
-    "probes owed": ("one", [(scheduler_policy, "_PROBES_OWED", 1)]),
     "turns of 64": ("all requests teach", [(scheduler_policy, "_TAUGHT", 10**6)]),
 }
 
@@ -176,12 +161,11 @@ def _mean_curve(self: AcceptanceModel, cells_T: np.ndarray) -> np.ndarray:
 #: Mechanisms that only one of the two policies has.
 ONLY = {
     "worker": {
-        "confidence", "groups of a match's tokens", "lengths of matches", "unused drafts teach",
+        "confidence", "lengths of matches", "unused drafts teach",
         "drafting for a part",
     },
     "scheduler": {
-        "rounding to graphs", "cost of uneven batches", "paying probes back", "probes kept",
-        "probes owed", "turns of 64",
+        "rounding to graphs", "cost of uneven batches", "paying probes back", "turns of 64",
     },
 }  # fmt: skip
 

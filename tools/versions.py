@@ -46,7 +46,7 @@ from helpers.vllm_source import Source  # noqa: E402
 RUN = {
     "greedy output": ("engine/test_lossless.py::test_greedy_output_is_the_verifiers",),
     "sampling": (
-        "engine/test_lossless.py::test_sampled_output_has_the_verifiers_distribution[greedy-1.0-0]",
+        "engine/test_lossless.py::test_sampled_output_has_the_verifiers_distribution[greedy-1.0-0-fixed]",
     ),
     "drafts": ("engine/test_parity.py::test_drafts_equal_pytorch_and_stock_vllm",),
     "mixed layers": ("engine/test_parity.py::test_drafts_of_other_shapes[mixed]",),

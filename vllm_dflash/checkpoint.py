@@ -155,6 +155,15 @@ def expected_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
                 layer[f"self_attn.{name}_proj.bias"] = (size,)
         if config.serve_only.get("attention_sink_bias"):
             layer["self_attn.attention_sink_bias"] = (config.num_attention_heads,)
+        if config.head is not None:
+            taps, rank = config.head.conv_kernel_size, config.head.selector_rank
+            groups = hidden // config.head.conv_group_size
+            for conv in ("attention_conv", "mlp_conv"):
+                layer[f"{conv}.base_kernel"] = (2, taps, hidden)
+                layer[f"{conv}.kernel_projection.weight"] = (2 * taps * groups, hidden)
+            for book in ("predecessor", "successor"):
+                shapes[f"candidate_selector.{book}_codebook"] = (config.vocab_size, rank)
+            shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
         shapes |= {f"layers.{i}.{name}": tuple(shape) for name, shape in layer.items()}
     if config.has_draft_vocab:
         shapes["d2t"] = (config.logits_vocab_size,)

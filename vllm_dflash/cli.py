@@ -360,6 +360,9 @@ def inspect(
         f"{list(config.aux_hidden_state_layer_ids)})",
         "mask token": config.mask_token_id,
         "vocabulary": f"{config.vocab_size}, drafts from {config.logits_vocab_size}",
+        "head": "none"
+        if config.head is None
+        else "DFlash 2: " + ", ".join(f"{k} {v}" for k, v in vars(config.head).items()),
         "attention": _attention(config),
         "rotary embedding": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items())
         + f"; {config.max_position_embeddings} positions",

@@ -107,6 +107,35 @@ class VerifierInfo:
 
 
 @dataclass(frozen=True)
+class CandidateHead:
+    """What DFlash 2 has beside DFlash (:mod:`vllm_dflash.modeling.dflash2`).
+
+    Attributes:
+        conv_kernel_size: taps of the convolutions, a token's own included.
+        conv_group_size: channels that share what is projected to their kernels.
+        selector_rank: width of the selector's codebooks.
+        selector_top_k: candidates of a position.
+    """
+
+    conv_kernel_size: int = 2
+    conv_group_size: int = 16
+    selector_rank: int = 256
+    selector_top_k: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**16:
+                raise ValueError(
+                    f"drafter config: {name} is {quoted(value)}; a positive integer below 2^16 is needed"
+                )
+
+    @classmethod
+    def for_width(cls, hidden_size: int, **changes: Any) -> CandidateHead:
+        """One for a drafter of that width: the published rank is 256, at widths of 2,048 and more."""
+        return cls(selector_rank=max(16, min(256, hidden_size // 128 * 16)), **changes)
+
+
+@dataclass(frozen=True)
 class DrafterConfig:
     """One DFlash drafter.
 
@@ -114,6 +143,7 @@ class DrafterConfig:
     attention; ``causal`` is None when each layer type decides (sliding layers causal, full layers
     bidirectional inside the block: ``_dflash_layer_causal`` in vLLM's ``qwen3_dflash.py``).
     ``draft_block_size`` is None where the file leaves it to the server's ``num_speculative_tokens``.
+    ``head`` makes it a DFlash 2 drafter.
     ``remarks`` are what a reader of the file should know; they decide nothing.
     """
 
@@ -140,6 +170,7 @@ class DrafterConfig:
     sliding_window: int | None = None
     causal: bool | None = None
     sample_from_anchor: bool = False
+    head: CandidateHead | None = None
     verifier: str | None = None
     dtype: str = "bfloat16"
     serve_only: dict[str, Any] = field(default_factory=dict)
@@ -201,6 +232,8 @@ class DrafterConfig:
                 f"drafter config: draft_vocab_size is {quoted(self.draft_vocab_size)}, outside "
                 f"1..vocab_size ({self.vocab_size})"
             )
+        if self.head is not None:
+            self._check_head(self.head)
         if self.layer_types is not None:
             unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
             if unknown:
@@ -213,6 +246,24 @@ class DrafterConfig:
                     f"drafter config: layer_types names {len(self.layer_types)} layers, "
                     f"num_hidden_layers is {self.num_hidden_layers}"
                 )
+
+    def _check_head(self, head: CandidateHead) -> None:
+        if self.hidden_size % head.conv_group_size:
+            raise ValueError(
+                f"drafter config: conv_group_size ({head.conv_group_size}) does not divide hidden_size "
+                f"({self.hidden_size})"
+            )
+        if head.selector_top_k > self.logits_vocab_size:
+            raise ValueError(
+                f"drafter config: selector_top_k is {head.selector_top_k}, more than the "
+                f"{self.logits_vocab_size} tokens that are drafted from"
+            )
+        block_size = self.draft_block_size
+        if block_size is not None and head.conv_kernel_size > block_size:
+            raise ValueError(
+                f"drafter config: conv_kernel_size ({head.conv_kernel_size}) is above block_size "
+                f"({block_size})"
+            )
 
     # -- derived ---------------------------------------------------------------------------------
 
@@ -244,7 +295,12 @@ class DrafterConfig:
     @property
     def num_features(self) -> int:
         """Width of a context token's features, L*H: the input size of ``fc``."""
-        return len(self.target_layer_ids) * (self.target_hidden_size or self.hidden_size)
+        return len(self.target_layer_ids) * self.verifier_hidden_size
+
+    @property
+    def verifier_hidden_size(self) -> int:
+        """Width of the verifier's residual stream, embedding and lm_head."""
+        return self.target_hidden_size or self.hidden_size
 
     @property
     def has_own_vocab_weights(self) -> bool:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from typing import Any
 
 from vllm_dflash.config import (
     FULL,
     SLIDING,
+    CandidateHead,
     CheckpointFormat,
     DrafterConfig,
     hidden_state_index,
@@ -27,21 +29,26 @@ from vllm_dflash.config import (
 
 #: The architecture of plain DFlash drafters in vLLM's registry.
 ARCHITECTURE = "DFlashDraftModel"
+#: That of drafters with DFlash 2's head, in both formats.
+HEAD_ARCHITECTURE = "DFlash2DraftModel"
 #: Others that vLLM serves with method dflash or dspark, by what people call them.
 _OTHER_KINDS = {
-    "DFlash2DraftModel": "DFlash 2",
     "LiLiCorrDraftModel": "LiLiCorr",
     "XPressDraftModel": "XPress",
     "DFlashLagunaForCausalLM": "Laguna DFlash",
     "MuseGlimmerAssistantModel": "Muse Glimmer assistant",
     "DFlashMuseGlimmerAssistantModel": "Muse Glimmer assistant",
 }
-_SPECULATORS_KINDS = {"dflash2": "DFlash 2", "dspark": "DSpark", "xpress": "XPress"}
+_SPECULATORS_KINDS = {"dspark": "DSpark", "xpress": "XPress"}
 #: Keys of ``dflash_config`` that vLLM's DFlash classes read, and what they may be.
 _DFLASH_KEYS = frozenset(
     "target_layer_ids mask_token_id causal sample_from_anchor use_swa swa_window_size "
     "use_aux_hidden_state attention_sink_bias attention_value_scale block_size".split()
 )
+#: Keys of DFlash 2's head: under ``dflash_config`` in z-lab's files, at the top in speculators'.
+_HEAD_KEYS = tuple(f.name for f in fields(CandidateHead))
+#: What z-lab's drafters say of verifiers that scale embeddings or logits, by the value that does nothing.
+_SCALES = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": 0.0}
 #: Keys of other kinds of drafters; one of them under a plain drafter's architecture means other arithmetic.
 _FOREIGN_KEYS = {
     "markov_rank": "DSpark",
@@ -134,6 +141,7 @@ _TOP_TYPES = {
         "block_size num_target_layers target_hidden_size draft_vocab_size mask_token_id".split(),
         _INT,
     ),
+    **dict.fromkeys(_HEAD_KEYS, _INT),
     **dict.fromkeys("sample_from_anchor sliding_window_non_causal".split(), _FLAG),
     "aux_hidden_state_layer_ids": _IDS,
     "eagle_aux_hidden_state_layer_ids": _IDS,
@@ -148,7 +156,8 @@ _TOP_TYPES = {
     "torch_dtype": _TEXT,
 }
 _DFLASH_TYPES = {
-    **dict.fromkeys("mask_token_id swa_window_size block_size".split(), _INT),
+    **dict.fromkeys(("mask_token_id", "swa_window_size", "block_size", *_HEAD_KEYS), _INT),
+    **dict.fromkeys(_SCALES, _NUMBER),
     **dict.fromkeys(
         "causal sample_from_anchor use_swa use_aux_hidden_state attention_sink_bias".split(), _FLAG
     ),
@@ -200,9 +209,9 @@ def is_speculators(raw: dict[str, Any]) -> bool:
 
 
 def _check_kind(raw: dict[str, Any]) -> None:
-    """UnsupportedDrafter unless vLLM takes its plain DFlash class for this z-lab file."""
+    """UnsupportedDrafter unless vLLM takes its DFlash or DFlash 2 class for this z-lab file."""
     architectures = raw.get("architectures") or []
-    if ARCHITECTURE in architectures:
+    if ARCHITECTURE in architectures or HEAD_ARCHITECTURE in architectures:
         return
     name = architectures[0] if architectures else None
     if name is None:
@@ -216,7 +225,7 @@ def _check_kind(raw: dict[str, Any]) -> None:
     if kind is not None:
         raise UnsupportedDrafter(
             f"this is a {kind} drafter (architectures: {quoted(architectures)}), served by stock vLLM; only "
-            "plain DFlash drafters are read here"
+            "DFlash and DFlash 2 drafters are read here"
         )
     raise UnsupportedDrafter(
         f"config.json is not a DFlash drafter that vLLM knows: architectures is {quoted(architectures)}; for "
@@ -364,14 +373,21 @@ def _read_zlab(raw: dict[str, Any]) -> DrafterConfig:
     dflash = dict(raw.get("dflash_config") or {})
     _check_types(dflash, _DFLASH_TYPES, "dflash_config.")
     remarks = []
-    foreign = {_FOREIGN_KEYS[k] for k in sorted(_FOREIGN_KEYS) if dflash.get(k) is not None}
+    # vLLM looks for this one first.
+    has_head = HEAD_ARCHITECTURE in (raw.get("architectures") or ())
+    of_head = (*_HEAD_KEYS, *_SCALES) if has_head else ()
+    foreign = {
+        _FOREIGN_KEYS[k]
+        for k in sorted(set(_FOREIGN_KEYS).difference(of_head))
+        if dflash.get(k) is not None
+    }
     if foreign:
         raise UnsupportedDrafter(
             f"dflash_config has the keys {sorted(set(dflash) & set(_FOREIGN_KEYS))}: a {foreign.pop()} "
             f"drafter under the name of a plain one (architectures: {raw.get('architectures')}), which "
             "vLLM's plain DFlash class would serve wrongly"
         )
-    unread = sorted(set(dflash) - _DFLASH_KEYS)
+    unread = sorted(set(dflash) - _DFLASH_KEYS.union(of_head))
     if unread:
         remarks.append(f"dflash_config.{', '.join(unread)}: not read by vLLM, without effect")
     if not raw.get("architectures"):
@@ -398,6 +414,15 @@ def _read_zlab(raw: dict[str, Any]) -> DrafterConfig:
     serve_only: dict[str, Any] = {"attention_sink_bias": True} if sinks else {}
     if dflash.get("attention_value_scale") is not None:
         serve_only["attention_value_scale"] = dflash["attention_value_scale"]
+    head = None
+    if has_head:
+        missing = [k for k in _HEAD_KEYS if dflash.get(k) is None]
+        if missing:
+            raise ValueError(f"drafter config: dflash_config lacks {', '.join(missing)}")
+        head = CandidateHead(**{k: dflash[k] for k in _HEAD_KEYS})
+        for key, nothing in _SCALES.items():
+            if dflash.get(key) not in (None, nothing):
+                serve_only[key] = dflash[key]
     # vLLM's order of places.
     mask_token_id: Any = dflash.get("mask_token_id", raw.get("mask_token_id"))
     ids = _same(
@@ -427,6 +452,7 @@ def _read_zlab(raw: dict[str, Any]) -> DrafterConfig:
         draft_vocab_size=_draft_vocab_size(raw, fields["vocab_size"]),
         causal=None if causal is None else bool(causal),
         sample_from_anchor=bool(dflash.get("sample_from_anchor")),
+        head=head,
         verifier=raw.get("verifier"),
         dtype=_dtype(raw),
         serve_only=serve_only,
@@ -437,13 +463,13 @@ def _read_zlab(raw: dict[str, Any]) -> DrafterConfig:
 def _check_speculators_kind(raw: dict[str, Any]) -> None:
     """UnsupportedDrafter for the other kinds of the speculators format."""
     kind = raw.get("speculators_model_type")
-    if kind != "dflash":
+    if kind not in ("dflash", "dflash2"):
         name = _SPECULATORS_KINDS.get(str(kind))
         raise UnsupportedDrafter(
             f"drafter config: speculators_model_type is {quoted(kind)}"
             + (f", a {name} drafter" if name else "")
-            + "; only 'dflash' drafters are read here (vLLM serves the kinds that it knows with classes of "
-            "its own)"
+            + "; only 'dflash' and 'dflash2' drafters are read here (vLLM serves the kinds that it knows "
+            "with classes of its own)"
         )
 
 
@@ -482,6 +508,9 @@ def _read_speculators(raw: dict[str, Any]) -> DrafterConfig:
     if layer.get("is_causal") is not None:
         causal, misread = bool(layer["is_causal"]), False
     block_size = raw.get("block_size")
+    head = None
+    if raw.get("speculators_model_type") == "dflash2":
+        head = CandidateHead(**{k: raw[k] for k in _HEAD_KEYS if raw.get(k) is not None})
     return DrafterConfig(
         **fields,
         draft_block_size=8 if block_size is None else block_size,
@@ -492,6 +521,7 @@ def _read_speculators(raw: dict[str, Any]) -> DrafterConfig:
         draft_vocab_size=_draft_vocab_size(raw, fields["vocab_size"]),
         causal=causal,
         sample_from_anchor=bool(raw.get("sample_from_anchor")),
+        head=head,
         verifier=verifier,
         dtype=_dtype(raw, layer),
         remarks=(_FULL_LAYERS,) if misread else (),
@@ -578,8 +608,10 @@ def _write_zlab(config: DrafterConfig) -> dict[str, Any]:
         dflash["causal"] = config.causal
     if config.sample_from_anchor:
         dflash["sample_from_anchor"] = True
+    if config.head is not None:
+        dflash |= asdict(config.head)
     out = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [ARCHITECTURE if config.head is None else HEAD_ARCHITECTURE],
         **_write_layers(config),
         "dflash_config": dflash,
     }
@@ -604,6 +636,13 @@ def _write_speculators(config: DrafterConfig) -> dict[str, Any]:
             "the speculators format must name the verifier, whose embedding and lm_head its loader fills in "
             "(without, it drafts rubbish in silence); give --verifier"
         )
+    if config.head is not None and config.has_draft_vocab:
+        raise ValueError(
+            "the speculators format has no DFlash 2 drafters of a draft vocabulary "
+            f"({config.draft_vocab_size} of {config.vocab_size} tokens); keep z-lab's, or train without "
+            "--draft-vocab"
+        )
+    kind = "dflash" if config.head is None else "dflash2"
     layers = range(config.num_hidden_layers)
     kinds = config.layer_types or (FULL,) * config.num_hidden_layers
     if any(config.layer_causal(i) for i in layers if kinds[i] == FULL):
@@ -613,11 +652,12 @@ def _write_speculators(config: DrafterConfig) -> dict[str, Any]:
         )
     sliding_causal = {config.layer_causal(i) for i in layers if kinds[i] == SLIDING}
     return {
-        "architectures": ["DFlashSpeculator"],
-        "speculators_model_type": "dflash",
+        "architectures": ["DFlashSpeculator" if config.head is None else HEAD_ARCHITECTURE],
+        "speculators_model_type": kind,
+        **({} if config.head is None else asdict(config.head)),
         "speculators_version": "0.9.0",
         "speculators_config": {
-            "algorithm": "dflash",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [
                 {

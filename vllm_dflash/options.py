@@ -16,6 +16,8 @@ from typing import Any
 PREFIX = "dflash_"
 #: The drafter architecture that both public formats resolve to in vLLM.
 DRAFTER_ARCH = "DFlashDraftModel"
+#: That of drafters with DFlash 2's head.
+HEAD_ARCH = "DFlash2DraftModel"
 #: Key of ``VllmConfig.additional_config`` under which the options travel.
 ADDITIONAL_CONFIG_KEY = "vllm_dflash"
 #: Set to 1 to leave stock dflash in place although the plugin is installed.

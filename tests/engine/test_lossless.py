@@ -10,6 +10,7 @@ import torch
 from packaging.version import Version
 
 from helpers import tiny
+from helpers.acceptance import chi_square_p
 from vllm_dflash.environment import versions
 
 pytestmark = pytest.mark.engine
@@ -270,20 +271,6 @@ def exact_probabilities(
     for k in range(NEW - 1):
         joint = joint * probs[:, k].gather(1, prefixes[:, k : k + 1])
     return joint.view(VOCAB, VOCAB, VOCAB, VOCAB).sum(0)
-
-
-def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """P value of the counts; cells that are expected fewer than 8 times are pooled."""
-    expected = probabilities.flatten() * counts.sum()
-    counts = counts.flatten().double()
-    rare = expected < 8
-    cells, want = counts[~rare], expected[~rare]
-    if rare.any():
-        cells = torch.cat([cells, counts[rare].sum().view(1)])
-        want = torch.cat([want, expected[rare].sum().view(1)])
-    statistic = ((cells - want) ** 2 / want).sum()
-    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
 def p_values(samples: list[list[int]], exact: torch.Tensor) -> list[float]:

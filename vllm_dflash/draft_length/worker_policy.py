@@ -18,7 +18,6 @@ import numpy as np
 from vllm_dflash.draft_length.acceptance import (
     CONFIDENCE_PRIOR,
     AcceptanceModel,
-    Calibration,
     confidence_cells,
 )
 from vllm_dflash.draft_length.allocate import DraftBudget, assign_draft_budget
@@ -92,7 +91,6 @@ class _PendingDraft:
     learners: Sequence[tuple[AcceptanceModel, np.ndarray]]
     source: str
     length: int
-    predicted: float
     expected: float
     #: Tokens whose fate is in the counters already.
     counted: int = 0
@@ -113,12 +111,7 @@ class WorkerPolicy:
         self.by_confidence = AcceptanceModel(CONFIDENCE_PRIOR)
         # The first token behind a short match is a guess; the ones behind it follow it.
         first = (0.35, 0.5, 0.6, 0.75)
-        # How often a request's matches fail at once does not tell how long the others hold.
-        self.by_match = AcceptanceModel(
-            [p for f in first for p in (f, *[0.85] * (num_tokens - 1))],
-            groups=[g for _ in first for g in (0, *[1] * (num_tokens - 1))],
-        )
-        self.calibration = {DRAFTER: Calibration(), LOOKUP: Calibration()}
+        self.by_match = AcceptanceModel([p for f in first for p in (f, *[0.85] * (num_tokens - 1))])
         self.counters = Counters(cost, num_tokens)
         self.exploration = Exploration()
         self._pending: dict[str, list[_PendingDraft]] = {}
@@ -172,7 +165,7 @@ class WorkerPolicy:
         B = len(requests)
         positions_K = np.arange(self.num_tokens)
         drafts_BK = self.by_position.survival(positions_K, [r.id for r in requests])
-        drafts_BK = drafts_BK * (allowed_BK * self.calibration[DRAFTER].factor)
+        drafts_BK = drafts_BK * allowed_BK
         best = assign_draft_budget(lookups_BK, seconds_M)
         drafting: list[int] = []
         value_B = drafts_BK.sum(axis=1) - lookups_BK.sum(axis=1)
@@ -209,7 +202,7 @@ class WorkerPolicy:
             survival = self.by_match.survival(cells, [requests[i].id for i in matched])
             lengths = np.array([len(requests[i].match) for i in matched])
             held = np.arange(self.num_tokens) < lengths[:, None]
-            out[matched] = survival * held * self.calibration[LOOKUP].factor
+            out[matched] = survival * held
         return out
 
     def _probes(
@@ -283,7 +276,7 @@ class WorkerPolicy:
                 drafted = self.by_confidence.survival(cells, ids)
             else:
                 drafted = self.by_position.survival(np.arange(K), ids)
-            drafted = drafted * plan.allowed_BK[rows] * self.calibration[DRAFTER].factor
+            drafted = drafted * plan.allowed_BK[rows]
             by_drafter[rows] = drafted.sum(axis=1) > survival_BK[rows].sum(axis=1)
             survival_BK = survival_BK.copy()
             survival_BK[rows] = np.where(by_drafter[rows][:, None], drafted, survival_BK[rows])
@@ -328,15 +321,13 @@ class WorkerPolicy:
         used = draft.source == source and draft.length > 0
         if not used and self._waiting(request.id, source):
             return  # one unverified draft at a time says enough
-        expected = sum(draft.expected) if used else 0.0
         pending = _PendingDraft(
             start=len(request.tokens),
             tokens=np.array(tokens),
             learners=learners,
             source=source,
             length=draft.length if used else 0,
-            predicted=expected / self.calibration[source].factor,
-            expected=expected,
+            expected=sum(draft.expected) if used else 0.0,
         )
         self._pending.setdefault(request.id, []).append(pending)
 
@@ -355,7 +346,6 @@ class WorkerPolicy:
                 accepted = min(right, draft.length)
                 self.counters.verified(draft.source, 1, draft.length, accepted)
                 self.counters.expected[draft.source] += draft.expected
-                self.calibration[draft.source].add(draft.predicted, accepted)
                 draft.length = 0
             if right == len(came) < len(draft.tokens):
                 undecided.append(draft)

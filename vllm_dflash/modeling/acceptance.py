@@ -30,6 +30,8 @@ class Acceptance:
             all positions before it were right.
         right_per_position: those of them in which position k was right, too.
         delivered: tokens that each step delivered, in their order; only replayed responses have them.
+        selected: of a drafter with a selector, all positions, each behind the right token; how many of them
+            are right by their logits alone, and how many by the selector.
     """
 
     num_drafts: int = 0
@@ -38,6 +40,7 @@ class Acceptance:
     compared_per_position: list[int] = field(default_factory=list)
     right_per_position: list[int] = field(default_factory=list)
     delivered: list[int] = field(default_factory=list)
+    selected: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def tau(self) -> float:
@@ -73,8 +76,14 @@ class Acceptance:
                 break
             self.right_per_position[k] += 1
 
+    def add_selected(self, num_positions: int, right_unary: int, right_selector: int) -> None:
+        """Counts positions that a selector chose for."""
+        more = (num_positions, right_unary, right_selector)
+        self.selected = tuple(a + b for a, b in zip(self.selected, more, strict=True))  # type: ignore[assignment]
+
     def merge(self, other: Acceptance) -> None:
         """Pools another run into this one."""
+        self.add_selected(*other.selected)
         self.num_drafts += other.num_drafts
         self.num_accepted += other.num_accepted
         self.delivered += other.delivered
@@ -85,7 +94,16 @@ class Acceptance:
                 mine[k] += n
 
     def as_dict(self) -> dict:
+        positions, unary, selector = self.selected
+        head = {}
+        if positions:
+            head = {
+                "unary_accuracy": unary / positions,
+                "selector_accuracy": selector / positions,
+                "selector_lift": (selector - unary) / positions,
+            }
         return {
+            **head,
             "tau": self.tau,
             "num_drafts": self.num_drafts,
             "num_accepted": self.num_accepted,

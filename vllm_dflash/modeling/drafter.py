@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.attention import attend
 from vllm_dflash.modeling.blocks import BlockLayout
+from vllm_dflash.modeling.dflash2 import CandidateSelector, FactoredSelector, GroupedConv
 
 
 class RMSNorm(nn.Module):
@@ -171,26 +172,45 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpoint_mlp = False
+        self.attention_conv = self.mlp_conv = None
+        if config.head is not None:
+            self.attention_conv = GroupedConv(config.hidden_size, config.head)
+            self.mlp_conv = GroupedConv(config.hidden_size, config.head)
 
     def forward(self, x_ABH: Tensor, *attention_args) -> Tensor:
-        x_ABH = x_ABH + self.self_attn(self.input_layernorm(x_ABH), *attention_args)
+        normed = self.input_layernorm(x_ABH)
+        if self.attention_conv is None:
+            x_ABH = x_ABH + self.self_attn(normed, *attention_args)
+        else:
+            normed, kernels = self.attention_conv.prepare(normed)
+            y_ABH = self.self_attn(normed, *attention_args)
+            x_ABH = x_ABH + self.attention_conv.finish(y_ABH, kernels)
         normed = self.post_attention_layernorm(x_ABH)
         if self.checkpoint_mlp and torch.is_grad_enabled():
             return x_ABH + checkpoint(
-                self.mlp, normed, use_reentrant=False, preserve_rng_state=False
+                self._mlp, normed, use_reentrant=False, preserve_rng_state=False
             )
-        return x_ABH + self.mlp(normed)
+        return x_ABH + self._mlp(normed)
+
+    def _mlp(self, normed: Tensor) -> Tensor:
+        if self.mlp_conv is None:
+            return self.mlp(normed)
+        normed, kernels = self.mlp_conv.prepare(normed)
+        return self.mlp_conv.finish(self.mlp(normed), kernels)
 
 
 class Drafter(nn.Module):
     """DFlash drafter; without embedding and lm_head, unless its width is not the verifier's.
+
+    Args:
+        factored: a selector's codebooks are projections of the verifier's tables (to learn), not tables.
 
     Raises:
         ValueError: the configuration asks for arithmetic that is served but not trained here
             (attention sinks, value scales, an activation other than SiLU).
     """
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterConfig, factored: bool = False) -> None:
         super().__init__()
         if config.serve_only:
             raise ValueError(
@@ -209,10 +229,25 @@ class Drafter(nn.Module):
         if config.has_own_vocab_weights:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.logits_vocab_size, bias=False)
+        self.candidate_selector: CandidateSelector | FactoredSelector | None = None
+        if config.head is not None:
+            make: type = FactoredSelector if factored else CandidateSelector
+            rows = config.verifier_hidden_size if factored else config.vocab_size
+            self.candidate_selector = make(rows, config.hidden_size, config.head.selector_rank)
 
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
-        """Normal weights, unit norms, zero biases."""
+        """Normal weights, unit norms, zero biases; a head that changes nothing.
+
+        Beside a head all others are as without one.
+        """
+        of_head: set[nn.Module] = set()
         for module in self.modules():
+            if isinstance(module, (GroupedConv, CandidateSelector, FactoredSelector)):
+                of_head.update(module.modules())
+                module.init_neutral()
+        for module in self.modules():
+            if module in of_head:
+                continue
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std, generator=generator)
                 if module.bias is not None:
@@ -229,12 +264,15 @@ class Drafter(nn.Module):
 
     @torch.no_grad()
     def init_vocab_weights(self, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
-        """Own embedding and lm_head from the verifier's: their principal components.
+        """Own embedding and lm_head from the verifier's: their principal components. A selector's codebooks
+        are made of those too.
 
         Args:
             embedding_VH: the verifier's token embedding.
             lm_head_VH: its output projection, of the draft vocabulary.
         """
+        if isinstance(self.candidate_selector, FactoredSelector):
+            self.candidate_selector.init_projections(embedding_VH, lm_head_VH)
         if self.embed_tokens is not None and self.lm_head is not None:
             width = self.config.hidden_size
             self.embed_tokens.weight.copy_(principal_components(embedding_VH, width))

@@ -5,6 +5,7 @@ Shape suffixes: A anchors, K drafted positions of a block, H drafter hidden size
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vllm_dflash.modeling.loss_kinds import LOSSES
+from vllm_dflash.modeling.loss_kinds import LOSSES, Loss
 
 #: Decay constants of the paper's checkpoints, by block size (arXiv 2602.06036, section 4).
 _GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
@@ -46,6 +47,15 @@ def dpace_weights(target_probs_AK: Tensor, valid_AK: Tensor, alpha: float) -> Te
         return prefix.flip(-1).cumsum(-1).flip(-1) * valid_AK
 
 
+def position_weights(
+    ce_AK: Tensor, valid_AK: Tensor, *, kind: Loss, gamma: float, alpha: float
+) -> Tensor:
+    """Weight of each position in a loss ``[A, K]``, 0 where invalid; ``ce_AK`` counts with D-PACE only."""
+    if kind.decays:
+        return decay_weights(ce_AK.shape[1], gamma).to(ce_AK) * valid_AK
+    return dpace_weights(torch.exp(-ce_AK), valid_AK, alpha)
+
+
 def logit_bytes(dtype: torch.dtype, loss: str = "dpace") -> int:
     """Bytes that one logit takes at most: itself, a copy in fp32, its log-probability, kl's targets."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -69,12 +79,14 @@ class BlockLoss(NamedTuple):
             be summed and divided at the end.
         ce_AK: CE of every position, 0 where invalid.
         right_AK: bool, where a valid position's most likely token is its label.
+        candidates_AKC: draft-vocabulary ids of the most likely tokens, those first; none if not asked for.
     """
 
     total: Tensor
     weight: Tensor
     ce_AK: Tensor
     right_AK: Tensor
+    candidates_AKC: Tensor
 
 
 def block_loss(
@@ -87,6 +99,7 @@ def block_loss(
     gamma: float = 7.0,
     alpha: float = 0.5,
     verifier_logits: Callable[[slice], Tensor] | None = None,
+    num_candidates: int = 0,
 ) -> BlockLoss:
     """Weighted loss over the valid drafted positions, of the logits ``hidden_AKH @ head_VH.T``.
 
@@ -105,6 +118,7 @@ def block_loss(
         gamma: decay constant of ``ce`` and ``kl``.
         alpha: smoothing of ``dpace``.
         verifier_logits: gives the verifier's logits ``[a, K, V]`` at a slice of the anchors, for ``kl``.
+        num_candidates: how many of a position's most likely tokens to name.
 
     Raises:
         ValueError: an unknown loss, or no verifier's logits for ``kl``.
@@ -117,11 +131,7 @@ def block_loss(
     elif verifier_logits is None:
         raise ValueError(f"the {loss} loss needs the verifier's logits")
 
-    def weights(ce_AK: Tensor, valid_AK: Tensor) -> Tensor:
-        if kind.decays:
-            return decay_weights(ce_AK.shape[1], gamma).to(ce_AK) * valid_AK
-        return dpace_weights(torch.exp(-ce_AK), valid_AK, alpha)
-
+    weights = functools.partial(position_weights, kind=kind, gamma=gamma, alpha=alpha)
     device = hidden_AKH.device.type
     dtype = hidden_AKH.dtype
     if torch.is_autocast_enabled(device):
@@ -130,7 +140,11 @@ def block_loss(
     with torch.autocast(device, enabled=False):
         return BlockLoss(
             *_LossByChunks.apply(
-                hidden_AKH, head_VH, labels_AK, valid_AK, (dtype, step, weights, verifier_logits)
+                hidden_AKH,
+                head_VH,
+                labels_AK,
+                valid_AK,
+                (dtype, step, weights, verifier_logits, num_candidates),
             )
         )
 
@@ -142,7 +156,7 @@ class _LossByChunks(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_AKH: Tensor, head_VH: Tensor, labels_AK: Tensor, valid_AK: Tensor, how: Any
     ) -> tuple[Tensor, ...]:
-        dtype, step, position_weights, verifier_logits = how
+        dtype, step, weights_of, verifier_logits, num_candidates = how
         head = head_VH.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         num_anchors, num_draft, width = hidden_AKH.shape
@@ -150,6 +164,7 @@ class _LossByChunks(torch.autograd.Function):
         weight = torch.zeros_like(total)
         ce_AK = hidden_AKH.new_zeros(num_anchors, num_draft, dtype=wide)
         right_AK = torch.zeros_like(valid_AK)
+        candidates = labels_AK.new_zeros(num_anchors, num_draft, num_candidates)
         grad_hidden = grad_head = None
         if ctx.needs_input_grad[0]:
             grad_hidden = hidden_AKH.new_empty(hidden_AKH.shape)
@@ -163,11 +178,17 @@ class _LossByChunks(torch.autograd.Function):
             rows = labels.flatten().unsqueeze(1)
             hidden = hidden_AKH[part].reshape(-1, width).to(dtype)
             logits = F.linear(hidden, head)
-            right_AK[part] = (logits.argmax(-1).view_as(labels) == labels) & valid
+            if num_candidates:
+                best = logits.topk(num_candidates, dim=-1).indices
+                candidates[part] = best.view(*labels.shape, num_candidates)
+                likely = best[:, 0]
+            else:
+                likely = logits.argmax(-1)
+            right_AK[part] = (likely.view_as(labels) == labels) & valid
             log_probs = logits.log_softmax(-1, dtype=wide)
             ce = torch.where(valid, -log_probs.gather(1, rows).view_as(labels), 0)
             ce_AK[part] = ce
-            weights = position_weights(ce, valid)
+            weights = weights_of(ce, valid)
             if verifier_logits is None:
                 term = ce
                 grad = log_probs.exp_()
@@ -191,8 +212,8 @@ class _LossByChunks(torch.autograd.Function):
                 grad_head += torch.mm(grad.T, hidden)
             del grad, logits
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.mark_non_differentiable(weight, ce_AK, right_AK)
-        return total, weight, ce_AK, right_AK
+        ctx.mark_non_differentiable(weight, ce_AK, right_AK, candidates)
+        return total, weight, ce_AK, right_AK, candidates
 
     @staticmethod
     @once_differentiable

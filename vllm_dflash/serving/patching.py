@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from vllm_dflash.options import DRAFTER_ARCH
+from vllm_dflash.options import DRAFTER_ARCH, HEAD_ARCH
 from vllm_dflash.serving.seams import SEAMS, Seam
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -122,7 +122,7 @@ def _exists(module: str) -> bool:
 
 
 def install() -> list[str]:
-    """Registers the drafter class and hooks every ``import`` seam; returns the modules this vLLM lacks.
+    """Registers the drafter classes and hooks every ``import`` seam; returns the modules this vLLM lacks.
 
     Where a module is absent nothing is patched at all, since half a plugin is worse than none.
     """
@@ -134,6 +134,9 @@ def install() -> list[str]:
 
     ModelRegistry.register_model(
         DRAFTER_ARCH, "vllm_dflash.serving.worker.drafter_model:DrafterModel"
+    )
+    ModelRegistry.register_model(
+        HEAD_ARCH, "vllm_dflash.serving.worker.dflash2_model:HeadDrafterModel"
     )
     pending: dict[str, list[Seam]] = {}
     for seam in seams:

@@ -6,10 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dflash.options import DRAFTER_ARCH, Options
+from vllm_dflash.options import DRAFTER_ARCH, HEAD_ARCH, Options
 
 #: Draft tokens a request with full CUDA graphs of their own: steps of 2, 4 and 8 tokens a request.
 _GRAPH_LENGTHS = (1, 3, 7)
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether the drafter is served with a class of ours."""
+    draft = getattr(speculative_config, "draft_model_config", None)
+    return draft is not None and not {DRAFTER_ARCH, HEAD_ARCH}.isdisjoint(draft.architectures or ())
 
 
 def requested(vllm_config: Any) -> bool:
@@ -29,7 +35,7 @@ def by_scheduler(vllm_config: Any) -> bool:
 def unsupported_reason(vllm_config: Any) -> str | None:
     """Why draft lengths cannot be chosen; None where they can."""
     spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    if DRAFTER_ARCH not in (spec.draft_model_config.architectures or ()):
+    if not is_ours(spec):
         return f"vLLM serves {spec.model} with a drafter class of its own"
     if parallel.data_parallel_size > 1:
         return "data parallel engines must draft in step"
@@ -74,16 +80,15 @@ def graph_lengths(vllm_config: Any) -> tuple[int, ...]:
     return tuple(n for n in _GRAPH_LENGTHS if n < spec.num_speculative_tokens)
 
 
-def serve_several_kv_groups(original: Callable[..., bool]) -> Callable[..., bool]:
-    """Wraps ``VllmConfig._dflash_needs_multi_kv_group``: never for our drafter class.
+def not_of_ours(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Wraps a question of ``VllmConfig`` about drafters that vLLM refuses on the V1 runner.
 
-    vLLM refuses such drafters on the V1 runner; our proposer there serves those of our class.
+    Our proposer serves those of our classes there. vLLM 0.33 asks it, too, where it cannot watermark drafts.
     """
 
     @functools.wraps(original)
-    def _dflash_needs_multi_kv_group(self):
-        draft = getattr(self.speculative_config, "draft_model_config", None)
-        ours = draft is not None and DRAFTER_ARCH in (draft.architectures or ())
-        return not ours and original(self)
+    def asked(self):
+        served = is_ours(self.speculative_config) and not getattr(self, "watermark_config", None)
+        return not served and original(self)
 
-    return _dflash_needs_multi_kv_group
+    return asked

@@ -102,6 +102,11 @@ class Hyperparameters:
     loss: str = _training("dpace", "dpace, ce or kl.", choices=tuple(LOSSES))
     gamma: float | None = _training(None, "Decay of ce and kl.", bound=POSITIVE)
     alpha: float = _training(0.5, "Smoothing of dpace.", bound=SHARE)
+    codebooks: str = _training(
+        "factored",
+        "Of a head: factored (from the verifier's tables) or free.",
+        choices=("factored", "free"),
+    )
     ema_decay: float = _training(
         0.0, "Decay of averaged weights; 0 for none.", bound=Bound(low=0, below=1)
     )
@@ -208,9 +213,14 @@ class DrafterShape:
         None, "Block tokens see only earlier ones. Default: in sliding layers."
     )
     sample_from_anchor: bool = _drafter(False, "A block of B drafts B tokens, not B - 1.")
+    head: str | None = _drafter(
+        None, "dflash2: make blocks coherent by DFlash 2's head. Default: none."
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        if self.head not in (None, "dflash2"):
+            raise ValueError(f"--head is {self.head!r}; only dflash2 is known")
         if self.hidden_size is not None and self.hidden_size % 8:
             raise ValueError(
                 f"--hidden-size is {self.hidden_size}; vLLM's kernels want a multiple of 8"

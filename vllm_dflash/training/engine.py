@@ -459,6 +459,7 @@ def seat_drafter(config: DrafterConfig) -> DrafterConfig:
         draft_block_size=_SEAT_TOKENS + 1,
         sample_from_anchor=False,
         causal=None,
+        head=None,
         intermediate_size=64,
     )
 

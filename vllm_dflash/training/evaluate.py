@@ -194,7 +194,7 @@ def _offline(
     reporter: Reporter,
     page: bool,
 ) -> dict[str, Any]:
-    hparams = Hyperparameters().as_dict()
+    hparams = Hyperparameters(codebooks="free").as_dict()  # as they are in the checkpoint
     engine.call("begin", drafter.to_dict(), hparams, None, 1, path, None)
     by_key = {e.id: e for e in examples}
     engine.call(

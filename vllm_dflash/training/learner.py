@@ -25,11 +25,19 @@ from vllm_dflash.environment import cpu_has_bfloat16
 from vllm_dflash.files import atomic_path
 from vllm_dflash.modeling.acceptance import Acceptance, walk
 from vllm_dflash.modeling.blocks import BlockLayout
+from vllm_dflash.modeling.dflash2 import (
+    CandidateSelector,
+    greedy_walk,
+    multiplied_out,
+    top_candidates,
+    transition_scores,
+)
 from vllm_dflash.modeling.drafter import Drafter
-from vllm_dflash.modeling.losses import BlockLoss, block_loss, default_gamma
+from vllm_dflash.modeling.losses import BlockLoss, block_loss, default_gamma, position_weights
 from vllm_dflash.training.config import Hyperparameters, StepLayout
 from vllm_dflash.training.muon import Muon
 from vllm_dflash.training.ranks import Ranks
+from vllm_dflash.training.selector import factors, selector_loss
 from vllm_dflash.training.sharding import freeze, shards
 
 #: Anchors whose blocks are drafted in one evaluation pass.
@@ -191,12 +199,18 @@ class Learner:
         self.block_size = config.known_block_size("give it there to train this drafter")
         self.num_draft_tokens = self.block_size - (not config.sample_from_anchor)
         self.gamma = hparams.gamma or default_gamma(self.block_size)
-        self.drafter = Drafter(config)
+        self.drafter = Drafter(config, factored=True)
         self.drafter.checkpoint_mlps(self.layout.checkpoint_mlps)
         generator = torch.Generator().manual_seed(hparams.seed)
         self.drafter.init_weights(generator=generator)
         self.drafter.to(self.device, torch.float32)
-        self.drafter.init_vocab_weights(head.embedding[: config.vocab_size], head.lm_head)
+        self.drafter.init_vocab_weights(head.embedding[: config.vocab_size], head.verifier_lm_head)
+        if hparams.codebooks == "free" and config.head is not None:
+            # From the same start: what the codebooks would be made of.
+            whole = self._multiplied_out(dict(self.drafter.state_dict()))
+            self.drafter = Drafter(config).to(self.device)
+            self.drafter.checkpoint_mlps(self.layout.checkpoint_mlps)
+            self.drafter.load_state_dict(whole)
         freeze(self.drafter)
         self._shards = shards(self.drafter, hparams.optimizer, self.ranks.size)
         self.optimizers = self._make_optimizers()
@@ -336,9 +350,50 @@ class Learner:
                 gamma=self.gamma,
                 alpha=self.hparams.alpha,
                 verifier_logits=self._verifier_logits(samples, anchors),
+                num_candidates=self._num_candidates,
             )
+            if self._num_candidates:
+                loss = self._with_selector(loss, samples, anchors, hidden_AKH, labels_AK, valid_AK)
         loss.total.backward()
         return loss, valid_AK
+
+    @property
+    def _num_candidates(self) -> int:
+        return 0 if self.config.head is None else self.config.head.selector_top_k
+
+    def _with_selector(
+        self,
+        loss: BlockLoss,
+        samples: Sequence[Sample],
+        anchors: list[list[int]],
+        hidden_AKH: Tensor,
+        labels_AK: Tensor,
+        valid_AK: Tensor,
+    ) -> BlockLoss:
+        """The loss with the selector's added, each position weighted by the selector's own certainty; what is
+        right is what the selector takes, as that is what is served."""
+        ids = [s.token_ids[p] for s, group in zip(samples, anchors, strict=True) for p in group]
+        anchors_A = torch.tensor(ids, device=labels_AK.device)
+        ce_AK, found_AK, right_AK = selector_loss(
+            self.drafter,
+            self.head,
+            hidden_AKH,
+            anchors_A,
+            labels_AK,
+            valid_AK,
+            loss.candidates_AKC,
+        )
+        hp = self.hparams
+        # Behind a label that cannot be taken nothing is accepted.
+        certainty_AK = torch.where(found_AK, ce_AK.detach(), torch.inf)
+        weights_AK = position_weights(
+            certainty_AK, valid_AK, kind=hp.loss_kind, gamma=self.gamma, alpha=hp.alpha
+        )
+        return loss._replace(
+            total=loss.total + (ce_AK * weights_AK).sum(),
+            ce_AK=loss.ce_AK + ce_AK.detach(),
+            right_AK=right_AK,
+        )
 
     def _learn(self, samples: Sequence[Sample], anchors: list[list[int]]) -> dict[str, Any]:
         """Adds the gradients of a part of a step; its figures."""
@@ -464,6 +519,10 @@ class Learner:
     def serving_drafter(self, dtype: torch.dtype) -> Drafter:
         """A copy as it would be served: exported weights in the serving dtype."""
         weights = self.weights()
+        if self.config.head is not None:
+            served = Drafter(self.config)
+            served.load_state_dict(weights)
+            return served.to(self.device, dtype).eval()
         # No second copy in fp32 on the way.
         memo: dict[int, Any] = {
             id(p): torch.nn.Parameter(weights[n].to(dtype, copy=True), requires_grad=False)
@@ -493,25 +552,93 @@ class Learner:
                 layout = BlockLayout.build([group], [length], width, self.device)
                 embeds = self._block_embeds(drafter, [sample], [group], width).to(dtype)
                 hidden = drafter(embeds, features[:length], layout.context_positions_T, layout)
-                logits = self.head.logits(drafter, hidden[:, 0 if from_anchor else 1 :])
+                hidden = hidden[:, 0 if from_anchor else 1 :]
+                logits = self.head.logits(drafter, hidden)
                 drafted = self.head.tokens(logits.argmax(-1))
                 tokens, valid = block_targets([sample], [group], num_draft_tokens)
+                if drafter.candidate_selector is not None:
+                    before = torch.tensor([sample.token_ids[p] for p in group], device=self.device)
+                    unary = (drafted.cpu() == tokens) & valid
+                    drafted = self._select(drafter, hidden, logits, before)
+                    behind_right = torch.cat(
+                        (before.unsqueeze(1), tokens[:, :-1].to(self.device)), dim=1
+                    )
+                    # of each position alone, behind the right token
+                    one_by_one = self._select(
+                        drafter,
+                        hidden.flatten(0, 1).unsqueeze(1),
+                        logits.flatten(0, 1).unsqueeze(1),
+                        behind_right.flatten(),
+                    ).view_as(tokens)
+                    total.add_selected(
+                        int(valid.sum()),
+                        int(unary.sum()),
+                        int(((one_by_one.cpu() == tokens) & valid).sum()),
+                    )
                 matches += ((drafted.cpu() == tokens) & valid).tolist()
             total.merge(walk(matches, num_draft_tokens))
         return total
+
+    def _select(self, drafter: Drafter, hidden: Tensor, logits: Tensor, anchors: Tensor) -> Tensor:
+        """Verifier ids that the selector takes ``[A, K]``, each behind the one that it took before.
+
+        Args:
+            hidden, logits: ``[A, K, ...]``.
+            anchors: tokens in front of the first ``[A]``.
+        """
+        selector = drafter.candidate_selector
+        assert isinstance(selector, CandidateSelector)
+        ids, values = top_candidates(logits, self._num_candidates)
+        candidates = self.head.tokens(ids)
+        scores = transition_scores(
+            selector.predecessor_codebook,
+            selector.successor_codebook,
+            selector.hidden_projection(hidden),
+            candidates,
+            values,
+            anchors,
+        )
+        return candidates.gather(-1, greedy_walk(scores).unsqueeze(-1)).squeeze(-1)
 
     # -- state -----------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """What is exported: the moving average where there is one."""
         if self.ema is not None:
-            return dict(self.ema)
-        return {n: p.detach() for n, p in self.drafter.named_parameters()}
+            return self._multiplied_out(dict(self.ema))
+        return self._multiplied_out({n: p.detach() for n, p in self.drafter.named_parameters()})
+
+    @torch.no_grad()
+    def _multiplied_out(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        head = self.head
+        embedding = head.embedding[: self.config.vocab_size]
+        return multiplied_out(weights, embedding, head.verifier_lm_head, head.draft_token_ids)
 
     def load_drafter(self, weights: dict[str, Tensor]) -> None:
-        """Starts from a trained drafter's weights (fine-tuning)."""
-        own = {n: w for n, w in weights.items() if n in dict(self.drafter.named_parameters())}
-        self.drafter.load_state_dict({n: w.float() for n, w in own.items()})
+        """Starts from a trained drafter's weights (fine-tuning); a head that it lacks stays as it is.
+
+        Raises:
+            ValueError: its codebooks are no projections of the verifier's tables, but are to learn as such.
+        """
+        selector = self.drafter.candidate_selector
+        if "candidate_selector.predecessor_codebook" in weights and not isinstance(
+            selector, CandidateSelector
+        ):
+            factored = factors(weights, self.head)
+            if factored is None:
+                raise ValueError(
+                    "this drafter's codebooks are no projections of the verifier's embedding and lm_head; "
+                    "train them as they are: --codebooks free"
+                )
+            weights = factored
+        start = dict(self.drafter.named_parameters())
+        own = {n: w for n, w in weights.items() if n in start}
+        missing = [n for n in set(start) - set(own) if not _of_head(n)]
+        if missing:
+            raise ValueError(f"the drafter to start from lacks {sorted(missing)[0]}")
+        with torch.no_grad():
+            for n, w in own.items():
+                start[n].copy_(w)
         if self.ema is not None:
             self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
 
@@ -588,6 +715,11 @@ class Learner:
                     state[i] = slot
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _of_head(name: str) -> bool:
+    """Whether a parameter is of the part that makes a DFlash drafter one of DFlash 2."""
+    return "_conv." in name or name.startswith("candidate_selector.")
 
 
 def block_targets(

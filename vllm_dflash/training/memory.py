@@ -168,7 +168,7 @@ def learner_memory(
 
 def _moments(config: DrafterConfig, optimizer: str, ranks: int) -> list[int]:
     with torch.device("meta"):
-        drafter = Drafter(config)
+        drafter = Drafter(config, factored=True)
     freeze(drafter)
     return moment_numbers(drafter, optimizer, ranks)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vllm_dflash.bounds import check_bounds, count, option_of
 from vllm_dflash.checkpoint import check_computable, check_weights, read_config
-from vllm_dflash.config import DrafterConfig, VerifierInfo
+from vllm_dflash.config import CandidateHead, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import gpu_memory
 from vllm_dflash.training.config import (
     DrafterShape,
@@ -63,17 +63,27 @@ def new_drafter(
         )
     shape = given.with_defaults()
     try:
-        return DrafterConfig.for_verifier(
+        drafter = DrafterConfig.for_verifier(
             hf_config,
             name=name,
             **{_IN_CONFIG.get(k, k): v for k, v in vars(shape).items()}
-            | {"mask_token_id": mask_token_id},
+            | {"mask_token_id": mask_token_id, "head": None},
         )
+        return drafter if shape.head is None else with_head(drafter)
     except ValueError as error:
         options = ", ".join(option_of(field_name) for field_name in given.given())
         raise ValueError(
             f"{error} (given: {options or 'no option, it is the verifier'})"
         ) from error
+
+
+def with_head(drafter: DrafterConfig) -> DrafterConfig:
+    """The drafter with DFlash 2's head, its own where it has one."""
+    if drafter.head is not None:
+        return drafter
+    candidates = min(CandidateHead.selector_top_k, drafter.logits_vocab_size)
+    head = CandidateHead.for_width(drafter.hidden_size, selector_top_k=candidates)
+    return drafter.with_(head=head)
 
 
 def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
@@ -87,7 +97,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         check_computable(config.init_from, raw)
         check_weights(config.init_from, drafter)
         _check_same_shape(config.shape, drafter, config.init_from)
-        return drafter
+        return drafter if config.shape.head is None else with_head(drafter)
     tokenizer = config.verifier.load_tokenizer()
     avoid = [info.pad_token_id] if info.pad_token_id is not None else []
     mask = choose_mask_token(tokenizer, info.vocab_size, avoid, config.shape.mask_token_id)
@@ -97,6 +107,8 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
 def _check_same_shape(shape: DrafterShape, drafter: DrafterConfig, name: str) -> None:
     """ValueError when the user gives a shape that the drafter to go on from does not have."""
     for field_name, value in shape.given().items():
+        if field_name == "head":  # one without can be given
+            continue
         if field_name == "num_target_layers":
             has: Any = len(drafter.target_layer_ids)
         elif field_name == "draft_vocab":

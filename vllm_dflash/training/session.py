@@ -136,7 +136,12 @@ class TrainingSession:
         embedding, lm_head = shared_weights(self.verifier, rows)
         lm_head = lm_head[: config.vocab_size]
         ids = torch.tensor(draft_token_ids) if draft_token_ids is not None else None
-        weights = checkpoint.load_weights(init_from, config) if init_from is not None else {}
+        weights: dict[str, Tensor] = {}
+        if init_from is not None:
+            start = config
+            if config.head is not None and DrafterConfig.from_pretrained(init_from).head is None:
+                start = config.with_(head=None)
+            weights = checkpoint.load_weights(init_from, start)
         if "d2t" in weights:
             ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
         own_vocab = config.has_own_vocab_weights

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vllm_dflash.config import (
     FULL,
     SLIDING,
+    CandidateHead,
     DrafterConfig,
     VerifierInfo,
     default_target_layer_ids,
@@ -26,15 +27,13 @@ from vllm_dflash.config_formats import AmbiguousConfig, UnsupportedDrafter
 from vllm_dflash.serving.frontend.speculative_config import mend_causality
 
 PUBLIC = Path(__file__).parents[2] / "data" / "public_drafters"
-#: Public drafters that are not plain DFlash, and the word that names them.
+#: Public drafters that are not DFlash or DFlash 2, and the word that names them.
 OTHER_KINDS = {
     "angelslim-mrope": "architectures",
     "automodel-export": "architectures",
     "modelopt-dspark-projector": "DSpark",
     "muse-glimmer-30b-assistant": "MuseGlimmerAssistantModel",
-    "muse-glimmer-30b-dflash2": "DFlash 2",
     "nemotron-nvfp4-dspark": "DSpark",
-    "qwen3.8-27b-dflash2": "DFlash 2",
     "redhat-qwen3.6-35b-a3b-speculator.dspark": "DSpark",
 }
 #: Their copies lack use_sliding_window, without which vLLM finds no window.
@@ -71,6 +70,7 @@ VARIANTS = {
     },
     "from the anchor": {"sample_from_anchor": True},
     "bias": {"attention_bias": True},
+    "head": {"head": CandidateHead(3, 8, 24, 12)},
     "interleaved, partial rope": {
         "is_neox_style": False,
         "rope_parameters": {
@@ -298,7 +298,17 @@ def compare_with_vllm(raw: dict, folder, monkeypatch) -> None:
     config.check_windows()
     theirs, layers, aux_layers, fc = vllm_reads(raw, folder, monkeypatch, config)
     ours = range(config.num_hidden_layers)
-    assert theirs.architectures == ["DFlashDraftModel"]
+    assert theirs.architectures == [
+        "DFlashDraftModel" if config.head is None else "DFlash2DraftModel"
+    ]
+    for key in ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
+        assert theirs.dflash_config.get(key) == getattr(config.head, key, None)
+    for key, nothing in (
+        ("input_embedding_scale", 1.0),
+        ("output_multiplier", 1.0),
+        ("final_logit_softcapping", 0.0),
+    ):
+        assert theirs.dflash_config.get(key, nothing) == config.serve_only.get(key, nothing)
     assert layers == [(config.layer_window(i), config.layer_causal(i)) for i in ours]
     assert aux_layers == config.aux_hidden_state_layer_ids
     assert fc == config.num_features

@@ -85,6 +85,7 @@ def test_every_damaged_config_is_read_or_refused_in_one_line(drafters) -> None:
     assert 200 < read < 800
 
 
+@pytest.mark.thorough
 def test_inspect_ends_in_one_line(drafters, verifier) -> None:
     """Whatever the file says, with the weights beside it."""
     rng, runner = random.Random(1), CliRunner()

@@ -132,6 +132,7 @@ def test_output_that_cannot_be_written(refused, tmp_path, verifier, prompts_file
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.thorough
 def test_inspect(verifier, drafter) -> None:
     out = tiny.cli("inspect", drafter, verifier).stdout
     for part in (
@@ -190,6 +191,7 @@ def test_inspect_says_what_decides_acceptance(drafter, tmp_path) -> None:
     assert "from the anchor by speculators" in spec
 
 
+@pytest.mark.thorough
 def test_convert_there_and_back(refused, tmp_path, drafter) -> None:
     tiny.cli("convert", drafter, "-o", tmp_path / "spec", "--to", "speculators")
     assert read_config(tmp_path / "spec")["speculators_model_type"] == "dflash"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.worlds import ENDLESS, K, SchedulerWorld, fixed_speed
-from vllm_dflash.draft_length.acceptance import AcceptanceModel, Calibration
+from vllm_dflash.draft_length.acceptance import AcceptanceModel
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.counters import DRAFTER
 from vllm_dflash.draft_length.scheduler_policy import Batch
@@ -175,16 +175,6 @@ def test_hundreds_of_requests_are_told_apart() -> None:
     ).run(60)
     assert world.mean_length(lambda i: i % 2 == 1, since=20) > 4
     assert world.mean_length(lambda i: i % 2 == 0, since=20) < 0.3
-
-
-def test_promises_in_one_go_are_those_one_by_one() -> None:
-    rng = np.random.default_rng(0)
-    promised, kept = rng.random(300) * 5, rng.integers(0, 4, 300)
-    batch, single = Calibration(), Calibration()
-    batch.add(promised, kept)
-    for p, k in zip(promised.tolist(), kept.tolist(), strict=True):
-        single.add(p, k)
-    assert batch.factor == pytest.approx(single.factor, rel=1e-9)
 
 
 def test_hundreds_of_requests_take_little_time() -> None:

@@ -14,7 +14,6 @@ from helpers.worlds import K, WorkerWorld, fixed_rate, made
 from vllm_dflash.draft_length.acceptance import (
     CONFIDENCE_PRIOR,
     AcceptanceModel,
-    Calibration,
     confidence_cells,
 )
 from vllm_dflash.draft_length.allocate import assign_draft_budget
@@ -91,27 +90,6 @@ def test_model_finds_averages_and_requests() -> None:
     model.forget("good")
     assert not model.seen("good")
     assert model.seen("bad")
-
-
-def test_what_fails_at_once_may_hold_for_long() -> None:
-    """A request whose matches are wrong two times in three, and right to the end where they are not."""
-    rng = np.random.default_rng(0)
-    prior, cells = [0.6, 0.9, 0.9], np.arange(3)
-    apart, alike = AcceptanceModel(prior, groups=[0, 1, 1]), AcceptanceModel(prior)
-    for _ in range(100):
-        right = 3 if rng.random() < 0.3 else 0
-        other = next((i for i, p in enumerate((0.95, 0.8, 0.8)) if rng.random() > p), 3)
-        for model in (apart, alike):
-            model.observe(cells[: right + 1], right, "r")
-            model.observe(cells[: other + 1], other, "other")
-    first, _, third = apart.survival(cells[None], ["r"])[0]
-    assert first == pytest.approx(0.3, abs=0.12)
-    assert third > 0.8 * first
-    assert third > alike.survival(cells[None], ["r"])[0, 2]
-    assert apart.likely_offsets().shape[1] == 2
-    for name in ("r", "other"):
-        apart.forget(name)
-    assert apart.survival(cells[None], ["new"]).shape == (1, 3)
 
 
 def test_one_refusal_is_no_verdict() -> None:
@@ -230,6 +208,7 @@ WORLDS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", WORLDS)
 def test_never_slower_than_none_or_the_best_fixed_length(name) -> None:
     """The bounds of the benchmark, in a world whose costs and acceptance are known."""
@@ -260,19 +239,6 @@ def test_cost_of_checking_is_told_from_that_of_tokens() -> None:
     assert cost.check == pytest.approx(0.25, abs=0.1)
     again = StepCost.from_dict(json.loads(json.dumps(cost.as_dict())))
     assert again.verify(8, 0, 4) == pytest.approx(seconds_M)
-
-
-def test_promises_that_are_not_kept_count_for_less() -> None:
-    kept, broken = Calibration(), Calibration()
-    assert kept.factor == 1
-    rng = np.random.default_rng(0)
-    shares = []
-    for _ in range(500):
-        kept.add(0.6, int(rng.random() < 0.6))
-        broken.add(0.6, int(rng.random() < 0.3))
-        shares.append(kept.factor)
-    assert np.mean(shares) > 0.97
-    assert broken.factor == pytest.approx(0.55, abs=0.12)
 
 
 def test_a_verdict_stands_while_nothing_new_is_known(monkeypatch) -> None:
@@ -337,6 +303,7 @@ def test_drafting_stops_and_comes_back() -> None:
     assert np.mean([lengths[-20:] for lengths in world.lengths]) > 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quality", [0.9, 0.5, 0.05])
 def test_acceptance_by_position_does_not_depend_on_the_lengths_chosen(quality) -> None:
     """Drafts are counted by position as far as the text behind them goes, verified or not."""

@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form(
                 got = plain(h, w, labels, valid, loss, 3.0, 0.3, verifier)
             # As the learner does: the whole step's weight is known at the end.
             (got[0] * 0.7).backward()
-            results.append((*(t.detach() for t in got), h.grad, w.grad))
+            results.append((*(t.detach() for t in got[:4]), h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
         if theirs is None:
             assert ours is None
@@ -195,3 +195,13 @@ def test_unknown_losses_and_missing_targets():
         block_loss(hidden, head, labels, valid, loss="kl")
     with pytest.raises(ValueError, match="'mse'"):
         block_loss(hidden, head, labels, valid, loss="mse")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("anchors_a_chunk", [1, 3, 64])
+def test_candidates_are_the_most_likely_tokens(anchors_a_chunk, monkeypatch):
+    hidden, head, labels, valid, _ = inputs(8, 4, 6, 30)
+    one = 4 * 30 * losses.logit_bytes(torch.float64)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", anchors_a_chunk * one)
+    got = block_loss(hidden, head, labels, valid, num_candidates=5)
+    assert torch.equal(got.candidates_AKC, (hidden @ head.T).topk(5).indices)
+    assert block_loss(hidden, head, labels, valid).candidates_AKC.shape == (8, 4, 0)

@@ -11,7 +11,7 @@ import torch
 
 from helpers import tiny
 from vllm_dflash.checkpoint import convert, load_weights, read_config
-from vllm_dflash.config import FULL, SLIDING, DrafterConfig
+from vllm_dflash.config import FULL, SLIDING, CandidateHead, DrafterConfig
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
 
@@ -74,7 +74,8 @@ def our_logits(folder: Path, vocabulary, sample: Sample, anchors: list[int]) -> 
     weights = load_weights(folder, config)
     ids = weights["d2t"] + torch.arange(len(weights["d2t"])) if "d2t" in weights else None
     head = SharedHead(*vocabulary, ids, weights.get("lm_head.weight"))
-    learner = Learner(config, Hyperparameters(autocast="float32"), head, 1)
+    hparams = Hyperparameters(autocast="float32", codebooks="free")
+    learner = Learner(config, hparams, head, 1)
     learner.load_drafter(weights)
     with torch.no_grad():
         return head.logits(learner.drafter, learner._forward([sample], [anchors])[0])
@@ -196,9 +197,65 @@ def test_the_two_count_a_window_differently(
     assert not torch.allclose(ours, got, atol=1e-3)
 
 
+def selected(selector, logits: torch.Tensor, hidden: torch.Tensor, before: torch.Tensor):
+    """Scores of a position's candidates, by token; theirs has its own way to take candidates."""
+    with torch.no_grad():
+        ids, scores = selector.select(logits, hidden, before)
+    return torch.full_like(logits, float("-inf")).scatter(-1, ids, scores)
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["ours by theirs", "and theirs by ours"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"layer_types": (SLIDING, SLIDING), "sliding_window": WINDOW, "causal": False}]
+)
+def test_dflash2(changes, back, verifier, vocabulary, sample, anchors, tmp_path) -> None:
+    """The head too: convolutions by the logits, the selector by its scores behind any token."""
+    head = CandidateHead(selector_rank=8, selector_top_k=6)
+    ours = tiny.make_drafter(
+        tmp_path / "ours", verifier, target_layer_ids=IDS, head=head, **changes
+    )
+    convert(ours, tmp_path / "spec", "speculators")
+    model = load_theirs(tmp_path / "spec")
+    assert type(model).__name__ == "DFlash2DraftModel"
+    if back:
+        randomize(model)
+        with torch.no_grad():
+            for book in ("predecessor_codebook", "successor_codebook"):
+                getattr(model.candidate_selector, book).mul_(6)
+        model.save_pretrained(tmp_path / "theirs")
+        ours = tmp_path / "theirs"
+    got = their_logits(model, sample, anchors)
+    assert_equal_drafts(our_logits(ours, vocabulary, sample, anchors), got)
+    config = DrafterConfig.from_dict(read_config(ours))
+    assert config.head == head
+    plain = got.argmax(-1)
+    from vllm_dflash.modeling.dflash2 import CandidateSelector, top_candidates
+
+    weights = load_weights(ours, config)
+    mine = CandidateSelector(tiny.VOCAB, config.hidden_size, head.selector_rank)
+    mine.load_state_dict(
+        {n.partition(".")[2]: w for n, w in weights.items() if n.startswith("candidate_selector")}
+    )
+    hidden = torch.randn(len(anchors), 7, config.hidden_size)
+    before = torch.randint(0, tiny.VOCAB, plain.shape)
+    theirs_scores = selected(model.candidate_selector, got, hidden, before)
+    with torch.no_grad():
+        ids, values = top_candidates(got, head.selector_top_k)
+        scores = values + mine(hidden, before, ids)
+    torch.testing.assert_close(theirs_scores.gather(-1, ids), scores, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(theirs_scores.argmax(-1), plain), "the selector changes nothing"
+
+
+def test_dflash2_of_a_draft_vocabulary_stays_in_z_labs_format(verifier, tmp_path) -> None:
+    head = CandidateHead(selector_rank=8, selector_top_k=6)
+    made = tiny.make_drafter(tmp_path / "ours", verifier, head=head, draft_vocab_size=200)
+    with pytest.raises(ValueError, match=r"draft vocabulary \(200 of 384"):
+        convert(made, tmp_path / "spec", "speculators")
+
+
 def test_other_kinds_of_theirs_are_named(tmp_path) -> None:
     config = DrafterConfig(64, 2, 2, 1, 32, 96, 384, 8, (0, 1), 5, verifier="v")
-    for kind, name in (("dflash2", "DFlash 2"), ("dspark", "DSpark")):
+    for kind, name in (("xpress", "XPress"), ("dspark", "DSpark")):
         raw = json.loads(json.dumps(config.to_dict("speculators"))) | {
             "speculators_model_type": kind
         }

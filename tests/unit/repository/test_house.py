@@ -24,6 +24,7 @@ def made(tmp_path: Path, files: dict[str, str]) -> Path:
     return root
 
 
+@pytest.mark.thorough
 def test_the_package_is_in_order() -> None:
     done = house("--check")
     assert (done.stdout, done.returncode) == ("the house is in order\n", 0)

@@ -63,7 +63,7 @@ def test_where_it_chooses() -> None:
         ({"pipeline_parallel_size": 2}, "pipeline stages"),
         ({"cls": "mine.Own"}, "the scheduler is mine.Own"),
         (
-            {"draft_model_config": SimpleNamespace(architectures=["DFlash2DraftModel"])},
+            {"draft_model_config": SimpleNamespace(architectures=["LiLiCorrDraftModel"])},
             "drafter class of its own",
         ),
         ({"enable_adaptive_verification": True}, "adaptive verification"),

@@ -92,6 +92,7 @@ def test_register_can_be_switched_off(fresh, monkeypatch):
     assert len(fresh.records) == 1
 
 
+@pytest.mark.thorough
 def test_in_a_fresh_process():
     """register() loads no runner; importing one afterwards patches it."""
     code = """
@@ -650,21 +651,21 @@ def rewrite(folder, tmp_path, dflash=None, weights=False, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"architectures": ["DFlash2DraftModel"], "dflash": {"conv_kernel_size": 3}},
+        {"architectures": ["LiLiCorrDraftModel"], "dflash": {"lilicorr_num_layers": 2}},
         {"architectures": ["DFlashNovelForCausalLM"]},
-        {"speculators_model_type": "dflash2"},
+        {"speculators_model_type": "xpress"},
         {"dflash": {"markov_rank": 8}},
         {"dflash": {"use_aux_hidden_state": False}},
-        {"architectures": ["DFlash2DraftModel"], "verifier": {"a": 1}, "block_size": "many"},
+        {"architectures": ["LiLiCorrDraftModel"], "verifier": {"a": 1}, "block_size": "many"},
         {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 1]}},
     ],
     ids=[
-        "DFlash 2",
+        "LiLiCorr",
         "novel",
         "speculators",
         "DSpark by its keys",
         "without features",
-        "DFlash 2 of other types",
+        "LiLiCorr of other types",
         "multimodal positions",
     ],
 )

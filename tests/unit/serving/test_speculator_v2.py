@@ -68,6 +68,30 @@ def test_features_of_the_tap_replace_its_mark() -> None:
     assert speculator.propose(None, None, whole, None) is whole
 
 
+class Sized(Plain):
+    """``max_model_len`` as vLLM 0.31 and 0.32 have it."""
+
+    def __init__(self) -> None:
+        self.max_model_len = 300
+
+
+class SizedByConfig(Plain):
+    """As vLLM 0.33 has it: it cannot be set."""
+
+    max_model_len = property(lambda self: 300)
+
+
+@pytest.mark.parametrize("cls", [Sized, SizedByConfig])
+def test_drafts_end_where_the_drafter_has_no_positions(cls) -> None:
+    speculator = cls()
+    speculator_v2.adopt(speculator, Options(ops=False))
+    assert speculator.max_model_len == 300
+    speculator.draft_limit = 200
+    assert speculator.max_model_len == 200
+    speculator.draft_limit = 400
+    assert speculator.max_model_len == 300
+
+
 class Drafting:
     """What our class relies on in the ``propose`` of vLLM 0.31 and 0.32."""
 

@@ -162,6 +162,7 @@ def test_learning_rate():
 # ---- learning ----
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("from_anchor", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_samples_are_learned_by_heart(optimizer, from_anchor):

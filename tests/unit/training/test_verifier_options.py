@@ -114,6 +114,7 @@ def test_code_of_the_model_runs_when_told(refused, tmp_path, remote, drafter, pr
     assert "--num-prompts is 1000" in refused(*bench, "--num-prompts", "1000", *trust)
 
 
+@pytest.mark.thorough
 def test_inspect_takes_the_same_options(remote, drafter):
     done = tiny.cli("inspect", drafter, remote, "--trust-remote-code")
     assert "fits" in done.stdout

@@ -15,6 +15,7 @@ from vllm_dflash.options import Options
 from vllm_dflash.serving import patching, support
 from vllm_dflash.serving.draft_limits import position_limit
 from vllm_dflash.serving.worker import calibration
+from vllm_dflash.serving.worker.dflash2_model import HeadDrafterModel
 from vllm_dflash.serving.worker.drafter_model import DrafterModel
 from vllm_dflash.serving.worker.features.layer_hooks import adapt_verifier
 from vllm_dflash.serving.worker.features.tap import FeatureTap, install_tap
@@ -308,6 +309,8 @@ class Proposer(DFlashProposer):
         cad: Any,
         num_rejected_tokens_gpu: Tensor | None,
     ) -> tuple[int, Tensor, Any]:
+        if isinstance(self.model, HeadDrafterModel):
+            self.model.set_block_width(self._block_width())
         if self._block_inputs is None:
             return super().set_inputs_first_pass(
                 target_token_ids,
@@ -325,7 +328,32 @@ class Proposer(DFlashProposer):
             self, next_token_ids, target_positions, cad, num_rejected_tokens_gpu
         )
 
+    def _block_width(self) -> int:
+        """Tokens of a block of this step."""
+        return max(self.num_speculative_tokens, 1) + (not self.sample_from_anchor)
+
+    def _anchors(self, num_drafted: int) -> Tensor:
+        """Tokens in front of the blocks of this step ``[B]``, which draft so many tokens in all."""
+        width = self._block_width()
+        num_blocks = num_drafted // self.num_speculative_tokens
+        return self.input_ids[: num_blocks * width : width]
+
+    def _sample_draft_tokens(
+        self, hidden_states: Tensor, sampling_metadata: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        sampled = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
+        if sampled and isinstance(self.model, HeadDrafterModel):
+            anchors = self._anchors(len(hidden_states))
+            return self.model.sampled_walk(hidden_states, anchors, sampling_metadata)
+        return super()._sample_draft_tokens(hidden_states, sampling_metadata)
+
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
+        if isinstance(self.model, HeadDrafterModel):
+            anchors = self._anchors(len(hidden_states))
+            tokens, self.confidence = self.model.greedy_walk(
+                hidden_states, anchors, confidence=self.lengths is not None
+            )
+            return tokens
         plain = not (self.use_local_argmax_reduction or self.use_heterogeneous_vocab)
         if plain and self._options.greedy_draft_vocab and isinstance(self.model, DrafterModel):
             tokens, self.confidence = self.model.greedy_draft_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,8 @@ def observed(cls: type) -> type:
         tap: FeatureTap | None = None
         num_wanted: int | None = None
         dummy_drafts = True
-        max_model_len: int
+        #: Tokens of a request behind which nothing is drafted, where the server has more.
+        draft_limit = sys.maxsize
         model: Any
         use_local_argmax_reduction: bool
         _use_ops = False
@@ -57,11 +59,17 @@ def observed(cls: type) -> type:
         step_cost: StepCost | None = None
         _runner: Any = None
 
+        @property
+        def max_model_len(self) -> int:
+            # The server's: a value in vLLM 0.31 and 0.32, in 0.33 a property that cannot be set.
+            servers = vars(self).get("max_model_len")
+            return min(super().max_model_len if servers is None else servers, self.draft_limit)
+
         def load_draft_model(self, target_model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             model: Any = super().load_draft_model(target_model, *args, **kwargs)
             if isinstance(model, DrafterModel):
                 model.leave_out_lora()
-                self.max_model_len = min(self.max_model_len, model.num_positions)
+                self.draft_limit = min(self.draft_limit, model.num_positions)
             self.tap = getattr(target_model, "_dflash_tap", None)
             if self.tap is None and self._use_ops and isinstance(model, DrafterModel):
                 inner: Any = model.model
@@ -180,8 +188,8 @@ def make_speculator(vllm_config: Any, make: Callable[[], Any]) -> Any:
     if from_anchor:
         speculator.sample_from_anchor = True
         speculator.num_query_per_req = speculator.num_speculative_steps
-    # vLLM's has the server's, whatever positions the drafter has.
-    speculator.max_model_len = position_limit(
+    # vLLM's has the server's max_model_len, whatever positions the drafter has.
+    speculator.draft_limit = position_limit(
         vllm_config.speculative_config, speculator.max_model_len
     )
     if speculator.device.type == "cpu" and vllm_config.model_config.is_hybrid:
