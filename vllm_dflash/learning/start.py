@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.checkpoint import check_computable, read_config
+from vllm_dflash.config import DrafterConfig
 from vllm_dflash.learning.versions import GIVEN, Versions
 from vllm_dflash.training.config import DrafterShape
 
@@ -77,7 +78,13 @@ def _check_learnable(model: str) -> None:
         raise ValueError(
             f"dflash_learn is set and the drafter {model} is no folder; download it and give its folder"
         )
-    check_computable(model, read_config(model))
+    raw = read_config(model)
+    check_computable(model, raw)
+    if DrafterConfig.from_dict(raw).head is not None:
+        raise ValueError(
+            f"dflash_learn is set and the drafter {model} has a DFlash 2 head, which learns in "
+            "`vllm-dflash train` only"
+        )
 
 
 def _make(path: Path, tokens: int | None, engine_args: Any, verifier: Any) -> None:
