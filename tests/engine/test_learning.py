@@ -53,15 +53,18 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def learned(folder: Path, **wanted: int) -> dict[str, Any]:
-    """The status once nothing is left to learn and the figures are at least as wanted."""
+    """The status once nothing is done any more and the figures are at least as wanted."""
     end = time.monotonic() + 240
+    before = status(folder)
     while time.monotonic() < end:
-        time.sleep(0.5)
+        time.sleep(3)
         now = status(folder)
         assert now["state"] == "learning", now
-        if now["to_learn"] < 4 and all(now[k] >= n for k, n in wanted.items()):
+        still = now["slices"] == before["slices"] and now["to_learn"] < 4
+        if still and all(now[k] >= n for k, n in wanted.items()):
             return now
-    raise AssertionError(now)
+        before = now
+    raise AssertionError(before)
 
 
 def acceptance(server: Server) -> tuple[float, float]:
