@@ -1,7 +1,7 @@
 // torch.ops.vllm_dflash_emulated.*: the CUDA ops on CPU tensors. emulation.py defines the schemas.
 #include <torch/csrc/stable/library.h>
 
-#include "../../csrc/cuda/ops.h"
+#include "../../../csrc/cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_dflash_emulated, CPU, m) {
   m.impl("build_block", TORCH_BOX(&vllm_dflash::cuda::build_block));

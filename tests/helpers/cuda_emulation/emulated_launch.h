@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "../../csrc/checks.h"
-#include "../../csrc/cuda/grid.cuh"
+#include "../../../csrc/checks.h"
+#include "../../../csrc/cuda/grid.cuh"
 
 namespace cuda_emulation {
 void describe_launch(const Grid& grid, const std::string& kernel);
