@@ -1,9 +1,9 @@
 """Figures of the chosen draft lengths: to the log once a minute, and to the server's ``/metrics``.
 
-The policy works in a worker process, metrics are served by another one. vLLM has no way for a plugin's
-figures from the one to the other, so they go through a small file that the worker replaces now and then.
-What the verifier made of the drafts is counted in the engine core (:mod:`vllm_dflash.serving.verified`),
-which has such a file, too, where that is another process.
+The policy works in a worker or in the engine core (``support.by_scheduler``), metrics are served by another
+process. vLLM has no way for a plugin's figures from the one to the other, so they go through a small file
+that is replaced now and then. What the verifier made of the drafts is counted in the engine core
+(:mod:`vllm_dflash.serving.verified`), which has such a file, too, where the policy is in a worker.
 """
 
 from __future__ import annotations

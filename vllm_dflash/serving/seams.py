@@ -40,7 +40,7 @@ MENDED = "when that is mended"
 NEVER = "stays"
 _EVERY_VERIFIER = "when every verifier has the interface"
 #: Of what vLLM 0.33 does itself: upstream, until.
-_IN_033 = "in vLLM 0.33", "with vLLM 0.32"
+_IN_033 = "mended in vLLM 0.33", "when 0.32 is no longer supported"
 
 
 @dataclass(frozen=True)
