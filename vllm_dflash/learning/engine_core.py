@@ -99,8 +99,9 @@ def learning_core(cls: type) -> type:
         def _process_engine_step(self) -> bool:
             learning, started = self._dflash_learning, time.monotonic()
             executed = super()._process_engine_step()
-            busy = learning is not None and learning.settings.share > 0 and self._may_learn()
-            if busy and learning.owe(time.monotonic() - started):
+            if learning is None or not learning.settings.share or not self._may_learn():
+                return executed
+            if learning.owe(time.monotonic() - started):
                 learning.slice()
             return executed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -166,7 +166,9 @@ class LearningSession(TrainingSession):
                 return done.value
         return None
 
-    def _training(self, steps: list[tuple[int, list[str]]]) -> Iterator[None]:
+    def _training(
+        self, steps: list[tuple[int, list[str]]]
+    ) -> Generator[None, None, list[dict[str, Any]]]:
         learner, metrics = self._learner(), []
         learner.drafter.zero_grad(set_to_none=True)
         for step, keys in steps:
@@ -179,7 +181,9 @@ class LearningSession(TrainingSession):
             yield
         return metrics
 
-    def _counting(self, which: str, keys: list[str]) -> Iterator[None]:
+    def _counting(
+        self, which: str, keys: list[str]
+    ) -> Generator[None, None, dict[str, tuple[int, int, int]]]:
         learner, dtype = self._learner(), verifier_dtype(self.verifier)
         drafter = self._drafter_of(which, dtype)
         own = {}

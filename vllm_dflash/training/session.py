@@ -47,7 +47,7 @@ class TrainingSession:
     one rank, which keeps its features, trains on it and evaluates it; gradients and metrics are summed.
     """
 
-    COMMANDS = (
+    COMMANDS: tuple[str, ...] = (
         "begin",
         "record_responses",
         "watch_responses",
