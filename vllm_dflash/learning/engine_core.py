@@ -74,13 +74,15 @@ def learning_core(cls: type) -> type:
             if learning is None:
                 learning = self._dflash_learning = start_learning(self)
                 self._dflash_status = StatsFile(learning.versions.folder / "status.json")
+            # Without work vLLM's own loop would sleep on, also behind requests that bring none (a question of
+            # the front end, a command that wakes it).
             while self._may_learn() and not self.has_work() and not self._idle_state_callbacks:
                 if not self.input_queue.empty():
-                    break
+                    self._handle_client_request(*self.input_queue.get())
+                    continue
                 worked = learning.slice()
                 self._tell(learning, now=not worked)
                 if not worked and not self.has_work():
-                    # vLLM's own loop would sleep on when a command wakes it.
                     self._handle_client_request(*self.input_queue.get())
             self._tell(learning)
             super()._process_input_queue()
