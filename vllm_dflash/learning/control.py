@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import atomic_write
+from vllm_dflash.serving.frontend.learning_metrics import latest_status
 
 COMMANDS = ("status", "pause", "resume", "promote", "rollback")
 
@@ -18,12 +19,12 @@ def read_status(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: no server learns there.
     """
-    try:
-        return json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError) as error:
+    status = latest_status(folder)
+    if status is None:
         raise ValueError(
             f"no server learns in {folder} now; name the folder that it was given as dflash_learn"
-        ) from error
+        )
+    return status
 
 
 def send(folder: Path, command: str, version: int | None = None, seconds: float = 10.0) -> bool:

@@ -15,7 +15,7 @@ from vllm_dflash.draft_length.counters import DRAFTER
 from vllm_dflash.files import lock_folder
 from vllm_dflash.learning import worker
 from vllm_dflash.learning.loop import Learning, Settings
-from vllm_dflash.learning.replay import Conversation, Shards
+from vllm_dflash.learning.replay import KEY, Conversation, Shards
 from vllm_dflash.learning.versions import Versions
 from vllm_dflash.options import Options
 from vllm_dflash.serving.draft_stats import StatsFile
@@ -24,7 +24,6 @@ from vllm_dflash.serving.verified import count_verified, source_of
 from vllm_dflash.training.ranks import Failure
 
 logger = logging.getLogger("vllm.vllm_dflash")
-_KEY = "dflash-learn-"
 #: ``vllm_xargs`` of a request: whether it may be learned from, and where it comes from.
 OPT_OUT, SOURCE = "dflash_learn", "dflash_source"
 #: Tokens of a response that is worth keeping.
@@ -47,7 +46,7 @@ def learning_core(cls: type) -> type:
         def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
             # A long prompt of ours must not be in the way of a client's.
             learning = self._dflash_learning
-            ours = request.request_id.startswith(_KEY)
+            ours = request.request_id.startswith(KEY)
             if not ours and learning is not None and learning.waiting is not None:
                 self.abort_requests([learning.waiting])
             super().add_request(request, *args, **kwargs)
@@ -263,7 +262,7 @@ def capturing(cls: type) -> type:
 
         def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             out = super()._free_request(request, *args, **kwargs)
-            if request.request_id.startswith(_KEY):
+            if request.request_id.startswith(KEY):
                 complete = request.get_finished_reason() in _complete()
                 self.learning.extracted(request.request_id, complete)
             elif not self.learning.failed:

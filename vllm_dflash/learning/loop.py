@@ -93,7 +93,6 @@ class Learning:
         self.figures |= {"seconds": 0.0, "longest_slice_seconds": 0.0}
         self.last: Verdict | None = None
         self._clock, self._usable = clock, usable
-        self._parts = 1
         self._owed = 0.0
         self._credit = 0
         self._features: set[str] = set()
@@ -198,13 +197,13 @@ class Learning:
 
     def _job(self, command: str, *args: Any) -> Generator[bool, None, Any]:
         self.engine.call(command, *args)
-        self._parts = 1
+        parts = 1
         while True:
             started = self._clock()
-            result = self.engine.call("advance", self._parts)
+            result = self.engine.call("advance", parts)
             took = max(self._clock() - started, 1e-6)
-            most = self._parts * self.settings.slice_ms / 1000 / took
-            self._parts = int(max(1, min(2 * self._parts, most, 64)))
+            most = parts * self.settings.slice_ms / 1000 / took
+            parts = int(max(1, min(2 * parts, most, 64)))
             yield True
             if result is not None:
                 return result

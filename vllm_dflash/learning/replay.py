@@ -20,6 +20,8 @@ from typing import Any
 
 #: One conversation in so many is held out: candidates are compared on those, none is trained on them.
 HELD_OUT_ONE_IN = 8
+#: How keys of conversations begin, and ids of the requests that compute their features.
+KEY = "dflash-learn-"
 _DAY = 86400.0
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -44,7 +46,7 @@ class Conversation:
     @cached_property
     def key(self) -> str:
         """Of its tokens."""
-        return "dflash-learn-" + _hash(self.token_ids)[:24]
+        return KEY + _hash(self.token_ids)[:24]
 
     @cached_property
     def held_out(self) -> bool:

@@ -16,7 +16,6 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.serving.worker.features.verifier import verifier_dtype
 from vllm_dflash.training.config import Hyperparameters
-from vllm_dflash.training.learner import Sample
 from vllm_dflash.training.ranks import Failure, Ranks
 from vllm_dflash.training.session import TrainingSession
 
@@ -26,8 +25,6 @@ _HPARAMS = Hyperparameters(
 )
 #: Anchors between two pauses.
 _PART = 64
-#: Anchors of a conversation that candidates are compared on.
-_COMPARED = 128
 #: Parameters of a drafter's layers that its context's K/V are made with, beside ``fc`` and ``hidden_norm``.
 _CONTEXT = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.")
 _VOCABULARY = ("embed_tokens.", "lm_head.")
@@ -189,7 +186,7 @@ class LearningSession(TrainingSession):
         own = {}
         for key in keys:
             if key not in self._foreign:
-                sample = _head(self._sample(key))
+                sample = self._sample(key)
                 own[key] = learner.accept(drafter, sample, learner.num_draft_tokens, dtype)
             yield
         out = {}
@@ -290,17 +287,3 @@ class LearningSession(TrainingSession):
 def _of_context(name: str) -> bool:
     """Whether a parameter takes part in making the context's K/V."""
     return f".{name}".startswith((".fc.", ".hidden_norm.")) or any(k in name for k in _CONTEXT)
-
-
-def _head(sample: Sample) -> Sample:
-    """The sample up to the tokens of its response that candidates are compared on."""
-    spans = sample.response_spans()
-    end = spans[0][0] + _COMPARED + 1 if spans else len(sample.token_ids)
-    if end >= len(sample.token_ids):
-        return sample
-    return replace(
-        sample,
-        token_ids=sample.token_ids[:end],
-        loss_mask=sample.loss_mask[:end],
-        features_TF=sample.features_TF[: end - 1],
-    )

@@ -32,7 +32,7 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def _initialize_kv_caches(self, vllm_config, *args, **kwargs):
         if Options.from_additional_config(vllm_config.additional_config).learn:
-            _learn(self, vllm_config)
+            _learn(self)
         made = original(self, vllm_config, *args, **kwargs)
         if hasattr(self, "release_reserved"):
             self.release_reserved()
@@ -52,7 +52,7 @@ def wrap_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any
     return _initialize_kv_caches
 
 
-def _learn(core: Any, vllm_config: Any) -> None:
+def _learn(core: Any) -> None:
     """Has a server's engine core learn; one without a loop of its own (``LLM`` in this process) cannot."""
     if hasattr(core, "_process_input_queue"):
         if patching.specialise(core, "vllm_dflash.learning.engine_core:learning_core"):

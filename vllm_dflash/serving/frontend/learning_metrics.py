@@ -33,7 +33,7 @@ _COUNTERS = {
 }
 
 
-def read_status(folder: Path) -> dict[str, Any] | None:
+def latest_status(folder: Path) -> dict[str, Any] | None:
     """The latest figures of the server that learns in a folder; None where there are none."""
     try:
         return json.loads((folder / "status.json").read_text())
@@ -55,7 +55,7 @@ class LearningCollector:
 
     def collect(self) -> Iterator[Any]:
         """Called by Prometheus for each scrape."""
-        status = read_status(self.folder)
+        status = latest_status(self.folder)
         if status is None:
             return
         for name, text in _COUNTERS.items():
