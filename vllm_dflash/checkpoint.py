@@ -58,6 +58,25 @@ def weight_bytes(model: str | Path) -> int | None:
     return None
 
 
+def local_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; that of a hub name is fetched unless it is on this machine already.
+
+    Raises:
+        ValueError: the hub has none of that name, or cannot be reached.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", MASK_EMBEDDING_FILE]
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the weights of drafter {model} are neither in a folder nor on the hub: {error}"
+        ) from error
+
+
 def read_config(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Parsed ``config.json`` of a checkpoint folder or hub name.
 
@@ -220,29 +239,27 @@ def _some(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + rest
 
 
-def check_computable(path: str | Path, raw: dict[str, Any]) -> None:
-    """ValueError for a checkpoint that nothing here can compute with: quantised, or not on this machine."""
-    if not Path(path).is_dir():
-        raise ValueError(
-            f"the drafter {path} is not a folder on this machine; training, evaluation and conversion need "
-            "one: download it (hf download) and give its folder"
-        )
-    how = quantization(path, raw)
+def computable_folder(path: str | Path, raw: dict[str, Any], revision: str | None = None) -> Path:
+    """:func:`local_folder`; ValueError for quantised weights, with which nothing here can compute."""
+    folder = local_folder(path, revision)
+    how = quantization(folder, raw)
     if how is not None:
         raise ValueError(
             f"{path} is quantised ({how}); vLLM serves it, but training, evaluation and conversion need the "
             "checkpoint that it was made from"
         )
+    return folder
 
 
 def load_weights(path: str | Path, config: DrafterConfig) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, checked for shape and for non-finite values.
+    """All tensors of a checkpoint folder or hub name, checked for shape and for non-finite values.
 
     An own embedding of the mask token, ``[hidden_size]``, is among them as ``mask_embedding``.
     """
     import torch
     from safetensors.torch import load_file
 
+    path = local_folder(path)
     check_weights(path, config)
     weights: dict[str, Tensor] = {}
     for file in weight_files(path):
@@ -375,7 +392,7 @@ def convert(
     claim_folder(Path(target), "drafter", "-o", inputs={"the drafter": source})
     raw = read_config(source)
     config = DrafterConfig.from_dict(raw)
-    check_computable(source, raw)
+    source = computable_folder(source, raw)
     if verifier is not None:
         config = config.with_(verifier=verifier)
     weights = load_weights(source, config)

@@ -45,7 +45,7 @@ app = typer.Typer(
 VerifierName = Annotated[
     str, typer.Argument(help="Model folder or hub name, as `vllm serve` takes it.")
 ]
-DrafterPath = Annotated[str, typer.Argument(help="Drafter checkpoint folder.")]
+DrafterPath = Annotated[str, typer.Argument(help="Drafter checkpoint, a folder or hub name.")]
 EngineArgs = Annotated[
     str | None,
     typer.Option(help="JSON of further vLLM engine arguments.", rich_help_panel="Engine"),
@@ -441,7 +441,7 @@ def learn(
 
     if action != "status":
         taken = send(folder, action, version)
-        later = "" if taken else "; the server is busy and will take it when it is idle"
+        later = "" if taken else "; the server has not taken it yet"
         Console().print(f"{action}{later}", highlight=False)
         return
     table = _facts()

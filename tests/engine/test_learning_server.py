@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helpers import tiny
 from helpers.api_server import Server, serving
@@ -27,11 +28,11 @@ FIXED = {"method": "dflash", "num_speculative_tokens": TOKENS, "dflash_draft_len
 LEARN = {"dflash_learn_lr": 0.01, "dflash_learn_slice_ms": 50}
 
 
-def complete(server: Server, seed: int, **xargs: Any) -> str:
+def complete(server: Server, seed: int, tokens: int = 24, **xargs: Any) -> str:
     body = {
         "model": "model",
         "prompt": tiny.sentence(random.Random(seed), 12),
-        "max_tokens": 24,
+        "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
         "vllm_xargs": xargs,
@@ -45,9 +46,9 @@ def complete(server: Server, seed: int, **xargs: Any) -> str:
         return json.loads(answer.read())["choices"][0]["text"]
 
 
-def complete_all(server: Server, seeds: range, **xargs: Any) -> list[str]:
+def complete_all(server: Server, seeds: range, tokens: int = 24, **xargs: Any) -> list[str]:
     with ThreadPoolExecutor(6) as pool:
-        return list(pool.map(lambda seed: complete(server, seed, **xargs), seeds))
+        return list(pool.map(lambda seed: complete(server, seed, tokens, **xargs), seeds))
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -101,10 +102,11 @@ def answers(verifier, tmp_path_factory) -> list[str]:
         return complete_all(server, range(160))
 
 
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("everything", [False, True], ids=["decode", "all"])
-def test_a_swap_puts_every_weight_in_place(verifier, tmp_path, everything):
+def test_a_swap_puts_every_weight_in_place(verifier, tmp_path, everything, v2):
     drafter = tiny.make_drafter(tmp_path / "drafter", verifier)
-    job = {"verifier": str(verifier), "drafter": str(drafter), "everything": everything}
+    job = {"verifier": str(verifier), "drafter": str(drafter), "everything": everything, "v2": v2}
     out = tiny.engine_job(job, tmp_path, module="helpers.learning_job")
     assert {k: v for k, v in out["after"].items() if v > 1e-5} == {}
     # With it, these would have differed.
@@ -141,6 +143,54 @@ def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path):
     served = folder / "versions" / f"{now['version']:06d}"
     with serving(
         verifier, tmp_path / "again", speculative={**FIXED, "model": str(served)}
+    ) as fresh:
+        assert acceptance(fresh) == after
+
+
+def test_the_v2_runner_learns(verifier, answers, tmp_path):
+    """Its kernels are interpreted, in every process of the server."""
+    folder = tmp_path / "learn"
+    spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
+    spec["dflash_learn_weights"] = "all"
+    with serving(verifier, tmp_path / "s", speculative=spec, v2=True) as server:
+        got = complete_all(server, range(100), tokens=10)
+        now = learned(folder, captured=100, promotions=1)
+        got += complete_all(server, range(100, 110), tokens=10)
+        drafts, accepted = acceptance(server)
+    whole = zip(answers[:110], got, strict=True)
+    assert [a[: len(g)] for a, g in whole] == got
+    assert min(map(len, got)) > 10
+    assert now["not_extracted"] == now["skipped_sequences"] == 0
+    assert accepted / drafts > 0.05, "a random drafter has none"
+
+
+def test_two_ranks_learn(verifier, answers, tmp_path):
+    """Each has its shard of a version's weights, while requests run, too."""
+    drafter = tiny.make_drafter(tmp_path / "drafter", verifier)
+    folder, two = tmp_path / "learn", ("--tensor-parallel-size", "2")
+    spec = {**FIXED, **LEARN, "model": str(drafter), "dflash_learn": str(folder)}
+    with serving(verifier, tmp_path / "s", *two, speculative=spec) as server:
+        got = complete_all(server, range(40))
+        now = learned(folder, captured=40)
+        other = tmp_path / "other"
+        shutil.copytree(folder / "versions" / "000000", other)
+        weights = load_file(other / "model.safetensors")
+        for name, weight in weights.items():
+            if "o_proj" in name or "mlp" in name:
+                weight.mul_(-1)
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+        shutil.copytree(other, folder / "versions" / f"{now['version'] + 1:06d}")
+        with ThreadPoolExecutor(1) as pool:
+            more = pool.submit(complete_all, server, range(40, 100))
+            tiny.cli("learn", "promote", folder, str(now["version"] + 1))
+            got += more.result()
+        assert status(folder)["version"] == now["version"] + 1
+        after = acceptance(server)
+    assert got == answers[:100]
+    assert now["steps"] > 10
+    assert now["skipped_sequences"] == 0
+    with serving(
+        verifier, tmp_path / "again", *two, speculative={**FIXED, "model": str(other)}
     ) as fresh:
         assert acceptance(fresh) == after
 

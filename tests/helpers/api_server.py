@@ -24,6 +24,7 @@ from helpers import tiny
 #: Parts of an answer that no two answers have in common.
 VOLATILE = ("id", "request_id", "created", "system_fingerprint", "metrics", "kv_transfer_params")
 RANDOM_LENGTHS = "from helpers import engine_jobs\nengine_jobs.random_lengths()\n"
+V2 = "from helpers import interpreted_v2\ninterpreted_v2.install()\n"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def serving(
     *args: str,
     speculative: dict[str, Any] | None = None,
     random_lengths: bool = False,
+    v2: bool = False,
     limit: float = 300,
     python: str | Path = sys.executable,
 ) -> Iterator[Server]:
@@ -59,6 +61,7 @@ def serving(
         folder: for its log.
         speculative: its speculative configuration; None also leaves the plugin out.
         random_lengths: leaves draft lengths to chance in every process of it.
+        v2: runs vLLM's V2 runner, interpreted.
         limit: seconds until it must answer.
         python: runs it, with the packages of its own environment.
     """
@@ -72,8 +75,8 @@ def serving(
     env: dict[str, str | None] = {"VLLM_PLUGINS": "" if speculative is None else None}
     if speculative is not None:
         command += ["--speculative-config", json.dumps(speculative)]
-    if random_lengths:
-        (folder / "sitecustomize.py").write_text(RANDOM_LENGTHS)
+    if at_start := V2 * v2 + RANDOM_LENGTHS * random_lengths:
+        (folder / "sitecustomize.py").write_text(at_start)
         paths = (str(folder), str(tiny.TESTS), os.environ.get("PYTHONPATH", ""))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     server = Server(f"http://127.0.0.1:{port}", folder / "server.log")

@@ -2,7 +2,7 @@
 
     python -m helpers.learning_job job.json out.json
 
-The job: ``verifier``, ``drafter``, ``everything`` (whether all weights are learned).
+The job: ``verifier``, ``drafter``, ``everything`` (whether all weights are learned), ``v2`` (the runner).
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from vllm_dflash.learning import worker
-from vllm_dflash.training.config import EngineOptions
-from vllm_dflash.training.engine import VerifierEngine
 
 
 def differences(inner: Any, weights: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -57,6 +53,14 @@ def differences(inner: Any, weights: dict[str, torch.Tensor]) -> dict[str, float
 
 def main(job_file: str, out_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
+    if job["v2"]:
+        from helpers import interpreted_v2
+
+        interpreted_v2.install()
+    from vllm_dflash.learning import worker
+    from vllm_dflash.training.config import EngineOptions
+    from vllm_dflash.training.engine import VerifierEngine
+
     options = EngineOptions(max_len=200, dtype="float32")
     engine = VerifierEngine(job["verifier"], job["drafter"], options, num_speculative_tokens=4)
 

@@ -31,7 +31,7 @@ def send(folder: Path, command: str, version: int | None = None, seconds: float 
     """Leaves a command for the server.
 
     Returns:
-        Whether the server has taken it within so many seconds. A busy one takes it once it is idle.
+        Whether the server has taken it within so many seconds.
 
     Raises:
         ValueError: no server learns there, or the command is none.

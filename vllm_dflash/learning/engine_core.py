@@ -100,9 +100,10 @@ def learning_core(cls: type) -> type:
         def _process_engine_step(self) -> bool:
             learning, started = self._dflash_learning, time.monotonic()
             executed = super()._process_engine_step()
-            if learning is None or not learning.settings.share or not self._may_learn():
+            if learning is None or not self._may_learn():
                 return executed
-            if learning.owe(time.monotonic() - started):
+            learning.attend()
+            if learning.settings.share and learning.owe(time.monotonic() - started):
                 learning.slice()
             return executed
 
@@ -162,7 +163,7 @@ def start_learning(core: Any) -> Learning:
     if specialise(scheduler, "vllm_dflash.learning.engine_core:capturing"):
         scheduler.learning, scheduler.keeps = learning, keeps
     count_verified(scheduler, _counter(learning, scheduler))
-    _wake(core, folder / "commands")
+    _watch_commands(core, learning)
     logger.info(
         "vllm-dflash learns in %s, from up to %d tokens of finished requests", folder, tokens
     )
@@ -187,14 +188,17 @@ def _feature_bytes(config: Any) -> int:
     return layers * size * config.model_config.dtype.itemsize
 
 
-def _wake(core: Any, commands: Path) -> None:
-    """A thread that wakes an idle engine core when ``vllm-dflash learn`` leaves a command."""
+def _watch_commands(core: Any, learning: Learning) -> None:
+    """A thread that tells the engine core, also an idle one, when ``vllm-dflash learn`` leaves a command."""
     from vllm.v1.engine import EngineCoreRequestType
+
+    commands = learning.versions.folder / "commands"
 
     def watch() -> None:
         while True:
             time.sleep(_POLL_SECONDS)
             if commands.is_dir() and any(commands.glob("*.json")):
+                learning.commanded = True
                 core.input_queue.put((EngineCoreRequestType.WAKEUP, None))
 
     threading.Thread(target=watch, name="dflash-learn-commands", daemon=True).start()

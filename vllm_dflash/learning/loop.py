@@ -103,6 +103,9 @@ class Learning:
         self._served: dict[str, Counts] = {}
         self._first: dict[str, tuple[int, int]] = {}
         self._live = [0, 0]
+        self._expected = 0.0
+        #: Set where a command has been left.
+        self.commanded = False
         #: The version before the one promoted last, while it is on trial; and what came since.
         self._trial: int | None = None
         self._since: set[str] = set()
@@ -174,19 +177,8 @@ class Learning:
 
         Whatever goes wrong ends the learning, says so, and leaves the server as it is.
         """
-        if self.failed:
-            return False
         started = self._clock()
-        try:
-            self._obey()
-            worked = not self.paused and next(self._rounds)
-        except Exception as error:
-            self.failed = f"{type(error).__name__}: {error}"
-            logger.exception(
-                "vllm-dflash stops learning; the server goes on with version %d of its drafter",
-                self.versions.promoted,
-            )
-            return False
+        worked = self._safely(self._work)
         if worked:
             took = self._clock() - started
             self.figures["slices"] += 1
@@ -195,15 +187,49 @@ class Learning:
             self.figures["longest_slice_seconds"] = longest
         return worked
 
+    def attend(self) -> None:
+        """Between two steps of an engine that has work: what must not wait until it has none."""
+        if self.waiting is None and (self.commanded or self._falls()):
+            self._safely(self._hurry)
+
+    def _safely(self, do: Callable[[], bool]) -> bool:
+        if self.failed:
+            return False
+        try:
+            return do()
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {error}"
+            logger.exception(
+                "vllm-dflash stops learning; the server goes on with version %d of its drafter",
+                self.versions.promoted,
+            )
+            return False
+
+    def _work(self) -> bool:
+        self._hurry()
+        return not self.paused and next(self._rounds)
+
+    def _hurry(self) -> bool:
+        self.commanded = False
+        self._obey()
+        if self.waiting is None and self._trial is not None and self._falls():
+            drafts, hits = self._live
+            reason = (
+                f"{hits / drafts:.0%} of first draft tokens accepted, {self._expected:.0%} expected"
+            )
+            self._go_to(self._trial, "rolled back", reason)
+        return False
+
+    def _falls(self) -> bool:
+        """Whether the version on trial does much worse than the comparison promised."""
+        drafts, hits = self._live
+        enough = self._trial is not None and drafts >= _LIVE_DRAFTS
+        return enough and hits < _LIVE_SHARE * self._expected * drafts
+
     def _job(self, command: str, *args: Any) -> Generator[bool, None, Any]:
         self.engine.call(command, *args)
-        parts = 1
         while True:
-            started = self._clock()
-            result = self.engine.call("advance", parts)
-            took = max(self._clock() - started, 1e-6)
-            most = parts * self.settings.slice_ms / 1000 / took
-            parts = int(max(1, min(2 * parts, most, 64)))
+            result = self.engine.call("advance", self.settings.slice_ms / 1000)
             yield True
             if result is not None:
                 return result
@@ -348,19 +374,14 @@ class Learning:
         self._served, self._first, self._live, self._trial = {}, {}, [0, 0], None
         self._since = set()
         self._remember(counted)
+        drafts = sum(n for n, _ in self._first.values())
+        self._expected = sum(hits for _, hits in self._first.values()) / max(drafts, 1)
 
     def _watch_live(self) -> Generator[bool, None, None]:
-        """Sends a version back that turns out worse than the one before it."""
+        """Sends a version back that does worse than the one before it on conversations since."""
         if self._trial is None:
             return
-        version, (drafts, hits) = self._trial, self._live
-        offline = [sum(n) for n in zip(*self._first.values(), strict=True)] or [0, 0]
-        expected = offline[1] / max(offline[0], 1)
-        if drafts >= _LIVE_DRAFTS and hits / drafts < _LIVE_SHARE * expected:
-            reason = f"{hits / drafts:.0%} of first draft tokens accepted, {expected:.0%} expected"
-            self._go_to(version, "rolled back", reason)
-            yield True
-            return
+        version = self._trial
         new = [c for c in self.held_out if c.key in self._since]
         if len(new) < 2 * MIN_CONVERSATIONS:
             return
@@ -381,6 +402,8 @@ class Learning:
         self.versions.switch(version, event, {"reason": reason})
         self._serving({})
         self.figures["rollbacks"] += event == "rolled back"
+        # What was under way is of the drafter before.
+        self._rounds = self._run()
         logger.warning(
             "vllm-dflash: version %d of the drafter serves, %s %s", version, event, reason
         )
@@ -410,8 +433,6 @@ class Learning:
         if name not in ("promote", "rollback") or version is None:
             raise ValueError(f"{name} {version} cannot be done")
         self._go_to(int(version), "rolled back" if name == "rollback" else "promoted", "by hand")
-        # What was under way is of the drafter before.
-        self._rounds = self._run()
 
     def status(self) -> dict[str, Any]:
         """Everything there is to see, as plain values."""

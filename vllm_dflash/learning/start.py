@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checkpoint import check_computable, read_config
+from vllm_dflash.checkpoint import computable_folder, read_config
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.learning.versions import GIVEN, Versions
 from vllm_dflash.training.config import DrafterShape
@@ -23,6 +23,7 @@ def drafter_to_serve(
     folder: str,
     weights: str,
     given: str | None,
+    revision: str | None,
     tokens: int | None,
     engine_args: Any,
     verifier: Any,
@@ -32,7 +33,7 @@ def drafter_to_serve(
     Args:
         folder: the server's ``dflash_learn``.
         weights: ``dflash_learn_weights``.
-        given: ``model`` of the speculative configuration; ``auto`` has a drafter made.
+        given, revision: of the speculative configuration; the model ``auto`` has a drafter made.
         tokens: ``num_speculative_tokens``, where it is given.
         engine_args: vLLM's ``EngineArgs``.
         verifier: vLLM's ``ModelConfig`` of the verifier.
@@ -63,28 +64,23 @@ def drafter_to_serve(
     versions = Versions(Path(folder))
     model = versions.to_serve(None if given == AUTO else given)
     if given != AUTO or model is not None:
-        if model is not None:
-            _check_learnable(model)
-        return model
+        return model and _learnable(model, revision)
     path = versions.path(GIVEN)
     _make(path, tokens, engine_args, verifier)
     logger.info("vllm-dflash: no drafter yet; %s learns from the traffic", path)
     return str(path)
 
 
-def _check_learnable(model: str) -> None:
-    """ValueError for a drafter whose weights are not at hand, or quantised."""
-    if not Path(model).is_dir():
-        raise ValueError(
-            f"dflash_learn is set and the drafter {model} is no folder; download it and give its folder"
-        )
-    raw = read_config(model)
-    check_computable(model, raw)
+def _learnable(model: str, revision: str | None) -> str:
+    """The folder of a drafter; ValueError if its weights are quantised, or cannot be fetched."""
+    raw = read_config(model, revision)
+    folder = computable_folder(model, raw, revision)
     if DrafterConfig.from_dict(raw).head is not None:
         raise ValueError(
             f"dflash_learn is set and the drafter {model} has a DFlash 2 head, which learns in "
             "`vllm-dflash train` only"
         )
+    return str(folder)
 
 
 def _make(path: Path, tokens: int | None, engine_args: Any, verifier: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,8 +24,8 @@ from vllm_dflash.training.session import TrainingSession
 _HPARAMS = Hyperparameters(
     num_anchors=64, batch_size=4, warmup_ratio=0.0, min_lr=1.0, ema_decay=0.98
 )
-#: Anchors between two pauses.
-_PART = 64
+#: Anchors between two pauses: as many as there is time for.
+_FEWEST_ANCHORS, _MOST_ANCHORS = 4, 64
 #: Parameters of a drafter's layers that its context's K/V are made with, beside ``fc`` and ``hidden_norm``.
 _CONTEXT = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.")
 _VOCABULARY = ("embed_tokens.", "lm_head.")
@@ -79,6 +80,7 @@ class LearningSession(TrainingSession):
         super().__init__(runner, ranks)
         self.everything = False
         self._work: Iterator[Any] = iter(())
+        self._seconds = 0.0
         self._writer = threading.Thread()
         self._reserved: Tensor | None = None
         self._write_error: Exception | None = None
@@ -104,7 +106,7 @@ class LearningSession(TrainingSession):
             total_steps=1,
             init_from=path,
             cache_dir=None,
-            layout={"anchors_in_flight": _PART},
+            layout={"anchors_in_flight": _MOST_ANCHORS},
         )
         self.everything = everything
         # A long prompt's rows would take memory of the device that nobody counts on.
@@ -151,17 +153,21 @@ class LearningSession(TrainingSession):
         """
         self._work = self._counting(which, keys)
 
-    def advance(self, parts: int) -> Any:
-        """Does so many parts of the work; its result, None while there is more.
+    def advance(self, seconds: float) -> Any:
+        """Does a part of the work, and more while there is time; its result, None while there is more.
 
-        With several ranks a part is a whole step, whose sums all must reach together.
+        With several ranks it is one part, a whole step, whose sums all must reach together.
         """
-        for _ in range(parts):
+        self._seconds, end = seconds, time.monotonic() + seconds
+        while True:
+            started = time.monotonic()
             try:
                 next(self._work)
             except StopIteration as done:
                 return done.value
-        return None
+            now = time.monotonic()
+            if self.ranks.size > 1 or now + (now - started) > end:
+                return None
 
     def _training(
         self, steps: list[tuple[int, list[str]]]
@@ -170,13 +176,27 @@ class LearningSession(TrainingSession):
         learner.drafter.zero_grad(set_to_none=True)
         for step, keys in steps:
             samples = [self._sample(k) for k in self._own(keys)]
+            started: float | None = time.monotonic()
             for result in learner.step_by_parts(step, samples):
                 if result is not None:
                     metrics.append({"anchors": result["anchors"], "bad": result["bad"]})
                 elif self.ranks.size == 1:
+                    if started is not None:
+                        self._fit_parts(time.monotonic() - started)
+                        started = None  # the last part may be a small one
                     yield
             yield
         return metrics
+
+    def _fit_parts(self, took: float) -> None:
+        """The next step's parts are of as many anchors as a slice has time for."""
+        learner = self._learner()
+        anchors = learner.layout.anchors_in_flight or _MOST_ANCHORS
+        if took > self._seconds:
+            anchors = max(anchors // 2, _FEWEST_ANCHORS)
+        elif took < self._seconds / 4:
+            anchors = min(2 * anchors, _MOST_ANCHORS)
+        learner.layout = replace(learner.layout, anchors_in_flight=anchors)
 
     def _counting(
         self, which: str, keys: list[str]

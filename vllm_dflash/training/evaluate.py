@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dflash.checkpoint import check_computable, check_weights, read_config
+from vllm_dflash.checkpoint import check_weights, computable_folder, read_config
 from vllm_dflash.config import DrafterConfig, VerifierInfo
 from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.files import claim_file
@@ -57,8 +57,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     raw = read_config(config.drafter)
     drafter = DrafterConfig.from_dict(raw)
     drafter.check_verifier(info)
-    check_computable(config.drafter, raw)
-    check_weights(config.drafter, drafter)
+    check_weights(computable_folder(config.drafter, raw), drafter)
     tokens = draft_tokens(config.num_speculative_tokens, drafter)
     if drafter.draft_block_size is None:
         drafter = drafter.with_(draft_block_size=drafter.block_size_for(tokens))

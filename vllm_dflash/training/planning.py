@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_dflash.bounds import check_bounds, count, option_of
-from vllm_dflash.checkpoint import check_computable, check_weights, read_config
+from vllm_dflash.checkpoint import check_weights, computable_folder, read_config
 from vllm_dflash.config import CandidateHead, DrafterConfig, VerifierInfo
 from vllm_dflash.environment import gpu_memory
 from vllm_dflash.training.config import (
@@ -94,8 +94,7 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         drafter = DrafterConfig.from_dict(raw)
         drafter.check_verifier(info)
         drafter.known_block_size("give it there to train this drafter")
-        check_computable(config.init_from, raw)
-        check_weights(config.init_from, drafter)
+        check_weights(computable_folder(config.init_from, raw), drafter)
         _check_same_shape(config.shape, drafter, config.init_from)
         return drafter if config.shape.head is None else with_head(drafter)
     tokenizer = config.verifier.load_tokenizer()

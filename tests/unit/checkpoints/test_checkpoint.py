@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import tiny
 from vllm_dflash.checkpoint import (
     WEIGHTS_FILE,
     check_weights,
@@ -512,6 +514,23 @@ def test_quantised_checkpoints_are_not_computed_with(saved):
     (saved / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
     with pytest.raises(ValueError, match="NVFP4"):
         convert(saved, saved.parent / "copy", "speculators")
+
+
+def test_a_hub_name_is_as_good_as_a_folder(saved, tmp_path):
+    """As `hf download` leaves it; without a network what is not there is an error."""
+    cache = tmp_path / "models--org--drafter"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    shutil.copytree(saved, cache / "snapshots" / "abc")
+    env = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    to = ("--to", "speculators", "-o", tmp_path / "made")
+    tiny.cli("convert", "org/drafter", *to, env=env)
+    assert_same(load_weights(tmp_path / "made", CONFIG), weights_of(CONFIG))
+    (cache / "snapshots" / "abc" / WEIGHTS_FILE).unlink()
+    refused = tiny.cli(
+        "convert", "org/drafter", "--to", "zlab", "-o", tmp_path / "b", code=1, env=env
+    )
+    assert "has no *.safetensors weights" in refused.stderr
 
 
 def test_names_that_vllm_takes_for_others(saved):

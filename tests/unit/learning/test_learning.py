@@ -325,8 +325,8 @@ class FakeEngine:
             made[key] = (100, accepted, accepted)
         self._job, self._parts = made, 1
 
-    def advance(self, parts):
-        self._parts -= parts
+    def advance(self, seconds):
+        self._parts -= 1
         return self._job if self._parts <= 0 else None
 
     def swap(self):
@@ -541,6 +541,27 @@ def test_commands_are_carried_out_in_their_order(tmp_path, drafter):
     feed(learning, 500, 60)
     run(learning)
     assert learning.status()["to_learn"] < 4
+
+
+def test_a_busy_server_obeys_and_takes_back(tmp_path, drafter):
+    """Between its steps: it may never have a slice for it."""
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    feed(learning, 0, 120)
+    run(learning)
+    version = learning.versions.promoted
+    assert version > 0
+    for _ in range(1000):  # much worse than the comparison promised
+        learning.verified(4, 0)
+        learning.attend()
+    assert learning.versions.promoted != version
+    assert learning.versions.history[-1]["event"] == "rolled back"
+    assert engine.calls.count("load") == 1
+    left(learning, {"command": "promote", "version": version})
+    learning.attend()
+    assert learning.versions.promoted != version, "nobody has told it"
+    learning.commanded = True
+    learning.attend()
+    assert learning.versions.promoted == version
 
 
 def test_a_command_in_the_middle_of_work_leaves_nothing_hanging(tmp_path, drafter):

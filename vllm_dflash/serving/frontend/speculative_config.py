@@ -161,7 +161,13 @@ def wrap_create_speculative_config(original):
             options = replace(options, learn=os.path.abspath(options.learn))
             choose = patching.load("vllm_dflash.learning.start:drafter_to_serve")
             model = choose(
-                options.learn, options.learn_weights, model, tokens, self, target_model_config
+                options.learn,
+                options.learn_weights,
+                model,
+                given.get("revision"),
+                tokens,
+                self,
+                target_model_config,
             )
             given["model"] = rest["model"] = model
         checkpoint = drafter = None

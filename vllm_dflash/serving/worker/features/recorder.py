@@ -38,6 +38,11 @@ class FeatureRecorder:
         """Asks for the first ``lengths[key]`` rows of the request that is submitted as ``key``."""
         self._lengths.update(lengths)
 
+    @property
+    def watching(self) -> bool:
+        """Whether any request's rows are wanted."""
+        return bool(self._lengths)
+
     def _key(self, request_id: str) -> str | None:
         if request_id in self._lengths:
             return request_id

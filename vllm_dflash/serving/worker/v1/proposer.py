@@ -259,7 +259,7 @@ class Proposer(DFlashProposer):
             features = self.tap.take(hidden_states[0].shape[0])
         else:
             features = hidden_states[0] if len(hidden_states) == 1 else torch.cat(hidden_states, -1)
-        if self.recorder is not None:
+        if self.recorder is not None and self.recorder.watching:
             batch = self.runner.input_batch
             known = not self.runner.use_async_spec_decode
             self.recorder.observe(

@@ -86,7 +86,7 @@ def observed(cls: type) -> type:
             aux: Any = given.get("aux_hidden_states")
             if self.tap is not None and aux and self.tap.given(aux[0]):
                 aux = given["aux_hidden_states"] = [self.tap.take(aux[0].shape[0], real)]
-            if self.recorder is not None and real:
+            if real and self.recorder is not None and self.recorder.watching:
                 self._observe(input_batch, aux, given["num_rejected"])
             if real and not self.drafting:
                 return self.draft_tokens[: input_batch.num_reqs]
