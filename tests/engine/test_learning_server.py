@@ -164,11 +164,10 @@ def test_the_v2_runner_learns(verifier, answers, tmp_path):
     assert accepted / drafts > 0.05, "a random drafter has none"
 
 
-def test_two_ranks_learn(verifier, answers, tmp_path):
+def test_two_ranks_learn(verifier, answers, trained, tmp_path):
     """Each has its shard of a version's weights, while requests run, too."""
-    drafter = tiny.make_drafter(tmp_path / "drafter", verifier)
     folder, two = tmp_path / "learn", ("--tensor-parallel-size", "2")
-    spec = {**FIXED, **LEARN, "model": str(drafter), "dflash_learn": str(folder)}
+    spec = {**FIXED, **LEARN, "model": str(trained.drafter), "dflash_learn": str(folder)}
     with serving(verifier, tmp_path / "s", *two, speculative=spec) as server:
         got = complete_all(server, range(40))
         now = learned(folder, captured=40)
@@ -177,7 +176,7 @@ def test_two_ranks_learn(verifier, answers, tmp_path):
         weights = load_file(other / "model.safetensors")
         for name, weight in weights.items():
             if "o_proj" in name or "mlp" in name:
-                weight.mul_(-1)
+                weight.mul_(0.8)
         save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
         shutil.copytree(other, folder / "versions" / f"{now['version'] + 1:06d}")
         with ThreadPoolExecutor(1) as pool:
@@ -187,12 +186,36 @@ def test_two_ranks_learn(verifier, answers, tmp_path):
         assert status(folder)["version"] == now["version"] + 1
         after = acceptance(server)
     assert got == answers[:100]
+    assert after[1] > 20, "weights that are mixed up would draft nothing that is accepted"
     assert now["steps"] > 10
     assert now["skipped_sequences"] == 0
     with serving(
         verifier, tmp_path / "again", *two, speculative={**FIXED, "model": str(other)}
     ) as fresh:
         assert acceptance(fresh) == after
+
+
+def test_another_server_learns(verifier, answers, tmp_path):
+    """One serves and keeps, the other one, elsewhere, learns."""
+    drafter = tiny.make_drafter(tmp_path / "drafter", verifier)
+    serves, learns = tmp_path / "serves", tmp_path / "learns"
+    spec = {**FIXED, "model": str(drafter), "dflash_learn": str(serves)}
+    spec |= {"dflash_learn_weights": "none", "dflash_learn_store": "disk"}
+    other = {**FIXED, **LEARN, "model": str(drafter), "dflash_learn": str(learns)}
+    other |= {"dflash_learn_weights": "all", "dflash_learn_from": str(serves)}
+    with serving(verifier, tmp_path / "s", speculative=spec) as server:
+        before = acceptance(server)
+        got = complete_all(server, range(110))
+        with serving(verifier, tmp_path / "o", speculative=other):
+            learned(learns, captured=110, promotions=1)
+        got += complete_all(server, range(110, 160))
+        now = status(serves)
+        after = acceptance(server)
+    assert got == answers
+    assert after[1] / after[0] > before[1] / before[0] + 0.05
+    assert now["steps"] == now["extracted"] == 0
+    assert now["version"] >= 1
+    assert now["history"][-1]["tau_after"] > now["history"][-1]["tau_before"]
 
 
 def test_kills_and_commands(verifier, answers, tmp_path):

@@ -67,7 +67,7 @@ def main(job_file: str, out_file: str) -> None:
     def call(*args: Any) -> Any:
         return engine.engine.collective_rpc(worker.run, args=args)[0]
 
-    call("start", job["everything"], 1e-3)
+    call("start", "all" if job["everything"] else "decode", 1e-3)
     held = engine.engine.model_executor.driver_worker
     session = held.__dict__["_vllm_dflash_learning"]
     learner, inner = session.learner, session.source.model.model

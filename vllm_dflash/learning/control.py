@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.files import atomic_write
+from vllm_dflash.learning.versions import leave_command
 from vllm_dflash.serving.frontend.learning_metrics import latest_status
 
 COMMANDS = ("status", "pause", "resume", "promote", "rollback")
@@ -46,10 +45,7 @@ def send(folder: Path, command: str, version: int | None = None, seconds: float 
         raise ValueError(f"there is no version {version} in {folder}; there are {there}")
     if status["state"] == "failed":
         raise ValueError(f"the server has stopped learning ({status['error']}); restart it")
-    commands = folder / "commands"
-    commands.mkdir(exist_ok=True, mode=0o700)
-    file = commands / f"{time.time_ns():020d}.json"
-    atomic_write(file, json.dumps({"command": command, "version": version}))
+    file = leave_command(folder, command, version=version)
     deadline = time.monotonic() + seconds
     while file.exists():
         if time.monotonic() > deadline:

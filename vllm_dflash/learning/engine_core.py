@@ -15,7 +15,7 @@ from vllm_dflash.draft_length.counters import DRAFTER
 from vllm_dflash.files import lock_folder
 from vllm_dflash.learning import worker
 from vllm_dflash.learning.loop import Learning, Settings
-from vllm_dflash.learning.replay import KEY, Conversation, Shards
+from vllm_dflash.learning.replay import KEY, Conversation, ShardReader, Shards
 from vllm_dflash.learning.versions import Versions
 from vllm_dflash.options import Options
 from vllm_dflash.serving.draft_stats import StatsFile
@@ -61,8 +61,7 @@ def learning_core(cls: type) -> type:
                 raise ValueError(
                     f"another server learns in {folder}; give each a dflash_learn of its own"
                 )
-            everything = options.learn_weights == "all"
-            CoreEngine(self).call("start", everything, options.learn_lr)
+            CoreEngine(self).call("start", options.learn_weights, options.learn_lr)
 
         def release_reserved(self) -> None:
             """vLLM has laid out its memory, and has left room for what learning takes."""
@@ -152,7 +151,10 @@ def start_learning(core: Any) -> Learning:
     folder = Path(options.learn)
     versions = Versions(folder)
     tokens = int(options.learn_gib * 2**30 / _feature_bytes(config))
-    settings = Settings(options.learn_slice_ms, options.learn_share, tokens)
+    source = Path(options.learn_from) if options.learn_from else None
+    settings = Settings(
+        options.learn_slice_ms, options.learn_share, tokens, options.learn_weights != "none", source
+    )
     shards = None
     if options.learn_store == "disk":
         limit = int(options.learn_disk_gib * 2**30)
@@ -163,7 +165,10 @@ def start_learning(core: Any) -> Learning:
     if specialise(scheduler, "vllm_dflash.learning.engine_core:capturing"):
         scheduler.learning, scheduler.keeps = learning, keeps
     count_verified(scheduler, _counter(learning, scheduler))
-    _watch_commands(core, learning)
+    reader = None
+    if source is not None:
+        reader = ShardReader(source / "conversations", options.learn_days * _DAY)
+    _watch_folders(core, learning, reader)
     logger.info(
         "vllm-dflash learns in %s, from up to %d tokens of finished requests", folder, tokens
     )
@@ -188,8 +193,8 @@ def _feature_bytes(config: Any) -> int:
     return layers * size * config.model_config.dtype.itemsize
 
 
-def _watch_commands(core: Any, learning: Learning) -> None:
-    """A thread that tells the engine core, also an idle one, when ``vllm-dflash learn`` leaves a command."""
+def _watch_folders(core: Any, learning: Learning, reader: ShardReader | None) -> None:
+    """A thread that tells the engine core, also an idle one, of commands and another server's requests."""
     from vllm.v1.engine import EngineCoreRequestType
 
     commands = learning.versions.folder / "commands"
@@ -197,11 +202,14 @@ def _watch_commands(core: Any, learning: Learning) -> None:
     def watch() -> None:
         while True:
             time.sleep(_POLL_SECONDS)
+            for conversation in reader.read() if reader is not None else ():
+                learning.arrivals.put(conversation)
             if commands.is_dir() and any(commands.glob("*.json")):
                 learning.commanded = True
+            if learning.commanded or not learning.arrivals.empty():
                 core.input_queue.put((EngineCoreRequestType.WAKEUP, None))
 
-    threading.Thread(target=watch, name="dflash-learn-commands", daemon=True).start()
+    threading.Thread(target=watch, name="dflash-learn-folders", daemon=True).start()
 
 
 class Keeps:

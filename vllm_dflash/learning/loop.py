@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, Counts, Verdict, judge
 from vllm_dflash.learning.replay import Conversation, Reservoir, Shards, as_example, describe
-from vllm_dflash.learning.versions import GIVEN, Versions
+from vllm_dflash.learning.versions import GIVEN, Versions, hand_over, leave_command
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -30,6 +31,8 @@ COMPARED, COMPARED_TOKENS = 64, 128
 #: Drafts before the served acceptance says anything, and the share of the expected one below which a version
 #: goes back: the two count the same, but on other conversations.
 _LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
+#: Conversations of another server that are taken in at once.
+_ARRIVALS = 64
 #: Sources told apart, and what the others are called.
 _SOURCES, _OTHER = 32, "(other)"
 #: What is counted, see ``serving/frontend/learning_metrics.py``.
@@ -57,11 +60,15 @@ class Settings:
         slice_ms: how long a request may have to wait for a slice of training, about.
         share: of the time of a server that is never idle, for learning.
         tokens: most tokens of the conversations kept, by what their features take.
+        trains: False leaves training to another server.
+        source: folder of the server whose conversations come, and which gets the versions.
     """
 
     slice_ms: float
     share: float
     tokens: int
+    trains: bool = True
+    source: Path | None = None
 
 
 class Learning:
@@ -88,6 +95,8 @@ class Learning:
         self.versions, self.engine, self.settings, self.shards = versions, engine, settings, shards
         self.replay = Reservoir(settings.tokens)
         self.held_out = Reservoir(settings.tokens // 4, seed=1)
+        #: Conversations of another server, put here by a thread.
+        self.arrivals: SimpleQueue[Conversation] = SimpleQueue()
         self.paused, self.failed = False, ""
         self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0)
         self.figures |= {"seconds": 0.0, "longest_slice_seconds": 0.0}
@@ -207,6 +216,8 @@ class Learning:
 
     def _work(self) -> bool:
         self._hurry()
+        for _ in range(min(self.arrivals.qsize(), _ARRIVALS)):
+            self._keep(self.arrivals.get())
         return not self.paused and next(self._rounds)
 
     def _hurry(self) -> bool:
@@ -217,7 +228,7 @@ class Learning:
             reason = (
                 f"{hits / drafts:.0%} of first draft tokens accepted, {self._expected:.0%} expected"
             )
-            self._go_to(self._trial, "rolled back", reason)
+            self._go_to(self._trial, "rolled back", {"reason": reason})
         return False
 
     def _falls(self) -> bool:
@@ -237,6 +248,8 @@ class Learning:
     def _run(self) -> Iterator[bool]:
         if GIVEN not in self.versions.there():
             yield from self._write(self.versions.path(GIVEN))
+        while not self.settings.trains:
+            yield False
         while True:
             yield from self._watch_live()
             steps = min(ROUND_STEPS, self._credit // BATCH)
@@ -367,6 +380,10 @@ class Learning:
         self._serving(counted)
         self._trial = before
         self.figures["promotions"] += 1
+        if self.settings.source is not None:
+            there = hand_over(self.versions.path(number), self.settings.source)
+            figures |= {"first_token": self._expected}
+            leave_command(self.settings.source, "promote", version=there, figures=figures)
         logger.info("vllm-dflash: version %d of the drafter serves: %s", number, verdict.reason)
 
     def _serving(self, counted: Mapping[str, tuple[int, int, int]]) -> None:
@@ -392,20 +409,21 @@ class Learning:
             {k: n[:2] for k, n in served.items()}, {k: n[:2] for k, n in earlier.items()}, {}
         )
         if verdict.better:
-            self._go_to(version, "rolled back", f"the version before does better: {verdict.reason}")
+            reason = f"the version before does better: {verdict.reason}"
+            self._go_to(version, "rolled back", {"reason": reason})
         self._trial, self._since = None, set()
         yield True
 
-    def _go_to(self, version: int, event: str, reason: str = "") -> None:
+    def _go_to(self, version: int, event: str, figures: dict[str, Any]) -> None:
         self.versions.check(version)
         self.engine.call("load", str(self.versions.path(version)))
-        self.versions.switch(version, event, {"reason": reason})
+        self.versions.switch(version, event, figures)
         self._serving({})
         self.figures["rollbacks"] += event == "rolled back"
         # What was under way is of the drafter before.
         self._rounds = self._run()
         logger.warning(
-            "vllm-dflash: version %d of the drafter serves, %s %s", version, event, reason
+            "vllm-dflash: version %d of the drafter serves, %s: %s", version, event, figures
         )
 
     # -- commands and figures --------------------------------------------------------------------
@@ -420,7 +438,7 @@ class Learning:
             file.unlink()
             try:
                 self._carry_out(json.loads(text))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OSError) as error:
                 logger.warning("vllm-dflash learn: %s", error)
 
     def _carry_out(self, command: Mapping[str, Any]) -> None:
@@ -432,7 +450,12 @@ class Learning:
             version = self.versions.previous()
         if name not in ("promote", "rollback") or version is None:
             raise ValueError(f"{name} {version} cannot be done")
-        self._go_to(int(version), "rolled back" if name == "rollback" else "promoted", "by hand")
+        learned, before = command.get("figures"), self.versions.promoted
+        event = "rolled back" if name == "rollback" else "promoted"
+        self._go_to(int(version), event, learned or {"reason": "by hand"})
+        if learned:  # by another server; it is on trial here
+            self._trial, self._expected = before, float(learned["first_token"])
+            self.figures["promotions"] += 1
 
     def status(self) -> dict[str, Any]:
         """Everything there is to see, as plain values."""

@@ -133,6 +133,43 @@ class Reservoir:
         return max(self._old, key=lambda s: sum(len(c.token_ids) for c in self._old[s]))
 
 
+class ShardReader:
+    """Reads the files of a :class:`Shards`, also while it is written.
+
+    Attributes:
+        damaged: lines that could not be read.
+    """
+
+    def __init__(self, folder: Path, max_age: float) -> None:
+        self.folder, self.max_age, self.damaged = folder, max_age, 0
+        self._read: dict[str, int] = {}
+
+    def read(self) -> Iterator[Conversation]:
+        """What has come since the last call, oldest first."""
+        for file in shard_files(self.folder):
+            try:
+                with file.open("rb") as opened:
+                    opened.seek(self._read.get(file.name, 0))
+                    # A line without its end is still being written.
+                    whole, end, _ = opened.read().rpartition(b"\n")
+            except FileNotFoundError:
+                continue  # grown too old
+            self._read[file.name] = self._read.get(file.name, 0) + len(whole) + len(end)
+            for line in filter(None, whole.split(b"\n")):
+                checksum, _, text = line.partition(b" ")
+                if checksum != _checksum(text):
+                    self.damaged += 1
+                    continue
+                raw = json.loads(text)
+                if time.time() - raw["time"] <= self.max_age:
+                    yield Conversation(**{**raw, "token_ids": tuple(raw["token_ids"])})
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("[0-9]*.jsonl"), key=lambda f: int(f.stem))
+
+
 class Shards:
     """Conversations on disk, in append-only files of one checksummed line each, readable by their owner only.
 
@@ -149,31 +186,22 @@ class Shards:
 
     def __init__(self, folder: Path, max_bytes: int, max_age: float, waiting: int = 1024) -> None:
         self.folder, self.max_bytes, self.max_age = folder, max_bytes, max_age
-        self.dropped = self.damaged = 0
+        self.dropped = 0
+        self._reader = ShardReader(folder, max_age)
         self._queue: queue.Queue[Conversation] = queue.Queue(waiting)
         self._begun = time.time()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._prune(None)
-        self._number = 1 + max((int(f.stem) for f in self._files()), default=0)
+        self._number = 1 + max((int(f.stem) for f in shard_files(folder)), default=0)
         threading.Thread(target=self._run, name="dflash-learn-shards", daemon=True).start()
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.jsonl"), key=lambda f: int(f.stem))
+    @property
+    def damaged(self) -> int:
+        return self._reader.damaged
 
     def read(self) -> Iterator[Conversation]:
-        """All that can be read, oldest first; damaged lines are counted in ``damaged``."""
-        for file in self._files():
-            for line in file.read_bytes().split(b"\n"):
-                if not line:
-                    continue
-                checksum, _, text = line.partition(b" ")
-                if checksum != _checksum(text):
-                    self.damaged += 1
-                    continue
-                raw = json.loads(text)
-                if time.time() - raw["time"] > self.max_age:
-                    continue
-                yield Conversation(**{**raw, "token_ids": tuple(raw["token_ids"])})
+        """All that can be read, oldest first."""
+        return self._reader.read()
 
     def put(self, conversation: Conversation) -> None:
         try:
@@ -209,7 +237,7 @@ class Shards:
         self._prune(file)
 
     def _prune(self, current: Path | None) -> None:
-        files = [(f, f.stat()) for f in self._files()]
+        files = [(f, f.stat()) for f in shard_files(self.folder)]
         total = sum(s.st_size for _, s in files)
         for file, stat in files:
             old = time.time() - stat.st_mtime > self.max_age

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_dflash.checkpoint import computable_folder, read_config
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.learning.versions import GIVEN, Versions
+from vllm_dflash.options import Options
 from vllm_dflash.training.config import DrafterShape
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -20,8 +21,7 @@ _LAYERS_PER_LAYER, _BLOCK = 12, 8
 
 
 def drafter_to_serve(
-    folder: str,
-    weights: str,
+    options: Options,
     given: str | None,
     revision: str | None,
     tokens: int | None,
@@ -31,8 +31,7 @@ def drafter_to_serve(
     """The drafter that a server starts with: the version promoted last, or the given one.
 
     Args:
-        folder: the server's ``dflash_learn``.
-        weights: ``dflash_learn_weights``.
+        options: the server's, with ``dflash_learn``.
         given, revision: of the speculative configuration; the model ``auto`` has a drafter made.
         tokens: ``num_speculative_tokens``, where it is given.
         engine_args: vLLM's ``EngineArgs``.
@@ -41,6 +40,7 @@ def drafter_to_serve(
     Raises:
         ValueError: the server is one that cannot learn, or the folder is not ours.
     """
+    weights = options.learn_weights
     for name in ("data_parallel_size", "pipeline_parallel_size"):
         if getattr(engine_args, name, 1) > 1:
             raise ValueError(
@@ -61,7 +61,17 @@ def drafter_to_serve(
         raise ValueError(
             "dflash_learn is set and enable_sleep_mode is, too; leave one of the two out"
         )
-    versions = Versions(Path(folder))
+    if weights == "none" and options.learn_store != "disk":
+        raise ValueError(
+            'dflash_learn_weights is "none": another server learns from what this one keeps on disk; give '
+            '"dflash_learn_store": "disk"'
+        )
+    if options.learn_from == options.learn:
+        raise ValueError(
+            f"dflash_learn and dflash_learn_from are both {options.learn}; give each server a folder of "
+            "its own"
+        )
+    versions = Versions(Path(options.learn))
     model = versions.to_serve(None if given == AUTO else given)
     if given != AUTO or model is not None:
         return model and _learnable(model, revision)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_dflash.checkpoint import check_weights, read_config
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.files import atomic_write, claim_folder, mark_folder
+from vllm_dflash.files import atomic_folder, atomic_write, claim_folder, mark_folder
 
 logger = logging.getLogger("vllm.vllm_dflash")
 #: Version of the drafter that the user gave.
@@ -21,6 +21,24 @@ KEPT = 5
 _STATE = "state.json"
 #: What a folder holds besides our mark.
 FILES = r"(state|status)\.json|(versions|conversations|commands)(/.*)?|status\.[0-9]+"
+
+
+def leave_command(folder: Path, command: str, **args: Any) -> Path:
+    """The file of a command for the server that learns in a folder; it is gone once that has taken it."""
+    commands = folder / "commands"
+    commands.mkdir(exist_ok=True, mode=0o700)
+    file = commands / f"{time.time_ns():020d}.json"
+    atomic_write(file, json.dumps({"command": command, **args}))
+    return file
+
+
+def hand_over(version: Path, folder: Path) -> int:
+    """Copies a version into the folder of another server, which must be told of it; its number there."""
+    versions = folder / "versions"
+    number = 1 + max((int(p.name) for p in versions.glob("[0-9]*")), default=GIVEN)
+    with atomic_folder(versions / f"{number:06d}") as copy:
+        shutil.copytree(version, copy, dirs_exist_ok=True)
+    return number
 
 
 class Versions:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -87,19 +88,24 @@ class LearningSession(TrainingSession):
         #: Weights of the drafter that serves, in fp32 on the learner's device.
         self._serving: dict[str, Tensor] = {}
 
-    def start(self, everything: bool, lr: float) -> dict[str, Any]:
+    def start(self, which: str, lr: float) -> None:
         """Makes the learner, of the drafter that serves.
 
         Args:
-            everything: learn also what the context's K/V are made with.
+            which: weights are learned, as ``dflash_learn_weights`` says.
         """
         spec = self.source.vllm_config.speculative_config
         path, tokens = str(spec.model), spec.num_speculative_tokens
         config = DrafterConfig.from_dict(checkpoint.read_config(path))
+        self.given, self.config = path, config
+        self.everything = which == "all"
+        if which == "none":
+            self._serving = self._weights_of(path)
+            return
         # Blocks as wide as they are served.
         width = tokens + (not config.sample_from_anchor)
         config = config.with_(draft_block_size=width)
-        made = self.begin(
+        self.begin(
             config.to_dict("zlab"),
             replace(_HPARAMS, lr=lr).as_dict(),
             None,
@@ -108,16 +114,24 @@ class LearningSession(TrainingSession):
             cache_dir=None,
             layout={"anchors_in_flight": _MOST_ANCHORS},
         )
-        self.everything = everything
         # A long prompt's rows would take memory of the device that nobody counts on.
         self.recorder.on_host = True
         learner = self._learner()
         for name, parameter in learner.drafter.named_parameters():
-            if name.startswith(_VOCABULARY) or (not everything and _of_context(name)):
+            if name.startswith(_VOCABULARY) or (not self.everything and _of_context(name)):
                 parameter.requires_grad_(False)
         self._serving = {n: w.clone() for n, w in learner.weights().items()}
         self._reserve()
-        return made
+
+    def _weights_of(self, path: str) -> dict[str, Tensor]:
+        """A checkpoint's weights; ValueError where it drafts from other tokens than the given drafter."""
+        weights = checkpoint.load_weights(path, self.config)
+        tokens = weights.pop("d2t", None)
+        if tokens is None:
+            return weights
+        if not torch.equal(tokens, checkpoint.load_weights(self.given, self.config)["d2t"]):
+            raise ValueError(f"{path} has another draft vocabulary than the drafter {self.given}")
+        return weights
 
     def _reserve(self) -> None:
         """Holds what learning will take of the device while vLLM measures what is left, until
@@ -241,12 +255,17 @@ class LearningSession(TrainingSession):
             return
         if self._writer.is_alive():
             self._writer.join()
+        if self.learner is None:
+            self._write_by(lambda: shutil.copytree(self.given, path))
+            return
         alone = copy.copy(self)
         alone.ranks = Ranks()  # the thread must not talk to other ranks
+        self._write_by(lambda: alone.export(path, "zlab"))
 
+    def _write_by(self, write: Callable[[], Any]) -> None:
         def run() -> None:
             try:
-                alone.export(path, "zlab")
+                write()
             except Exception as error:  # raised again by written()
                 self._write_error = error
 
@@ -273,12 +292,12 @@ class LearningSession(TrainingSession):
 
     def load(self, path: str) -> None:
         """A version serves, and learning goes on from it."""
-        learner = self._learner()
-        loaded = checkpoint.load_weights(path, learner.config)
+        loaded = self._weights_of(path)
         weights = {n: loaded[n].to(self._serving[n]) for n in self._serving}
         self._put(weights)
         self._serving = weights
-        self._learn_from(weights)
+        if self.learner is not None:
+            self._learn_from(weights)
 
     def _learn_from(self, weights: dict[str, Tensor]) -> None:
         learner = self._learner()
@@ -291,17 +310,19 @@ class LearningSession(TrainingSession):
     def _put(self, weights: dict[str, Tensor]) -> None:
         from vllm_dflash.serving.worker.reload import reload_weights
 
-        changed = {n: w for n, w in weights.items() if not n.startswith(_VOCABULARY)}
-        if not self.everything:
-            same = [n for n in changed if _of_context(n)]
-            dtype = verifier_dtype(self.verifier)
-            pairs = [(changed[n].to(dtype), self._serving[n].to(dtype)) for n in same]
-            if any(not torch.equal(new, old) for new, old in pairs):
-                raise ValueError(
-                    "this version has other context weights than the one that serves; start the server with "
-                    'it, or with "dflash_learn_weights": "all"'
-                )
-        reload_weights(self.source, self.runner, changed, self.everything)
+        new = {n: w for n, w in weights.items() if not n.startswith(_VOCABULARY)}
+        dtype = verifier_dtype(self.verifier)
+        context = any(
+            not torch.equal(w.to(dtype), self._serving[n].to(dtype))
+            for n, w in new.items()
+            if _of_context(n)
+        )
+        if context and self.learner is not None and not self.everything:
+            raise ValueError(
+                "this version has other context weights than the one that serves; start the server with "
+                'it, or with "dflash_learn_weights": "all"'
+            )
+        reload_weights(self.source, self.runner, new, context)
 
 
 def _of_context(name: str) -> bool:

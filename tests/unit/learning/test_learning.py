@@ -7,6 +7,7 @@ import os
 import random
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from vllm_dflash.learning import loop as loop_module
 from vllm_dflash.learning.control import read_status, send
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, judge, ratio_interval, tau
 from vllm_dflash.learning.loop import Learning, Settings
-from vllm_dflash.learning.replay import Conversation, Reservoir, Shards
+from vllm_dflash.learning.replay import Conversation, Reservoir, ShardReader, Shards
 from vllm_dflash.learning.versions import Versions
 from vllm_dflash.learning.watch import Reading, between, is_plot, plot
 from vllm_dflash.serving.frontend.learning_metrics import LearningCollector
@@ -541,6 +542,40 @@ def test_commands_are_carried_out_in_their_order(tmp_path, drafter):
     feed(learning, 500, 60)
     run(learning)
     assert learning.status()["to_learn"] < 4
+
+
+def test_one_server_learns_for_another(tmp_path, drafter):
+    """What one keeps on disk another learns from; what that promotes serves here, on trial."""
+    versions = Versions(tmp_path / "kept")
+    kept = Shards(tmp_path / "kept" / "conversations", 2**20, 10**6)
+    settings = Settings(slice_ms=50, share=0.0, tokens=20_000, trains=False)
+    engine = FakeEngine(drafter, 0.0)
+    server = Learning(versions, engine, settings, kept)
+    engine.learning = server
+    run(server)  # keeps the given drafter
+    other, _ = make(tmp_path, drafter, gain=0.01)
+    other.settings = replace(other.settings, source=tmp_path / "kept")
+    reader = ShardReader(tmp_path / "kept" / "conversations", 10**12)
+    for lot in (0, 120):
+        feed(server, lot, 120)
+        run(server)
+        kept.flush()
+        for arrived in reader.read():
+            other.arrivals.put(arrived)
+        run(other)
+    assert other.status()["captured"] == 240
+    assert server.status()["steps"] == 0
+    server.commanded = True
+    server.attend()
+    assert server.versions.promoted == other.versions.promoted > 0
+    mine, learned = (v.versions.path(v.versions.promoted) for v in (server, other))
+    assert (mine / "model.safetensors").read_bytes() == (learned / "model.safetensors").read_bytes()
+    assert server.versions.history[-1]["tau_after"] > server.versions.history[-1]["tau_before"]
+    for _ in range(1000):
+        server.verified(4, 0)
+        server.attend()
+    assert server.versions.history[-1]["event"] == "rolled back"
+    assert not server.failed
 
 
 def test_a_busy_server_obeys_and_takes_back(tmp_path, drafter):

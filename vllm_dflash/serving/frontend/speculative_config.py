@@ -158,17 +158,11 @@ def wrap_create_speculative_config(original):
             options = Options.from_additional_config(self.additional_config)
         model, tokens = given.get("model"), rest.get("num_speculative_tokens", self.spec_tokens)
         if options.learn:
-            options = replace(options, learn=os.path.abspath(options.learn))
+            source = options.learn_from and os.path.abspath(options.learn_from)
+            options = replace(options, learn=os.path.abspath(options.learn), learn_from=source)
             choose = patching.load("vllm_dflash.learning.start:drafter_to_serve")
-            model = choose(
-                options.learn,
-                options.learn_weights,
-                model,
-                given.get("revision"),
-                tokens,
-                self,
-                target_model_config,
-            )
+            revision = given.get("revision")
+            model = choose(options, model, revision, tokens, self, target_model_config)
             given["model"] = rest["model"] = model
         checkpoint = drafter = None
         if model:
