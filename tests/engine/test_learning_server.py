@@ -186,7 +186,7 @@ def test_two_ranks_learn(verifier, answers, trained, tmp_path):
         assert status(folder)["version"] == now["version"] + 1
         after = acceptance(server)
     assert got == answers[:100]
-    assert after[1] > 20, "weights that are mixed up would draft nothing that is accepted"
+    assert after[1] > 5, "weights that are mixed up draft what chance accepts, one token or two"
     assert now["steps"] > 10
     assert now["skipped_sequences"] == 0
     with serving(
