@@ -24,8 +24,8 @@ logger = logging.getLogger("vllm.vllm_dflash")
 
 #: Passes over each conversation, as many as ``train`` makes by default.
 PASSES = 6
-#: Sequences of a step, and steps between two comparisons.
-BATCH, ROUND_STEPS = 4, 24
+#: Training steps, of one conversation each, between two comparisons.
+ROUND_STEPS = 96
 #: Held-out conversations that a comparison looks at, the latest and a sample, and tokens of their responses.
 COMPARED, COMPARED_TOKENS = 64, 128
 #: Drafts before the served acceptance says anything, and the share of the expected one below which a version
@@ -103,7 +103,7 @@ class Learning:
         self.last: Verdict | None = None
         self._clock, self._usable = clock, usable
         self._owed = 0.0
-        self._credit = 0
+        self._credit = self._not_compared = 0
         self._features: set[str] = set()
         #: The request that is under way.
         self.waiting: str | None = None
@@ -252,21 +252,24 @@ class Learning:
             yield False
         while True:
             yield from self._watch_live()
-            steps = min(ROUND_STEPS, self._credit // BATCH)
-            if steps == 0 or len(self.replay) < BATCH:
+            steps = min(ROUND_STEPS - self._not_compared, self._credit, len(self.replay))
+            if steps:
+                yield from self._learn(steps)
+            elif self._not_compared < ROUND_STEPS:
                 yield False
-                continue
-            yield from self._learn(steps)
-            yield from self._compare()
+            else:
+                self._not_compared = 0
+                yield from self._compare()
 
     def _learn(self, steps: int) -> Generator[bool, None, None]:
         # The latest half and the sample of what was before weigh as much as their tokens.
         everything = sorted(self.replay, key=lambda c: c.key)
-        plan = [self._random.sample(everything, BATCH) for _ in range(steps)]
-        self._credit -= steps * BATCH
-        yield from self._extract([c for step in plan for c in step])
-        named = [[c.key for c in step if c.key in self._features] for step in plan]
-        steps_done = [(self._steps + i, keys) for i, keys in enumerate(named) if keys]
+        plan = self._random.sample(everything, steps)
+        self._credit -= steps
+        self._not_compared += steps
+        yield from self._extract(plan)
+        keys = [c.key for c in plan if c.key in self._features]
+        steps_done = [(self._steps + i, [key]) for i, key in enumerate(keys)]
         if not steps_done:
             return
         metrics = yield from self._job("learn", steps_done)
@@ -382,8 +385,8 @@ class Learning:
         self.figures["promotions"] += 1
         if self.settings.source is not None:
             there = hand_over(self.versions.path(number), self.settings.source)
-            figures |= {"first_token": self._expected}
-            leave_command(self.settings.source, "promote", version=there, figures=figures)
+            told = {**figures, "first_token": self._expected}
+            leave_command(self.settings.source, "promote", version=there, figures=told)
         logger.info("vllm-dflash: version %d of the drafter serves: %s", number, verdict.reason)
 
     def _serving(self, counted: Mapping[str, tuple[int, int, int]]) -> None:

@@ -23,7 +23,7 @@ from vllm_dflash.training.session import TrainingSession
 
 #: A constant rate; the average over the last steps is what is compared and served.
 _HPARAMS = Hyperparameters(
-    num_anchors=64, batch_size=4, warmup_ratio=0.0, min_lr=1.0, ema_decay=0.98
+    num_anchors=64, batch_size=1, warmup_ratio=0.0, min_lr=1.0, ema_decay=0.995
 )
 #: Anchors between two pauses: as many as there is time for.
 _FEWEST_ANCHORS, _MOST_ANCHORS = 4, 64
