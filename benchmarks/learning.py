@@ -7,10 +7,10 @@
 
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
 learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. With
-``--weights none --requests 0`` it measures a drafter that does not learn. ``cold``:
-from ``"model": "auto"``, tokens/s beside a server without speculation that takes turns. ``cost``: full load,
-learning on and off, alternating. ``swaps``: a version is put in place every few seconds while requests run,
-and every answer is compared with that of a server without speculation, in fp32.
+``--weights none --requests 0`` it measures a drafter that does not learn. ``cold``: from ``"model": "auto"``,
+tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off,
+alternating, then requests that arrive at half the rate. ``swaps``: a version is put in place every few
+seconds while requests run, and every answer is compared with that of a server without speculation, in fp32.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
+from vllm_dflash.learning.control import send
 
 _WAIT = 900.0
 #: ``messages``, and ``temperature`` and ``source`` where they are not 0 and "".
@@ -122,6 +124,41 @@ class Server:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(lambda p: self.ask(p, max_tokens, learn), prompts))
 
+    def first_tokens(
+        self, prompts: Sequence[Prompt], max_tokens: int, rate: float, seed: int
+    ) -> list[float]:
+        """Seconds until the first token of each request; so many arrive a second, by a Poisson process."""
+        rng = random.Random(seed)
+
+        def ask(prompt: Prompt) -> float:
+            body = {
+                "model": "model",
+                "messages": prompt["messages"],
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "stream": True,
+            }
+            request = urllib.request.Request(
+                f"{self.url}/v1/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            started, first = time.monotonic(), None
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                for line in answer:
+                    if first is None and b'"content":"' in line and b'"content":""' not in line:
+                        first = time.monotonic() - started
+            if first is None:
+                raise RuntimeError("an answer without a token")
+            return first
+
+        with ThreadPoolExecutor(64) as pool:
+            jobs = []
+            for prompt in prompts:
+                time.sleep(rng.expovariate(rate))
+                jobs.append(pool.submit(ask, prompt))
+            return [job.result() for job in jobs]
+
     def counters(self) -> dict[str, float]:
         """Sums of the metrics over their labels."""
         out: dict[str, float] = {}
@@ -196,16 +233,15 @@ def nonsense(number: int, seed: int) -> list[Prompt]:
 
 
 def wait_until_learned(folder: Path, seconds: float = 600) -> dict[str, Any]:
-    """The server's status once it has nothing left to learn."""
-    deadline = time.monotonic() + seconds
-    status: dict[str, Any] = {}
-    while time.monotonic() < deadline:
-        time.sleep(1.0)
-        status = json.loads((folder / "status.json").read_text())
-        if status["to_learn"] < 4 or status["state"] != "learning":
-            time.sleep(2.0)  # the comparison behind the last steps
-            return json.loads((folder / "status.json").read_text())
-    return status
+    """The server's status once it has nothing left to learn, and to compare."""
+    deadline, slices = time.monotonic() + seconds, -1
+    while True:
+        time.sleep(3.0)
+        status: dict[str, Any] = json.loads((folder / "status.json").read_text())
+        idle = status["slices"] == slices and status["to_learn"] == 0
+        if idle or status["state"] != "learning" or time.monotonic() > deadline:
+            return status
+        slices = status["slices"]
 
 
 def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -326,8 +362,12 @@ def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a repeat: tokens/s under full load with learning on and off, and answers' latencies at half."""
-    own = load_prompts(args.own)[: args.requests]
+    """A row a repeat: tokens/s under full load, learning on and off; times to the first token at half of it.
+
+    Each repeat has new requests, so that there is something to learn; learning pauses while the other server
+    has its turn.
+    """
+    own = load_prompts(args.own)
     learn = args.folder / "learn-cost"
     shutil.rmtree(learn, ignore_errors=True)
     spec = {"method": "dflash", "model": args.drafter, **json.loads(args.options)}
@@ -337,18 +377,31 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
         serving(args.verifier, {**spec, "dflash_learn": str(learn)}, args.engine) as on,
     ):
         for server in (off, on):
-            server.ask_all(own[:8], args.max_tokens, args.concurrency, learn=False)
+            server.ask_all(own[:16], args.max_tokens, args.concurrency)
+        rate = 0.0
         for repeat in range(args.repeats):
             row: dict[str, Any] = {"traffic_kind": "cost", "repeat": repeat}
+            first = 16 + 2 * repeat * args.requests
+            full, half = (own[i : i + args.requests] for i in (first, first + args.requests))
             order = [("off", off), ("on", on)]
             for name, server in order if repeat % 2 else order[::-1]:
+                send(learn, "resume" if name == "on" else "pause", seconds=60)
                 begun = time.monotonic()
-                answers = server.ask_all(own, args.max_tokens, args.concurrency)
-                tokens = sum(a["tokens"] for a in answers)
-                row[f"tokens_per_s_{name}"] = round(tokens / (time.monotonic() - begun), 2)
-                if name == "on":
-                    wait_until_learned(learn)  # not while the other one is measured
+                answers = server.ask_all(full, args.max_tokens, args.concurrency)
+                seconds = time.monotonic() - begun
+                row[f"tokens_per_s_{name}"] = round(sum(a["tokens"] for a in answers) / seconds, 2)
+                # Half of what the first turn has served a second, the same for all.
+                rate = rate or 0.5 * len(full) / seconds
+                times = server.first_tokens(half, args.max_tokens, rate, args.seed + repeat)
+                for share in (50, 90, 99):
+                    row[f"ttft_ms_p{share}_{name}"] = round(
+                        1000 * float(np.percentile(times, share))
+                    )
+            row["rate"] = round(rate, 3)
             row["ratio"] = round(row["tokens_per_s_on"] / row["tokens_per_s_off"], 4)
+            status = json.loads((learn / "status.json").read_text())
+            row |= {n: status[n] for n in ("steps", "slices", "error")}
+            row["longest_slice_ms"] = round(1000 * status["longest_slice_seconds"])
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows

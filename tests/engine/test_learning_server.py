@@ -63,7 +63,7 @@ def learned(folder: Path, **wanted: int) -> dict[str, Any]:
         time.sleep(3)
         now = status(folder)
         assert now["state"] == "learning", now
-        still = now["slices"] == before["slices"] and now["to_learn"] < 4
+        still = now["slices"] == before["slices"] and now["to_learn"] == 0
         if still and all(now[k] >= n for k, n in wanted.items()):
             return now
         before = now
