@@ -25,8 +25,8 @@ from vllm_dflash.training.session import TrainingSession
 _HPARAMS = Hyperparameters(
     num_anchors=64, batch_size=1, warmup_ratio=0.0, min_lr=1.0, ema_decay=0.995
 )
-#: Anchors between two pauses: as many as there is time for.
-_FEWEST_ANCHORS, _MOST_ANCHORS = 4, 64
+#: Anchors between two pauses: as many as there is time for. Each part computes its context anew.
+_FEWEST_ANCHORS, _MOST_ANCHORS = 16, 64
 #: Parameters of a drafter's layers that its context's K/V are made with, beside ``fc`` and ``hidden_norm``.
 _CONTEXT = (".self_attn.k_proj.", ".self_attn.v_proj.", ".self_attn.k_norm.")
 _VOCABULARY = ("embed_tokens.", "lm_head.")
