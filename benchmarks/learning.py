@@ -7,7 +7,7 @@
 
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
 learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. With
-``--weights none --requests 0`` it measures a drafter that does not learn. ``cold``: from ``"model": "auto"``,
+``--weights off --requests 0`` it measures a drafter that does not learn. ``cold``: from ``"model": "auto"``,
 tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off,
 alternating, then requests that arrive at half the rate. ``swaps``: a version is put in place every few
 seconds while requests run, and every answer is compared with that of a server without speculation, in fp32.
@@ -189,11 +189,10 @@ class Server:
     def close(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(60)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -262,7 +261,7 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
     learn = args.folder / f"learn-{args.weights}"
     shutil.rmtree(learn, ignore_errors=True)
     spec = {"method": "dflash", "model": args.drafter, "dflash_draft_length": "fixed"}
-    if args.weights != "none":
+    if args.weights != "off":
         spec |= {"dflash_learn": str(learn), "dflash_learn_weights": args.weights}
     spec |= json.loads(args.options)
     rows, failed = [], 0
@@ -482,7 +481,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--weights", default="decode", help="dflash_learn_weights; none does not learn"
+        "--weights", default="decode", help="dflash_learn_weights; off does not learn"
     )
     parser.add_argument("--options", default="{}", help="JSON of more speculative options")
     parser.add_argument(

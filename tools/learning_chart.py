@@ -1,8 +1,8 @@
-"""The learning guide's chart: tau while a server learns a new traffic, from what benchmarks/learning.py wrote.
+"""The learning guide's chart: tau while a server learns a new traffic, of results of benchmarks/learning.py.
 
     python tools/learning_chart.py drift_*.json [-o docs/img/learning.svg]
 
-A result without learning (``--weights none``) whose drafter was trained on the new traffic is a level line.
+A result without learning (``--weights off``) whose drafter was trained on the new traffic is a level line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def draw(results: Sequence[dict[str, Any]]) -> str:
     for axes, (key, title) in zip(figure.subplots(1, 2), TRAFFIC.items(), strict=True):
         for result in results:
             rows, which = result["rows"], result["config"]["weights"]
-            if which == "none":
+            if which == "off":
                 axes.axhline(
                     rows[-1][key], color="gray", linestyle="--", label="trained offline on it"
                 )

@@ -59,7 +59,7 @@ def weight_bytes(model: str | Path) -> int | None:
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; that of a hub name is fetched unless it is on this machine already.
+    """The folder of a checkpoint; what a hub name has that is not on this machine is fetched.
 
     Raises:
         ValueError: the hub has none of that name, or cannot be reached.
@@ -71,7 +71,7 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     wanted = ["*.json", "*.safetensors", MASK_EMBEDDING_FILE]
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's clients raise a dozen unrelated classes
         raise ValueError(
             f"the weights of drafter {model} are neither in a folder nor on the hub: {error}"
         ) from error

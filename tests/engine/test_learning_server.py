@@ -197,7 +197,7 @@ def test_two_ranks_learn(verifier, answers, trained, tmp_path):
 
 def test_another_server_learns(verifier, answers, tmp_path):
     """One serves and keeps, the other one, elsewhere, learns."""
-    drafter = tiny.make_drafter(tmp_path / "drafter", verifier)
+    drafter = tiny.make_drafter(tmp_path / "drafter", verifier, draft_vocab_size=300)
     serves, learns = tmp_path / "serves", tmp_path / "learns"
     spec = {**FIXED, "model": str(drafter), "dflash_learn": str(serves)}
     spec |= {"dflash_learn_weights": "none", "dflash_learn_store": "disk"}

@@ -30,6 +30,8 @@ OPT_OUT, SOURCE = "dflash_learn", "dflash_source"
 _MIN_RESPONSE = 8
 #: Priority of our own requests, where the scheduler goes by that.
 _LAST = 2**31 - 1
+#: Conversations of another server that wait to be taken in.
+_WAITING = 256
 _POLL_SECONDS, _TELL_SECONDS = 0.5, 1.0
 _DAY = 86400.0
 
@@ -168,7 +170,7 @@ def start_learning(core: Any) -> Learning:
     reader = None
     if source is not None:
         reader = ShardReader(source / "conversations", options.learn_days * _DAY)
-    _watch_folders(core, learning, reader)
+    _watch_folders(core, learning, reader, keeps.hook)
     logger.info(
         "vllm-dflash learns in %s, from up to %d tokens of finished requests", folder, tokens
     )
@@ -193,17 +195,38 @@ def _feature_bytes(config: Any) -> int:
     return layers * size * config.model_config.dtype.itemsize
 
 
-def _watch_folders(core: Any, learning: Learning, reader: ShardReader | None) -> None:
+def _watch_folders(
+    core: Any,
+    learning: Learning,
+    reader: ShardReader | None,
+    hook: Callable[[Conversation], Any] | None,
+) -> None:
     """A thread that tells the engine core, also an idle one, of commands and another server's requests."""
     from vllm.v1.engine import EngineCoreRequestType
 
     commands = learning.versions.folder / "commands"
 
+    def take_in(reader: ShardReader) -> None:
+        if learning.failed or learning.arrivals.qsize() >= _WAITING:
+            return
+        for conversation in reader.read():
+            kept = conversation if hook is None else hook(conversation)
+            if kept is not None:
+                learning.arrivals.put(kept)
+            if learning.arrivals.qsize() >= _WAITING:
+                return
+
     def watch() -> None:
+        said = False
         while True:
             time.sleep(_POLL_SECONDS)
-            for conversation in reader.read() if reader is not None else ():
-                learning.arrivals.put(conversation)
+            try:
+                if reader is not None:
+                    take_in(reader)
+            except Exception:  # of a shared disk, or of the user's hook
+                if not said:
+                    logger.exception("vllm-dflash does not learn from some of %s", reader)
+                said = True
             if commands.is_dir() and any(commands.glob("*.json")):
                 learning.commanded = True
             if learning.commanded or not learning.arrivals.empty():

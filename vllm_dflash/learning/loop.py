@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, Counts, Verdict, judge
 from vllm_dflash.learning.replay import Conversation, Reservoir, Shards, as_example, describe
-from vllm_dflash.learning.versions import GIVEN, Versions, hand_over, leave_command
+from vllm_dflash.learning.versions import GIVEN, Versions, hand_over
 
 logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -109,6 +110,8 @@ class Learning:
         self.waiting: str | None = None
         self._complete = True
         self._broken: set[str] = set()
+        #: The version that another server was given last, and the command for it.
+        self._handed: tuple[Path, Path] | None = None
         self._served: dict[str, Counts] = {}
         self._first: dict[str, tuple[int, int]] = {}
         self._live = [0, 0]
@@ -132,7 +135,11 @@ class Learning:
 
     def finished(self, conversation: Conversation) -> None:
         """A request has finished, and may be learned from."""
-        if not self.failed and self._keep(conversation) and self.shards is not None:
+        if not self.settings.trains:
+            self.figures["captured"] += 1  # another server takes what it can use
+        elif self.failed or not self._keep(conversation):
+            return
+        if self.shards is not None:
             self.shards.put(conversation)
 
     def _keep(self, conversation: Conversation) -> bool:
@@ -198,7 +205,7 @@ class Learning:
 
     def attend(self) -> None:
         """Between two steps of an engine that has work: what must not wait until it has none."""
-        if self.waiting is None and (self.commanded or self._falls()):
+        if self.waiting is None and (self.commanded or self._decided()):
             self._safely(self._hurry)
 
     def _safely(self, do: Callable[[], bool]) -> bool:
@@ -223,19 +230,24 @@ class Learning:
     def _hurry(self) -> bool:
         self.commanded = False
         self._obey()
-        if self.waiting is None and self._trial is not None and self._falls():
-            drafts, hits = self._live
+        if self.waiting is None and self._trial is not None and self._decided():
+            (drafts, hits), before, self._trial = self._live, self._trial, None
+            if not self._bad():
+                return False
             reason = (
                 f"{hits / drafts:.0%} of first draft tokens accepted, {self._expected:.0%} expected"
             )
-            self._go_to(self._trial, "rolled back", {"reason": reason})
+            self._go_to(before, "rolled back", {"reason": reason})
         return False
 
-    def _falls(self) -> bool:
-        """Whether the version on trial does much worse than the comparison promised."""
+    def _decided(self) -> bool:
+        """Whether live drafts say that a version must go, or, where nobody compares again, may stay."""
+        enough = self._trial is not None and self._live[0] >= _LIVE_DRAFTS
+        return enough and (self._bad() or not self.settings.trains)
+
+    def _bad(self) -> bool:
         drafts, hits = self._live
-        enough = self._trial is not None and drafts >= _LIVE_DRAFTS
-        return enough and hits < _LIVE_SHARE * self._expected * drafts
+        return hits < _LIVE_SHARE * self._expected * drafts
 
     def _job(self, command: str, *args: Any) -> Generator[bool, None, Any]:
         self.engine.call(command, *args)
@@ -265,14 +277,12 @@ class Learning:
         # The latest half and the sample of what was before weigh as much as their tokens.
         everything = sorted(self.replay, key=lambda c: c.key)
         plan = self._random.sample(everything, steps)
-        self._credit -= steps
-        self._not_compared += steps
         yield from self._extract(plan)
         keys = [c.key for c in plan if c.key in self._features]
         steps_done = [(self._steps + i, [key]) for i, key in enumerate(keys)]
-        if not steps_done:
-            return
-        metrics = yield from self._job("learn", steps_done)
+        metrics = (yield from self._job("learn", steps_done)) if steps_done else []
+        self._credit = max(0, self._credit - steps)
+        self._not_compared += steps
         self._steps += steps
         self.figures["steps"] += len(steps_done)
         self.figures["anchors"] += sum(m["anchors"] for m in metrics)
@@ -383,11 +393,23 @@ class Learning:
         self._serving(counted)
         self._trial = before
         self.figures["promotions"] += 1
-        if self.settings.source is not None:
-            there = hand_over(self.versions.path(number), self.settings.source)
-            told = {**figures, "first_token": self._expected}
-            leave_command(self.settings.source, "promote", version=there, figures=told)
+        self._hand_over(number, {**figures, "first_token": self._expected})
         logger.info("vllm-dflash: version %d of the drafter serves: %s", number, verdict.reason)
+
+    def _hand_over(self, number: int, figures: dict[str, Any]) -> None:
+        """To the server whose conversations these are, in the place of what it has not taken yet."""
+        source = self.settings.source
+        if source is None:
+            return
+        try:
+            if self._handed is not None and self._handed[1].exists():
+                self._handed[1].unlink(missing_ok=True)
+                shutil.rmtree(self._handed[0], ignore_errors=True)
+            self._handed = hand_over(self.versions.path(number), source, **figures)
+        except OSError as error:
+            logger.warning(
+                "vllm-dflash: version %d is not handed over to %s: %s", number, source, error
+            )
 
     def _serving(self, counted: Mapping[str, tuple[int, int, int]]) -> None:
         """Another drafter serves, with these counts."""
@@ -420,11 +442,12 @@ class Learning:
     def _go_to(self, version: int, event: str, figures: dict[str, Any]) -> None:
         self.versions.check(version)
         self.engine.call("load", str(self.versions.path(version)))
-        self.versions.switch(version, event, figures)
-        self._serving({})
-        self.figures["rollbacks"] += event == "rolled back"
         # What was under way is of the drafter before.
-        self._rounds = self._run()
+        self._rounds, self._not_compared = self._run(), 0
+        self._serving({})
+        self.versions.switch(version, event, figures)
+        self.figures["rollbacks"] += event == "rolled back"
+        self._hand_over(version, {**figures, "first_token": 0.0})
         logger.warning(
             "vllm-dflash: version %d of the drafter serves, %s: %s", version, event, figures
         )
@@ -438,7 +461,7 @@ class Learning:
             if self.waiting is not None:
                 return  # they come when its features are there
             text = file.read_text()
-            file.unlink()
+            file.unlink(missing_ok=True)
             try:
                 self._carry_out(json.loads(text))
             except (ValueError, TypeError, KeyError, OSError) as error:
@@ -455,7 +478,12 @@ class Learning:
             raise ValueError(f"{name} {version} cannot be done")
         learned, before = command.get("figures"), self.versions.promoted
         event = "rolled back" if name == "rollback" else "promoted"
-        self._go_to(int(version), event, learned or {"reason": "by hand"})
+        try:
+            self._go_to(int(version), event, learned or {"reason": "by hand"})
+        except ValueError:
+            if learned:  # nobody else would remove it
+                shutil.rmtree(self.versions.path(int(version)), ignore_errors=True)
+            raise
         if learned:  # by another server; it is on trial here
             self._trial, self._expected = before, float(learned["first_token"])
             self.figures["promotions"] += 1

@@ -145,17 +145,22 @@ class ShardReader:
         self._read: dict[str, int] = {}
 
     def read(self) -> Iterator[Conversation]:
-        """What has come since the last call, oldest first."""
+        """What has come since the last one that was given, oldest first."""
         for file in shard_files(self.folder):
+            name = file.name
             try:
                 with file.open("rb") as opened:
-                    opened.seek(self._read.get(file.name, 0))
+                    if opened.seek(0, os.SEEK_END) < self._read.get(name, 0):
+                        del self._read[name]  # another one of that name
+                    opened.seek(self._read.setdefault(name, 0))
                     # A line without its end is still being written.
-                    whole, end, _ = opened.read().rpartition(b"\n")
+                    *lines, _ = opened.read().split(b"\n")
             except FileNotFoundError:
                 continue  # grown too old
-            self._read[file.name] = self._read.get(file.name, 0) + len(whole) + len(end)
-            for line in filter(None, whole.split(b"\n")):
+            for line in lines:
+                self._read[name] += len(line) + 1
+                if not line:
+                    continue
                 checksum, _, text = line.partition(b" ")
                 if checksum != _checksum(text):
                     self.damaged += 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_dflash.checkpoint import computable_folder, read_config
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import owner_of
 from vllm_dflash.learning.versions import GIVEN, Versions
 from vllm_dflash.options import Options
 from vllm_dflash.training.config import DrafterShape
@@ -70,6 +71,11 @@ def drafter_to_serve(
         raise ValueError(
             f"dflash_learn and dflash_learn_from are both {options.learn}; give each server a folder of "
             "its own"
+        )
+    if options.learn_from and owner_of(Path(options.learn_from)) != "learning":
+        raise ValueError(
+            f"dflash_learn_from is {options.learn_from}, which is no dflash_learn of a server; start that "
+            "one first"
         )
     versions = Versions(Path(options.learn))
     model = versions.to_serve(None if given == AUTO else given)

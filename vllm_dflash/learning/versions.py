@@ -32,13 +32,25 @@ def leave_command(folder: Path, command: str, **args: Any) -> Path:
     return file
 
 
-def hand_over(version: Path, folder: Path) -> int:
-    """Copies a version into the folder of another server, which must be told of it; its number there."""
+def copy_version(source: Path, target: Path) -> None:
+    """Copies the files of a checkpoint; ``target`` is whole or not there."""
+    with atomic_folder(target) as folder:
+        for pattern in ("*.json", "*.safetensors", "*.pt"):
+            for file in source.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+
+
+def hand_over(version: Path, folder: Path, **figures: Any) -> tuple[Path, Path]:
+    """Copies a version into the folder of another server, and leaves the command to promote it.
+
+    Returns:
+        The version there, and the command, which is gone once it is taken.
+    """
     versions = folder / "versions"
     number = 1 + max((int(p.name) for p in versions.glob("[0-9]*")), default=GIVEN)
-    with atomic_folder(versions / f"{number:06d}") as copy:
-        shutil.copytree(version, copy, dirs_exist_ok=True)
-    return number
+    there = versions / f"{number:06d}"
+    copy_version(version, there)
+    return there, leave_command(folder, "promote", version=number, figures=figures)
 
 
 class Versions:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_dflash import checkpoint
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.learning.versions import copy_version
 from vllm_dflash.modeling.drafter import Drafter
 from vllm_dflash.serving.worker.features.verifier import verifier_dtype
 from vllm_dflash.training.config import Hyperparameters
@@ -87,6 +88,7 @@ class LearningSession(TrainingSession):
         self._write_error: Exception | None = None
         #: Weights of the drafter that serves, in fp32 on the learner's device.
         self._serving: dict[str, Tensor] = {}
+        self._draft_tokens = torch.empty(0)
 
     def start(self, which: str, lr: float) -> None:
         """Makes the learner, of the drafter that serves.
@@ -99,8 +101,9 @@ class LearningSession(TrainingSession):
         config = DrafterConfig.from_dict(checkpoint.read_config(path))
         self.given, self.config = path, config
         self.everything = which == "all"
+        weights = self._weights_of(path)
         if which == "none":
-            self._serving = self._weights_of(path)
+            self._serving = weights
             return
         # Blocks as wide as they are served.
         width = tokens + (not config.sample_from_anchor)
@@ -124,12 +127,13 @@ class LearningSession(TrainingSession):
         self._reserve()
 
     def _weights_of(self, path: str) -> dict[str, Tensor]:
-        """A checkpoint's weights; ValueError where it drafts from other tokens than the given drafter."""
+        """A checkpoint's weights; ValueError where it drafts from other tokens than the drafter at start."""
         weights = checkpoint.load_weights(path, self.config)
-        tokens = weights.pop("d2t", None)
-        if tokens is None:
-            return weights
-        if not torch.equal(tokens, checkpoint.load_weights(self.given, self.config)["d2t"]):
+        tokens = weights.pop("d2t", torch.empty(0))
+        weights.pop("t2d", None)
+        if path == self.given:
+            self._draft_tokens = tokens
+        elif not torch.equal(tokens, self._draft_tokens):
             raise ValueError(f"{path} has another draft vocabulary than the drafter {self.given}")
         return weights
 
@@ -190,27 +194,22 @@ class LearningSession(TrainingSession):
         learner.drafter.zero_grad(set_to_none=True)
         for step, keys in steps:
             samples = [self._sample(k) for k in self._own(keys)]
-            started: float | None = time.monotonic()
+            started, most = time.monotonic(), learner.layout.anchors_in_flight or 0
+            # One that is not full says little of one that is.
+            timed = (
+                self.ranks.size == 1 and sum(len(s.anchor_candidates()) for s in samples) >= most
+            )
             for result in learner.step_by_parts(step, samples):
                 if result is not None:
                     metrics.append({"anchors": result["anchors"], "bad": result["bad"]})
                 elif self.ranks.size == 1:
-                    if started is not None:
-                        self._fit_parts(time.monotonic() - started)
-                        started = None  # the last part may be a small one
+                    if timed:
+                        fit = anchors_that_fit(most, time.monotonic() - started, self._seconds)
+                        learner.layout = replace(learner.layout, anchors_in_flight=fit)
+                        timed = False
                     yield
             yield
         return metrics
-
-    def _fit_parts(self, took: float) -> None:
-        """The next step's parts are of as many anchors as a slice has time for."""
-        learner = self._learner()
-        anchors = learner.layout.anchors_in_flight or _MOST_ANCHORS
-        if took > self._seconds:
-            anchors = max(anchors // 2, _FEWEST_ANCHORS)
-        elif took < self._seconds / 4:
-            anchors = min(2 * anchors, _MOST_ANCHORS)
-        learner.layout = replace(learner.layout, anchors_in_flight=anchors)
 
     def _counting(
         self, which: str, keys: list[str]
@@ -249,14 +248,15 @@ class LearningSession(TrainingSession):
     def write(self, path: str) -> None:
         """Begins to write the learner's drafter as a checkpoint; a thread does, :meth:`written` tells."""
 
-        self._check_ranks()
+        if self.learner is not None:
+            self._check_ranks()
         self._write_error = None
         if self.ranks.rank != 0:
             return
         if self._writer.is_alive():
             self._writer.join()
         if self.learner is None:
-            self._write_by(lambda: shutil.copytree(self.given, path))
+            self._write_by(lambda: copy_version(Path(self.given), Path(path)))
             return
         alone = copy.copy(self)
         alone.ranks = Ranks()  # the thread must not talk to other ranks
@@ -323,6 +323,13 @@ class LearningSession(TrainingSession):
                 'it, or with "dflash_learn_weights": "all"'
             )
         reload_weights(self.source, self.runner, new, context)
+
+
+def anchors_that_fit(anchors: int, took: float, seconds: float) -> int:
+    """Of a step's next parts, where a part of so many has taken so long and is to take so long at most."""
+    if took > seconds:
+        return max(anchors // 2, _FEWEST_ANCHORS)
+    return min(2 * anchors, _MOST_ANCHORS) if took < seconds / 4 else anchors
 
 
 def _of_context(name: str) -> bool:
