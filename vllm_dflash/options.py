@@ -41,9 +41,10 @@ class Options:
             "off" leaves it out. Only with ``draft_length`` "auto".
         learn: folder in which the drafter learns from what the server answers; "" for a drafter that stays
             as it is. The further options are for it.
-        learn_weights: "decode" learns the weights that the context's K/V do not depend on, so that running
-            requests and cached prefixes stay as good as they were; "all" learns all of them; "none" leaves
-            it to another server, which has this one's folder as ``learn_from``.
+        learn_weights: "all" learns all of them; "decode" those that the context's K/V do not depend on, so
+            that running requests and cached prefixes stay as good as they were; "auto" is "all", or "decode"
+            under tensor parallelism; "none" leaves it to another server, which has this one's folder as
+            ``learn_from``.
         learn_from: the folder of a server whose requests are learned from, and which gets what is learned.
         learn_lr: learning rate, constant; what serves is the average of the last steps' weights.
         learn_slice_ms: milliseconds of training that a request may have to wait for.
@@ -60,7 +61,9 @@ class Options:
     draft_length: str = field(default="auto", metadata={"allowed": ("auto", "fixed")})
     lookup: str = field(default="auto", metadata={"allowed": ("auto", "off")})
     learn: str = field(default="", metadata={"like": ""})
-    learn_weights: str = field(default="decode", metadata={"allowed": ("decode", "all", "none")})
+    learn_weights: str = field(
+        default="auto", metadata={"allowed": ("auto", "all", "decode", "none")}
+    )
     learn_from: str = field(default="", metadata={"like": ""})
     learn_lr: float = field(default=6e-4, metadata={"like": 1.0, "low": 1e-7, "high": 0.1})
     learn_slice_ms: float = field(default=100.0, metadata={"like": 1.0, "low": 1, "high": 60_000})

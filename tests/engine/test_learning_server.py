@@ -123,7 +123,6 @@ def test_a_swap_puts_every_weight_in_place(verifier, tmp_path, everything, v2):
 def test_a_swap_serves_what_a_restart_serves(verifier, answers, tmp_path):
     folder = tmp_path / "learn"
     spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
-    spec["dflash_learn_weights"] = "all"
     with serving(verifier, tmp_path / "s", speculative=spec) as server:
         before = acceptance(server)
         got = complete_all(server, range(100), dflash_source="test")
@@ -151,7 +150,6 @@ def test_the_v2_runner_learns(verifier, answers, tmp_path):
     """Its kernels are interpreted, in every process of the server."""
     folder = tmp_path / "learn"
     spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
-    spec["dflash_learn_weights"] = "all"
     with serving(verifier, tmp_path / "s", speculative=spec, v2=True) as server:
         got = complete_all(server, range(100), tokens=10)
         now = learned(folder, captured=100, promotions=1)
@@ -202,7 +200,7 @@ def test_another_server_learns(verifier, answers, tmp_path):
     spec = {**FIXED, "model": str(drafter), "dflash_learn": str(serves)}
     spec |= {"dflash_learn_weights": "none", "dflash_learn_store": "disk"}
     other = {**FIXED, **LEARN, "model": str(drafter), "dflash_learn": str(learns)}
-    other |= {"dflash_learn_weights": "all", "dflash_learn_from": str(serves)}
+    other["dflash_learn_from"] = str(serves)
     with serving(verifier, tmp_path / "s", speculative=spec) as server:
         before = acceptance(server)
         got = complete_all(server, range(110))
@@ -221,7 +219,7 @@ def test_another_server_learns(verifier, answers, tmp_path):
 def test_kills_and_commands(verifier, answers, tmp_path):
     folder = tmp_path / "learn"
     spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
-    spec |= {"dflash_learn_weights": "all", "dflash_learn_store": "disk"}
+    spec["dflash_learn_store"] = "disk"
     for attempt in range(3):
         # Killed while it learns, whatever it is at.
         with serving(verifier, tmp_path / f"s{attempt}", speculative=spec) as server:
@@ -268,7 +266,7 @@ def test_a_full_folder_and_a_filter_do_not_touch_the_answers(verifier, answers, 
     )
     folder = tmp_path / "learn"
     spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
-    spec |= {"dflash_learn_filter": "myhook:keep", "dflash_learn_weights": "all"}
+    spec["dflash_learn_filter"] = "myhook:keep"
     paths = os.pathsep.join([str(tmp_path / "hooks"), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", paths)
@@ -286,7 +284,6 @@ def test_a_full_folder_and_a_filter_do_not_touch_the_answers(verifier, answers, 
 
 def test_a_server_that_cannot_learn_says_so(verifier, tmp_path):
     spec = {**FIXED, "model": "auto", "dflash_learn": str(tmp_path / "learn")}
-    spec["dflash_learn_weights"] = "all"
     code = (
         "from vllm import EngineArgs\n"
         f"EngineArgs(model={str(verifier)!r}, speculative_config={spec!r}, pipeline_parallel_size=2)"

@@ -55,8 +55,8 @@ def drafter_to_serve(
         )
     if given == AUTO and weights != "all":
         raise ValueError(
-            'model "auto" begins with random weights, all of which must be learned: give '
-            '"dflash_learn_weights": "all"'
+            'the weights of model "auto" are random and must all be learned, and dflash_learn_weights is '
+            f'"{weights}"; give "all", or a drafter where tensor parallel ranks cannot do that'
         )
     if getattr(engine_args, "enable_sleep_mode", False):
         raise ValueError(

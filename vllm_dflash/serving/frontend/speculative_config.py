@@ -159,7 +159,11 @@ def wrap_create_speculative_config(original):
         model, tokens = given.get("model"), rest.get("num_speculative_tokens", self.spec_tokens)
         if options.learn:
             source = options.learn_from and os.path.abspath(options.learn_from)
-            options = replace(options, learn=os.path.abspath(options.learn), learn_from=source)
+            weights = options.learn_weights
+            if weights == "auto":
+                weights = "all" if self.tensor_parallel_size == 1 else "decode"
+            folder = os.path.abspath(options.learn)
+            options = replace(options, learn=folder, learn_from=source, learn_weights=weights)
             choose = patching.load("vllm_dflash.learning.start:drafter_to_serve")
             revision = given.get("revision")
             model = choose(options, model, revision, tokens, self, target_model_config)
