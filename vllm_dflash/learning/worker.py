@@ -115,7 +115,7 @@ class LearningSession(TrainingSession):
             total_steps=1,
             init_from=path,
             cache_dir=None,
-            layout={"anchors_in_flight": _MOST_ANCHORS},
+            layout={"anchors_in_flight": _FEWEST_ANCHORS},
         )
         # A long prompt's rows would take memory of the device that nobody counts on.
         self.recorder.on_host = True
