@@ -2,15 +2,16 @@
 
     python benchmarks/learning.py drift VERIFIER DRAFTER --own A.jsonl --foreign B.jsonl --test B-test.jsonl
     python benchmarks/learning.py cold VERIFIER --own A.jsonl --test A-test.jsonl
-    python benchmarks/learning.py cost VERIFIER DRAFTER --own A.jsonl
+    python benchmarks/learning.py cost|waiting VERIFIER DRAFTER --own A.jsonl
     python benchmarks/learning.py swaps VERIFIER DRAFTER --own A.jsonl --requests 5000
 
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
 learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. With
 ``--weights off --requests 0`` it measures a drafter that does not learn. ``cold``: from ``"model": "auto"``,
 tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off,
-alternating, then requests that arrive at half the rate. ``swaps``: a version is put in place every few
-seconds while requests run, and every answer is compared with that of a server without speculation, in fp32.
+alternating. ``waiting``: the same of times to the first token, of requests that arrive at ``--rate``.
+``swaps``: a version is put in place every few seconds while requests run, and every answer is compared with
+that of a server without speculation, in fp32.
 """
 
 from __future__ import annotations
@@ -362,50 +363,76 @@ def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a repeat: tokens/s under full load, learning on and off; times to the first token at half of it.
-
-    Each repeat has new requests, so that there is something to learn; learning pauses while the other server
-    has its turn.
-    """
-    own = load_prompts(args.own)
-    learn = args.folder / "learn-cost"
+@contextmanager
+def learning_and_not(args: argparse.Namespace) -> Iterator[tuple[dict[str, Server], Path]]:
+    """Two servers with the same drafter, one of which learns."""
+    learn = args.folder / f"learn-{args.what}"
     shutil.rmtree(learn, ignore_errors=True)
     spec = {"method": "dflash", "model": args.drafter, **json.loads(args.options)}
-    rows: list[dict[str, Any]] = []
     with (
         serving(args.verifier, spec, args.engine) as off,
         serving(args.verifier, {**spec, "dflash_learn": str(learn)}, args.engine) as on,
     ):
         for server in (off, on):
-            server.ask_all(own[:16], args.max_tokens, args.concurrency)
-        rate = 0.0
+            server.ask_all(load_prompts(args.own)[:16], args.max_tokens, args.concurrency)
+        yield {"off": off, "on": on}, learn
+
+
+def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a repeat: tokens/s under full load, learning on and off.
+
+    Each repeat has new requests, so that there is something to learn. Learning pauses while the other server
+    has its turn, and begins a second after the load: what is under way when requests come is no full load.
+    """
+    own, rows = load_prompts(args.own)[16:], []
+    with learning_and_not(args) as (servers, learn), ThreadPoolExecutor(1) as pool:
+
+        def resume() -> None:
+            time.sleep(1.0)
+            send(learn, "resume", seconds=60)
+
         for repeat in range(args.repeats):
             row: dict[str, Any] = {"traffic_kind": "cost", "repeat": repeat}
-            first = 16 + 2 * repeat * args.requests
-            full, half = (own[i : i + args.requests] for i in (first, first + args.requests))
-            order = [("off", off), ("on", on)]
-            for name, server in order if repeat % 2 else order[::-1]:
-                send(learn, "resume" if name == "on" else "pause", seconds=60)
+            prompts = own[repeat * args.requests : (repeat + 1) * args.requests]
+            for name in ("off", "on") if repeat % 2 else ("on", "off"):
+                send(learn, "pause", seconds=60)
                 begun = time.monotonic()
-                answers = server.ask_all(full, args.max_tokens, args.concurrency)
+                resumed = pool.submit(resume) if name == "on" else None
+                answers = servers[name].ask_all(prompts, args.max_tokens, args.concurrency)
                 seconds = time.monotonic() - begun
                 row[f"tokens_per_s_{name}"] = round(sum(a["tokens"] for a in answers) / seconds, 2)
-                # Half of what the first turn has served a second, the same for all.
-                rate = rate or 0.5 * len(full) / seconds
-                times = server.first_tokens(half, args.max_tokens, rate, args.seed + repeat)
+                if resumed is not None:
+                    resumed.result()
+            row["ratio"] = round(row["tokens_per_s_on"] / row["tokens_per_s_off"], 4)
+            rows.append(row | slices(learn))
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def waiting(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a repeat: times to the first token of requests that arrive at a rate, learning on and off."""
+    own, rows = load_prompts(args.own)[16:], []
+    with learning_and_not(args) as (servers, learn):
+        for repeat in range(args.repeats):
+            row: dict[str, Any] = {"traffic_kind": "waiting", "repeat": repeat, "rate": args.rate}
+            prompts = own[repeat * args.requests : (repeat + 1) * args.requests]
+            for name in ("off", "on") if repeat % 2 else ("on", "off"):
+                send(learn, "resume" if name == "on" else "pause", seconds=60)
+                seed = args.seed + repeat
+                times = servers[name].first_tokens(prompts, args.max_tokens, args.rate, seed)
                 for share in (50, 90, 99):
                     row[f"ttft_ms_p{share}_{name}"] = round(
                         1000 * float(np.percentile(times, share))
                     )
-            row["rate"] = round(rate, 3)
-            row["ratio"] = round(row["tokens_per_s_on"] / row["tokens_per_s_off"], 4)
-            status = json.loads((learn / "status.json").read_text())
-            row |= {n: status[n] for n in ("steps", "slices", "error")}
-            row["longest_slice_ms"] = round(1000 * status["longest_slice_seconds"])
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            rows.append(row | slices(learn))
+            print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def slices(learn: Path) -> dict[str, Any]:
+    status = json.loads((learn / "status.json").read_text())
+    longest = round(1000 * status["longest_slice_seconds"])
+    return {n: status[n] for n in ("steps", "slices", "error")} | {"longest_slice_ms": longest}
 
 
 def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -463,7 +490,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("drift", "cold", "cost", "swaps"))
+    parser.add_argument("what", choices=("drift", "cold", "cost", "waiting", "swaps"))
     parser.add_argument("verifier")
     parser.add_argument("drafter", nargs="?")
     parser.add_argument("--own", type=Path, required=True)
@@ -479,6 +506,7 @@ def main() -> None:
     parser.add_argument("--lot", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=1.0, help="requests that arrive a second")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--weights", default="decode", help="dflash_learn_weights; off does not learn"
@@ -495,7 +523,8 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     set_cpu_defaults(kv_gib=1)
-    rows = {"drift": drift, "cold": cold, "cost": cost, "swaps": swaps}[args.what](args)
+    runs = {"drift": drift, "cold": cold, "cost": cost, "waiting": waiting, "swaps": swaps}
+    rows = runs[args.what](args)
     if args.output is not None:
         settings = {
             k: str(v) if isinstance(v, Path) else v
