@@ -330,6 +330,8 @@ def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
         serving(args.verifier, None, args.engine) as plain,
         serving(args.verifier, spec, args.engine) as server,
     ):
+        for one in (plain, server):
+            one.ask_all(test, args.max_tokens, args.concurrency, learn=False)
         started = time.monotonic()
         for at in range(0, len(own) + 1, args.lot):
             status = wait_until_learned(learn) if at else {}
