@@ -161,7 +161,7 @@ def test_the_v2_runner_learns(verifier, answers, tmp_path):
             got += more.result()
         assert status(folder)["version"] == int(other.name)
     assert [a[: len(g)] for a, g in zip(answers[:60], got, strict=True)] == got
-    assert min(map(len, got)) > 10
+    assert sum(map(bool, got)) > 50
     assert now["extracted"] >= 30
     assert now["steps"] > 150
     assert now["not_extracted"] == now["skipped_sequences"] == 0

@@ -33,7 +33,9 @@ def test_adopted_speculators_hand_on_what_they_see(cls) -> None:
     speculator_v2.adopt(speculator, Options(ops=False))
     assert isinstance(speculator, cls)
     seen = []
-    speculator.recorder = SimpleNamespace(observe=lambda **given: seen.append(given))
+    speculator.recorder = SimpleNamespace(
+        watching=False, observe=lambda **given: seen.append(given)
+    )
     batch = SimpleNamespace(
         num_tokens=3,
         num_reqs=1,
@@ -43,6 +45,8 @@ def test_adopted_speculators_hand_on_what_they_see(cls) -> None:
         num_draft_tokens=2,
     )
     aux = [torch.ones(4, 2), torch.zeros(4, 2)]
+    assert speculator.propose(batch, None, aux, torch.tensor([1])) is aux
+    speculator.recorder.watching = True
     assert speculator.propose(batch, None, aux, num_rejected=torch.tensor([1, 0])) is aux
     assert speculator.propose(batch, None, aux, torch.tensor([1]), dummy_run=True) is aux
     (given,) = seen
