@@ -7,9 +7,9 @@
 
 Figures are the client's, so they compare with everybody's. Each repeat starts a `vllm serve` for each mode
 after the other, each mode first in turn, and runs the client once for each load: so many requests in flight,
-or requests that arrive at a rate whatever is in flight, evenly or (burstiness below 1) in bursts. Prompts of
---data are rendered as the server would; without it the client makes its own. What follows `--` goes to the
-client.
+or requests that arrive at a rate whatever is in flight, by a Poisson process or (burstiness below 1) in
+bursts. Prompts of --data are rendered as the server would; without it the client makes its own. What follows
+`--` goes to the client.
 
 `vllm-dflash bench` needs no server, takes turns within seconds, and knows whether outputs differ: use it to
 compare, this to be compared.

@@ -454,6 +454,8 @@ def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
     with serving(args.verifier, spec, engine) as server:
         server.ask_all(prompts[:64], args.max_tokens, args.concurrency)
         wait_until_learned(learn)
+        if len(list((learn / "versions").iterdir())) < 2:
+            raise RuntimeError("nothing was promoted, so there is no other version to put in place")
         commands = learn / "commands"
         commands.mkdir(exist_ok=True)
         begun = time.monotonic()

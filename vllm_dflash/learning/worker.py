@@ -88,7 +88,7 @@ class LearningSession(TrainingSession):
         self._write_error: Exception | None = None
         #: Weights of the drafter that serves, in fp32 on the learner's device.
         self._serving: dict[str, Tensor] = {}
-        self._draft_tokens = torch.empty(0)
+        self._draft_tokens = torch.empty(0, dtype=torch.long)
 
     def start(self, which: str, lr: float) -> None:
         """Makes the learner, of the drafter that serves.
@@ -101,9 +101,8 @@ class LearningSession(TrainingSession):
         config = DrafterConfig.from_dict(checkpoint.read_config(path))
         self.given, self.config = path, config
         self.everything = which == "all"
-        weights = self._weights_of(path)
         if which == "none":
-            self._serving = weights
+            self._serving, self._draft_tokens = self._loaded(path)
             return
         # Blocks as wide as they are served.
         width = tokens + (not config.sample_from_anchor)
@@ -124,18 +123,14 @@ class LearningSession(TrainingSession):
             if name.startswith(_VOCABULARY) or (not self.everything and _of_context(name)):
                 parameter.requires_grad_(False)
         self._serving = {n: w.clone() for n, w in learner.weights().items()}
+        self._draft_tokens = learner.head.checkpoint_tensors().get("d2t", self._draft_tokens)
         self._reserve()
 
-    def _weights_of(self, path: str) -> dict[str, Tensor]:
-        """A checkpoint's weights; ValueError where it drafts from other tokens than the drafter at start."""
+    def _loaded(self, path: str) -> tuple[dict[str, Tensor], Tensor]:
+        """A checkpoint's weights, and its draft vocabulary as ``d2t`` (empty for none)."""
         weights = checkpoint.load_weights(path, self.config)
-        tokens = weights.pop("d2t", torch.empty(0))
         weights.pop("t2d", None)
-        if path == self.given:
-            self._draft_tokens = tokens
-        elif not torch.equal(tokens, self._draft_tokens):
-            raise ValueError(f"{path} has another draft vocabulary than the drafter {self.given}")
-        return weights
+        return weights, weights.pop("d2t", torch.empty(0)).long()
 
     def _reserve(self) -> None:
         """Holds what learning will take of the device while vLLM measures what is left, until
@@ -292,7 +287,9 @@ class LearningSession(TrainingSession):
 
     def load(self, path: str) -> None:
         """A version serves, and learning goes on from it."""
-        loaded = self._weights_of(path)
+        loaded, tokens = self._loaded(path)
+        if not torch.equal(tokens, self._draft_tokens):
+            raise ValueError(f"{path} has another draft vocabulary than the drafter {self.given}")
         weights = {n: loaded[n].to(self._serving[n]) for n in self._serving}
         self._put(weights)
         self._serving = weights
