@@ -28,9 +28,11 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -287,9 +289,7 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "error": status.get("error", ""),
                     "requests_failed": failed,
                     "memory_gib": server.memory_gib(),
-                    "disk_mib": round(
-                        sum(f.stat().st_size for f in learn.rglob("*") if f.is_file()) / 2**20, 1
-                    ),
+                    "disk_mib": disk_mib(learn),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -437,9 +437,57 @@ def slices(learn: Path) -> dict[str, Any]:
     return {n: status[n] for n in ("steps", "slices", "error")} | {"longest_slice_ms": longest}
 
 
+def disk_mib(folder: Path) -> float:
+    return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20, 1)
+
+
+class Swapper(threading.Thread):
+    """Puts the versions of a learning server in place, one after the other, while it serves.
+
+    Attributes:
+        swapped: how often each version came to serve, by the server's own status.
+        memory, disk: GiB of its processes and MiB of its folder, at each swap.
+    """
+
+    def __init__(self, server: Server, learn: Path, every: float) -> None:
+        super().__init__(daemon=True)
+        self.server, self.learn, self.every = server, learn, every
+        self.swapped: Counter[int] = Counter()
+        self.memory: list[float] = []
+        self.disk: list[float] = []
+        self.error: Exception | None = None
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._end.wait(self.every):
+                versions = sorted(int(p.name) for p in (self.learn / "versions").iterdir())
+                self._swap(versions[self.swapped.total() % len(versions)])
+        except Exception as error:  # raised again by stop()
+            self.error = error
+
+    def _swap(self, version: int) -> None:
+        send(self.learn, "promote", version, seconds=60)
+        deadline = time.monotonic() + 60
+        while json.loads((self.learn / "status.json").read_text())["version"] != version:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"version {version} does not come to serve")
+            time.sleep(0.2)
+        self.swapped[version] += 1
+        self.memory.append(self.server.memory_gib())
+        self.disk.append(disk_mib(self.learn))
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+
 def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row: requests that failed, and answers other than those without speculation."""
+    """A row a lot: requests that failed, and answers other than those without speculation."""
     prompts = load_prompts(args.own)
+    random.Random(args.seed).shuffle(prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.requests)]
     learn = args.folder / "learn-swaps"
     shutil.rmtree(learn, ignore_errors=True)
@@ -451,23 +499,18 @@ def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
         answers = plain.ask_all(list(distinct.values()), args.max_tokens, args.concurrency)
         right = {key: a["text"] for key, a in zip(distinct, answers, strict=True)}
     other = failed = done = 0
+    rows = []
     with serving(args.verifier, spec, engine) as server:
-        server.ask_all(prompts[:64], args.max_tokens, args.concurrency)
-        wait_until_learned(learn)
+        # Enough that a dozen are held out, so that something can be promoted.
+        server.ask_all(prompts[: args.requests_own], args.max_tokens, args.concurrency)
+        learned = wait_until_learned(learn, args.learn_seconds)
         if len(list((learn / "versions").iterdir())) < 2:
-            raise RuntimeError("nothing was promoted, so there is no other version to put in place")
-        commands = learn / "commands"
-        commands.mkdir(exist_ok=True)
-        begun = time.monotonic()
-        number = 0
+            raise RuntimeError(
+                f"nothing was promoted, so there is no other version to put in place: {learned}"
+            )
+        begun, swapper = time.monotonic(), Swapper(server, learn, args.swap_seconds)
+        swapper.start()
         while done < len(prompts):
-            # Both are there: the given drafter, and what was learned from the first requests.
-            there = sorted(int(p.name) for p in (learn / "versions").iterdir())
-            text = json.dumps({"command": "promote", "version": there[number % len(there)]})
-            part = learn / f"commands.{number}"
-            part.write_text(text)
-            part.rename(commands / f"{number:08d}.json")
-            number += 1
             lot = prompts[done : done + args.lot]
             for prompt, answer in zip(
                 lot, server.ask_all(lot, args.max_tokens, args.concurrency), strict=True
@@ -475,19 +518,26 @@ def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 failed += "error" in answer
                 other += answer["text"] != right[json.dumps(prompt)]
             done += len(lot)
-            print(f"{done} requests, {failed} failed, {other} other answers", flush=True)
-        status = json.loads((learn / "status.json").read_text())
-    return [
-        {
-            "traffic_kind": "swaps",
-            "requests": done,
-            "requests_failed": failed,
-            "outputs_changed": other,
-            "swaps": number + status["promotions"] + status["rollbacks"],
-            "seconds": round(time.monotonic() - begun, 1),
-            "error": status["error"],
-        }
-    ]
+            swapped = dict(sorted(swapper.swapped.items()))
+            rows.append(
+                {
+                    "traffic_kind": "swaps",
+                    "requests": done,
+                    "requests_failed": failed,
+                    "outputs_changed": other,
+                    "swaps": sum(swapped.values()),
+                    "swaps_by_version": {str(v): n for v, n in swapped.items()},
+                    "seconds": round(time.monotonic() - begun, 1),
+                    "memory_gib": server.memory_gib(),
+                    "memory_gib_highest": max(swapper.memory, default=0.0),
+                    "disk_mib_highest": max(swapper.disk, default=0.0),
+                    "promotions_by_itself": learned["promotions"],
+                    "error": json.loads((learn / "status.json").read_text())["error"],
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+        swapper.stop()
+    return rows
 
 
 def main() -> None:
@@ -499,7 +549,7 @@ def main() -> None:
     parser.add_argument("drafter", nargs="?")
     parser.add_argument("--own", type=Path, required=True)
     parser.add_argument("--own-traffic", type=Path, help="what the server gets of A")
-    parser.add_argument("--requests-own", type=int, default=64, help="of A, before B comes")
+    parser.add_argument("--requests-own", type=int, default=64, help="of A, before B or swaps come")
     parser.add_argument("--share-own", type=float, default=0.0, help="of --requests that are of A")
     parser.add_argument(
         "--share-noise", type=float, default=0.0, help="that are a flood of nonsense"
@@ -511,6 +561,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1.0, help="requests that arrive a second")
+    parser.add_argument("--swap-seconds", type=float, default=5.0, help="between two swaps")
+    parser.add_argument(
+        "--learn-seconds", type=float, default=600.0, help="at most, before the swaps begin"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--weights", default="decode", help="dflash_learn_weights; off does not learn"
@@ -547,6 +601,7 @@ def main() -> None:
                 "requests_own",
                 "share_own",
                 "share_noise",
+                "swap_seconds",
             )
         }
         report = {

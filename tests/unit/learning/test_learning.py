@@ -14,7 +14,7 @@ import pytest
 
 from helpers import tiny
 from vllm_dflash.learning import loop as loop_module
-from vllm_dflash.learning.control import read_status, send
+from vllm_dflash.learning.control import read_status, rows, send
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, judge, ratio_interval, tau
 from vllm_dflash.learning.loop import Learning, Settings
 from vllm_dflash.learning.replay import Conversation, Reservoir, ShardReader, Shards
@@ -483,6 +483,56 @@ def test_what_is_on_disk_is_learned_from_after_a_restart(tmp_path, drafter):
     assert "learn" in engine.calls
 
 
+def test_a_restart_goes_on_where_learning_was(tmp_path, drafter):
+    """By the version that serves; what was learned since then went with the process."""
+    Versions(tmp_path / "learn")
+    folder = tmp_path / "learn" / "conversations"
+    learning, _ = make(tmp_path, drafter, 0.002, shards=shards(folder))
+    assert learning.shards is not None
+    feed(learning, 1, 120)
+    run(learning)
+    feed(learning, 200, 120)
+    learning.shards.flush()
+    assert learning.versions.history[-1]["event"] == "promoted"
+    again, _ = make(tmp_path, drafter, 0.002, shards=shards(folder))
+    assert again.status()["captured"] == 240
+    new = sum(not conversation(i).held_out for i in range(200, 320))
+    _, to_come = learning.versions.learned()
+    assert again.status()["to_learn"] == 6 * new + to_come
+    run(again)
+    assert again.status()["steps"] < 6 * new + to_come + 6
+    # A clock that was in the future when that was written.
+    state = json.loads((tmp_path / "learn" / "state.json").read_text())
+    state["learned"]["until"] = 1e12
+    (tmp_path / "learn" / "state.json").write_text(json.dumps(state))
+    last, _ = make(tmp_path, drafter, 0.002, shards=shards(folder))
+    assert last.status()["to_learn"] == 6 * sum(
+        not conversation(i).held_out for i in (*range(1, 121), *range(200, 320))
+    )
+
+
+def test_one_that_learns_for_another_goes_on_after_a_restart(tmp_path, drafter):
+    kept = shards(tmp_path / "kept")
+    for i in range(1, 121):
+        kept.put(conversation(i))
+    kept.flush()
+    file = next((tmp_path / "kept").glob("*.jsonl"))
+    file.write_bytes(file.read_bytes().replace(b'"time": 7.0', b'"time": 8.0'))
+    for attempt in range(2):
+        reader = ShardReader(tmp_path / "kept", 1e12)
+        learning, _ = make(tmp_path, drafter, 0.002, reader=reader)
+        to_come = learning.versions.learned()[1]
+        for arrived in reader.read():
+            learning.arrivals.put(arrived)
+        run(learning)
+        status = learning.status()
+        assert status["captured"] == 119
+        assert status["written_damaged"] == 1
+        visits = to_come if attempt else 6 * status["replay"]["conversations"]
+        assert status["steps"] == visits
+        assert "1 damaged on disk" in rows(status)["left out"]
+
+
 def test_the_share_of_a_busy_server(tmp_path, drafter):
     learning, _ = make(tmp_path, drafter, 0.01)
     learning.settings = Settings(slice_ms=100, share=0.2, tokens=1000)
@@ -656,6 +706,50 @@ def test_a_command_in_the_middle_of_work_leaves_nothing_hanging(tmp_path, drafte
     left(learning, {"command": "rollback"})
     run(learning)
     assert learning.status()["to_learn"] < 4
+
+
+def test_served_drafts_are_counted_by_version_and_source(tmp_path, drafter):
+    learning, _ = make(tmp_path, drafter, gain=0.01)
+    for source in ("a", "b", "a"):
+        learning.verified(4, 3, source)
+    learning.verified(0, 0, "a")
+    first = learning.status()["served"]
+    assert first == [
+        {"version": 0, "source": "a", "drafts": 2, "accepted_tokens": 6},
+        {"version": 0, "source": "b", "drafts": 1, "accepted_tokens": 3},
+    ]
+    assert rows(learning.status())["served tau"] == "4.00 on a, 4.00 on b"
+    feed(learning, 0, 120)
+    run(learning)
+    learning.verified(4, 1, "a")
+    now = learning.status()["served"]
+    assert now[:2] == first
+    assert now[2]["version"] == learning.versions.promoted > 0
+    for i in range(100):
+        learning.verified(4, 1, f"client {i}")
+    assert len({row["source"] for row in learning.status()["served"]}) <= 33
+
+
+def test_extraction_takes_steps_of_a_slice(tmp_path, drafter):
+    now = [0.0]
+    learning, engine = make(tmp_path, drafter, gain=0.01, clock=lambda: now[0])
+
+    def submit(key, token_ids):
+        engine.known.add(key)
+        now[0] += len(token_ids) * 0.001 + 0.005
+        learning.extracted(key)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    feed(learning, 0, 12)
+    run(learning)
+    assert learning.chunk == int(19 * 0.05 / 0.024)  # of a slice of 50 ms
+    now[0] += 1.0
+    learning.waiting, learning._submitted = "x", now[0]
+    now[0] += 1000.0
+    learning.extracted("x")
+    assert learning.chunk == 16, "the least"
+    learning.stepped(0.7)
+    assert learning.status()["longest_slice_seconds"] == 0.7
 
 
 def test_sources_that_clients_name_are_bounded(tmp_path, drafter):
