@@ -48,7 +48,7 @@ _SOURCES, _OTHER = 32, "(other)"
 #: What is counted, see ``serving/frontend/learning_metrics.py``.
 _FIGURES = (
     "captured", "duplicates", "unusable", "extracted", "not_extracted", "steps", "anchors",
-    "skipped_sequences", "slices", "comparisons", "promotions", "rollbacks",
+    "skipped_sequences", "slices", "comparisons", "promotions", "rollbacks", "not_written",
 )  # fmt: skip
 
 
@@ -416,8 +416,10 @@ class Learning:
 
     def _write(self, path: Path) -> Generator[bool, None, None]:
         self.engine.call("write", str(path))
-        while not self.engine.call("written", self.settings.slice_ms / 1000):
+        while not (done := self.engine.call("written", self.settings.slice_ms / 1000)):
             yield True
+        if done is not True:
+            raise OSError(done)
 
     def _promote(
         self, verdict: Verdict, counted: Mapping[str, tuple[int, int, int]]
@@ -431,7 +433,13 @@ class Learning:
             "held_out": len(counted),
         }
         number = self.versions.next_number()
-        yield from self._write(self.versions.path(number))
+        try:
+            yield from self._write(self.versions.path(number))
+        except OSError as error:
+            # The candidate is still there, and is compared again after the next steps.
+            logger.warning("vllm-dflash: version %d cannot be written: %s", number, error)
+            self.figures["not_written"] += 1
+            return
         self.engine.call("swap")
         self.versions.switch(number, "promoted", figures)
         self.versions.note_learned(self._latest, self._credit)

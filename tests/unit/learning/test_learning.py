@@ -6,8 +6,13 @@ import json
 import os
 import random
 import re
+import signal
 import stat
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -151,6 +156,63 @@ def test_a_full_disk_is_counted_and_never_raises(tmp_path, monkeypatch):
     assert disk.dropped == 1
 
 
+def in_a_process(code: str, *args: object, seconds: float | None = None) -> None:
+    """Runs it, and SIGKILLs it after so many seconds since it has begun."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    process = subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        if seconds is not None:
+            time.sleep(seconds)
+            process.kill()
+        assert process.wait(60) == (0 if seconds is None else -signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+
+
+WRITER = """
+import itertools, resource, sys
+from pathlib import Path
+from vllm_dflash.learning.replay import Conversation, Shards
+Shards.SHARD_BYTES = 40_000
+if len(sys.argv) > 2:  # a disk that takes so many bytes of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+shards = Shards(Path(sys.argv[1]), 10**9, 1e12)
+print("begun", flush=True)
+for i in itertools.count(1) if len(sys.argv) < 3 else range(1, 31):
+    shards.put(Conversation(tuple(range(i, i + 500)), 8, "", float(i)))
+    shards.flush()
+print(shards.dropped)
+"""
+
+
+def test_a_killed_writer_loses_nothing_that_was_written(tmp_path):
+    for attempt in range(3):
+        in_a_process(WRITER, tmp_path, seconds=0.3 + 0.1 * attempt)
+    read = shards(tmp_path, max_bytes=10**9)
+    numbers = [int(c.time) for c in read.read()]
+    starts = [i for i, n in enumerate(numbers) if n == 1]
+    assert len(starts) == 3
+    for start, end in pairwise([*starts, len(numbers)]):
+        assert numbers[start:end] == list(range(1, end - start + 1))
+    assert len(numbers) > 30
+    assert read.damaged <= 3
+
+
+def test_a_disk_that_takes_no_more_loses_what_did_not_fit(tmp_path):
+    in_a_process(WRITER, tmp_path, 30_000)
+    read = shards(tmp_path)
+    numbers = [int(c.time) for c in read.read()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 3 < len(numbers) < 30
+    assert read.damaged <= 1
+    read.put(conversation(99))  # there is room again
+    read.flush()
+    assert [c.time for c in shards(tmp_path).read()][-1] == 99
+
+
 # -- gate ----------------------------------------------------------------------------------------
 
 
@@ -263,6 +325,38 @@ def test_a_kill_before_the_state_leaves_the_version_before(tmp_path, drafter):
     assert again.next_number() == 3
     with pytest.raises(ValueError, match="no version 7"):
         again.switch(7, "promoted")
+
+
+SWITCHER = """
+import itertools, sys
+from pathlib import Path
+from vllm_dflash.learning.versions import Versions, copy_version
+versions = Versions(Path(sys.argv[1]))
+for i in itertools.count():
+    number = versions.next_number()
+    copy_version(Path(sys.argv[2]), versions.path(number))
+    versions.switch(number, "promoted", {"steps": i})
+    if i == 0:
+        print("begun", flush=True)
+    if i % 3 == 2:
+        versions.switch(versions.previous(), "rolled back")
+"""
+
+
+def test_a_kill_in_the_middle_of_versions_leaves_one_that_served(tmp_path, drafter):
+    """Whether it wrote one, named it, or removed an old one."""
+    versions = Versions(tmp_path / "learn")
+    copied(drafter)(versions.path(0))
+    for attempt in range(5):
+        in_a_process(SWITCHER, tmp_path / "learn", drafter, seconds=0.2 + 0.037 * attempt)
+        again = Versions(tmp_path / "learn")
+        promoted = again.promoted
+        assert promoted > 0
+        assert again.to_serve("given") == str(again.path(promoted)), "nothing was fallen back from"
+        assert (again.path(promoted) / "model.safetensors").read_bytes() == (
+            drafter / "model.safetensors"
+        ).read_bytes()
+        assert again.promoted == promoted
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path):
@@ -444,6 +538,26 @@ def test_an_error_ends_the_learning_and_not_the_server(tmp_path, drafter):
     assert "out of memory" in status["error"]
     feed(learning, 200, 5)
     assert not learning.slice()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_candidate(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    answers = [True, "no space left on device"]  # the given drafter is written first
+
+    def written(wait):
+        return answers.pop(0) if answers else True
+
+    def write(path):
+        if len(answers) != 1:
+            copied(drafter)(path)
+
+    engine.written, engine.write = written, write  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    run(learning)
+    status = learning.status()
+    assert status["not_written"] == 1
+    assert status["promotions"] >= 1
+    assert engine.quality["served"] > 0.3
 
 
 def test_a_conversation_without_features_is_left_out(tmp_path, drafter):

@@ -39,8 +39,8 @@ print(json.dumps(TestClient(app).get("/metrics").text))
 def test_metrics_of_ours_are_there(tmp_path):
     counters = (
         "captured", "duplicates", "unusable", "extracted", "not_extracted", "steps", "anchors", "slices",
-        "seconds", "comparisons", "promotions", "rollbacks", "skipped_sequences", "written_dropped",
-        "written_damaged",
+        "seconds", "comparisons", "promotions", "rollbacks", "not_written", "skipped_sequences",
+        "written_dropped", "written_damaged",
     )  # fmt: skip
     none = {"sources": {}}
     status = {"state": "paused", "version": 2, "history": [], "replay": none, "held_out": none}

@@ -27,6 +27,7 @@ _COUNTERS = {
     "comparisons": "Candidates compared with the drafter that serves.",
     "promotions": "Candidates that came to serve.",
     "rollbacks": "Versions that went back.",
+    "not_written": "Candidates that would have come to serve, had there been room on the disk.",
     "skipped_sequences": "Sequences left out of a step for values that are not finite.",
     "written_dropped": "Conversations that the disk was too slow or too full for.",
     "written_damaged": "Lines on disk that could not be read.",
