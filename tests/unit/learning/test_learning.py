@@ -918,6 +918,7 @@ def test_metrics_are_those_of_the_page_and_the_dashboard(tmp_path, drafter):
     learning, _ = make(tmp_path, drafter, gain=0.01)
     feed(learning, 0, 120)
     run(learning)
+    learning.verified(4, 2, "chat")
     collector = LearningCollector(tmp_path / "learn")
     assert list(collector.collect()) == []
     (tmp_path / "learn" / "status.json").write_text(json.dumps(learning.status()))
