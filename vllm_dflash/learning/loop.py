@@ -358,7 +358,9 @@ class Learning:
                     break
                 self.figures["gave_way"] += 1
             if not self._complete:
-                continue  # too long for the gaps between requests; others may be short enough
+                # Too long for the gaps between requests; others may be short enough.
+                self.engine.call("collect", {key: rows})  # which forgets what was recorded of it
+                continue
             failed = self.engine.call("collect", {key: rows})
             if failed:
                 self.figures["not_extracted"] += 1
