@@ -63,7 +63,7 @@ def test_each_request_by_what_it_shows() -> None:
     assert world.mean_length(lambda i: i % 2 == 0, since=150) < 1
 
 
-@pytest.mark.parametrize("requests", [1, 8])
+@pytest.mark.parametrize("requests", [1, pytest.param(8, marks=pytest.mark.thorough)])
 def test_it_comes_back(requests) -> None:
     """Bad text, then good text: probes notice, and pay for the next ones."""
     world = SchedulerWorld(lambda i, n: 0.9 if n >= 1000 else 0.03, requests=requests).run(2000)
