@@ -69,11 +69,11 @@ def regenerate(
 
     A conversation that ends with a user or tool message is a request as a server logs it: its
     earlier assistant turns are context and one response is generated at its end. In one that ends
-    with an assistant message every assistant turn is regenerated in order, with the regenerated
-    replies as history. Regeneration of a conversation stops early, and what it has is kept, after a
-    turn in which the data calls tools (the results that follow belong to those calls), when a reply
-    cannot be put back into the chat template or leaves no room in ``max_len``, and when the
-    verifier gives no usable response.
+    with an assistant message every assistant turn behind its ``num_history`` is regenerated in order,
+    with the regenerated replies as history. Regeneration of a conversation stops early, and what it
+    has is kept, after a turn in which the data calls tools (the results that follow belong to those
+    calls), when a reply cannot be put back into the chat template or leaves no room in ``max_len``,
+    and when the verifier gives no usable response.
 
     Args:
         generate: Runs requests (a whole round of them) and yields results in any order.
@@ -134,9 +134,12 @@ class _Dialog:
 
     def __post_init__(self) -> None:
         self.current = self.conversation
-        messages = self.conversation.messages
-        is_request = messages[-1]["role"] != "assistant"
-        self.pending = [len(messages)] if is_request else response_turns(self.conversation)
+        num_messages = len(self.conversation.messages)
+        is_request = (
+            self.conversation.messages[-1]["role"] != "assistant"
+            or self.conversation.num_history == num_messages
+        )
+        self.pending = [num_messages] if is_request else response_turns(self.conversation)
 
     @property
     def key(self) -> str:

@@ -240,11 +240,13 @@ def response_turns(conversation: Conversation) -> list[int]:
     """Indices of the assistant messages that answer someone.
 
     A greeting that comes before the first user message is written by the application, not by the
-    verifier, so it is context.
+    verifier, so it is context. So are the replies in a logged prompt: clients leave out thinking, and the
+    request that each of them answered is a row of its own.
     """
     roles = [message["role"] for message in conversation.messages]
     first_user = roles.index("user") if "user" in roles else len(roles)
-    return [i for i, role in enumerate(roles) if role == "assistant" and i > first_user]
+    start = max(first_user, conversation.num_history)
+    return [i for i, role in enumerate(roles) if role == "assistant" and i >= start]
 
 
 def split_turns(
