@@ -577,6 +577,22 @@ def test_damaged_and_foreign_files_are_named(tmp_path, name):
         load_conversations(path)
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_that_was_cut_is_not_read_as_a_shorter_one(tmp_path, name, cut):
+    raw = lines_of(questions(*range(5000)))
+    path = tmp_path / f"a.jsonl.{name}"
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if name == "zst":
+        write_zstd(path, raw)
+    else:
+        path.write_bytes(pack[name](raw))
+    size = path.stat().st_size
+    os.truncate(path, size - 1 if cut == 1 else size // 2)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_conversations(path)
+
+
 def test_parquet(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist(questions(0, 1)), tmp_path / "rows.parquet")
