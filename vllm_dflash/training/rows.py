@@ -174,8 +174,14 @@ def _is_saved(folder: Path) -> bool:
 def _folder_files(folder: Path) -> list[Path]:
     if _is_saved(folder):
         return sorted(folder.rglob("*.arrow"))
-    inside = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    inside = [path for path in inside if not _is_leftover(path)]
+    inside = sorted(
+        path
+        for path in folder.rglob("*")
+        # Hidden are caches and checkpoints of notebooks, too: copies of what lies beside them.
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+        and not _is_leftover(path)
+    )
     kinds = [_kind(path) for path in inside]
     # Files of metadata are .json, too: they are read only where nothing else holds data.
     rows = [p for p, kind in zip(inside, kinds, strict=True) if kind in (*LINES, PARQUET)]

@@ -606,6 +606,10 @@ def test_several_files_patterns_and_folders(tmp_path):
     (tmp_path / "part" / "c.jsonl.gz").write_bytes(gzip.compress(lines_of(questions(2))))
     (tmp_path / "part" / "dataset_infos.json").write_text("{}")
     (tmp_path / "part" / "README.md").write_text("about")
+    hidden = tmp_path / "part" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    write_rows(hidden / "b-checkpoint.jsonl", questions(1))
+    write_rows(tmp_path / "part" / ".d.jsonl", questions(3))
     array = tmp_path / "a.json"
     array.write_text(json.dumps(questions(0)))
     assert asked(tmp_path / "part") == ["1", "2"]
