@@ -58,6 +58,8 @@ MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning")
 #: Fields that hold what a drafter is not trained on, in rows and in messages.
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 MEDIA_PLACEHOLDER = re.compile(r"<(?:image|video|audio)>|<\|(?:image|video|audio)\|>")
+#: Where a row keeps its messages; the last name is that of LMSYS-Chat and WildChat.
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_FIELDS = ("system", "system_prompt")
 TEXT_PART_TYPES = ("text", "input_text", "output_text")
 #: A response with another finish reason (abort, content_filter...) is not the verifier's own text.
@@ -173,7 +175,7 @@ def load_conversations(
 ) -> tuple[list[Conversation], list[Rejected]]:
     """Reads conversations; rows that cannot be used are returned (and written) with a reason.
 
-    Accepted rows: ``{"messages": [...]}``, ShareGPT's ``{"conversations": [...]}``,
+    Accepted rows: ``{"messages": [...]}``, ShareGPT's ``{"conversations": [...]}`` (or ``conversation``),
     ``{"prompt": ..., "response": ...}`` and logged traffic ``{"request": ..., "response": ...}``;
     each with optional ``id``, ``source``, ``system``, ``tools`` and ``chat_template_kwargs``.
 
@@ -251,10 +253,8 @@ def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conve
         history, replies, unfinished = _logged_messages(row["request"], row.get("response"))
         tools = row["request"].get("tools") if tools is None else tools
         template_kwargs.update(_request_template_kwargs(row["request"]))
-    elif row.get("messages") is not None:
-        replies = _messages(row["messages"], "messages")
-    elif row.get("conversations") is not None:
-        replies = _messages(row["conversations"], "conversations")
+    elif columns := [name for name in MESSAGE_COLUMNS if row.get(name) is not None]:
+        replies = _messages(row[columns[0]], columns[0])
     elif row.get("prompt") is not None:
         history, replies = _prompt_messages(row)
     else:

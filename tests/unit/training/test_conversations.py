@@ -50,6 +50,7 @@ def load_one(tmp_path, row, **options) -> Conversation:
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         {"conversations": [{"from": "USER", "value": "hi"}, {"from": "model", "value": "hello"}]},
         {"conversations": [USER, REPLY]},
+        {"conversation_id": "1", "model": "vicuna-13b", "conversation": [USER, REPLY], "turn": 1},
         {"prompt": "hi", "response": "hello"},
         {"prompt": "hi", "completion": "hello"},
         {"prompt": [USER], "completion": [REPLY]},
