@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_tokenization import build_tokenizer, conversation_of, masked_text
 
 from vllm_dflash.bench.prompts import _request
+from vllm_dflash.training import responses
 from vllm_dflash.training.conversations import Conversation, load_conversations
 from vllm_dflash.training.responses import GenerationResult, regenerate
 from vllm_dflash.training.tokenization import prompt_token_ids, split_turns
@@ -226,6 +227,33 @@ def test_a_round_is_asked_at_once_and_progress_ends_complete(tmp_path):
     assert reports[0] == (0, 9)
     assert reports[-1] == (9, 9)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+
+
+def test_progress_follows_dialogues_that_end_early(tmp_path):
+    conversations = [conversation_of("hi", "old", "go on", "old", id=f"c{n}") for n in range(3)]
+    reports = []
+    verifier = Verifier(results={"c1#0": ([], "stop"), "c2#0": ([END, END], "stop")})
+    run(conversations, verifier, tmp_path, on_progress=lambda *report: reports.append(report))
+    # An engine's order: c2's reply has no text to go on behind, c1 gets none, c0 goes on.
+    assert reports == [(0, 6), (1, 5), (1, 3), (2, 3), (2, 3), (3, 3)]
+
+
+def test_progress_visits_one_dialogue_a_result(tmp_path, monkeypatch):
+    visits = [0]
+
+    class Counted(responses._Dialog):
+        def __getattribute__(self, name):
+            visits[0] += 1
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(responses, "_Dialog", Counted)
+    counts = []
+    for num in (10, 40):
+        visits[0] = 0
+        asked = [conversation_of("hi", id=f"c{n}") for n in range(num)]
+        run(asked, Verifier(), tmp_path / str(num), on_progress=lambda *report: None)
+        counts.append(visits[0])
+    assert counts[1] == 4 * counts[0]
 
 
 # ---- restarts ----
