@@ -114,6 +114,8 @@ def _template_token_ids(
             messages,
             **conversation.chat_template_kwargs,
             tools=tools,
+            # An engine's tokenizer renders with copies of itself, which do not know a template it was given.
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             # transformers 5 returns a BatchEncoding by default. Either way special tokens are not
