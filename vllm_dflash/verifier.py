@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_dflash.settings import option
@@ -157,7 +158,7 @@ class Verifier:
             return tokenizer
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
-        elif getattr(tokenizer, "chat_template", "") is None and (own := self._vllms_template()):
+        elif hasattr(tokenizer, "chat_template") and (own := self._vllms_template(tokenizer)):
             tokenizer.chat_template = own
         return tokenizer
 
@@ -203,19 +204,35 @@ class Verifier:
             return False
         if self.tokenizer_mode not in (None, "auto"):
             return True
-        try:
-            model_type = str(self.load_config().model_type)
-        except ValueError:
-            return False  # a tokenizer may be all there is; who needs the config says what is wrong with it
+        config = self._config()
+        model_type = "" if config is None else str(config.model_type)
         return model_type.startswith(_OWN_TYPES) or _OWN_FAMILY in model_type
 
-    def _vllms_template(self) -> str | None:
-        """The template that vLLM brings for models of this kind that have none."""
-        if importlib.util.find_spec("vllm") is None:
+    def _config(self) -> Any:
+        """The config; None where it cannot be read: who needs it says what is wrong with it."""
+        try:
+            return self.load_config()
+        except ValueError:
             return None
-        from vllm_dflash.serving.frontend.chat import fallback_template
 
-        return fallback_template(self.load_config().model_type, self.tokenizer or self.model)
+    def _vllms_template(self, tokenizer: Any) -> Any:
+        """The template that vLLM takes where it may be another than the tokenizer's; else None."""
+        if importlib.util.find_spec("vllm") is None or (config := self._config()) is None:
+            return None
+        has_processor = config.get_text_config() is not config
+        if tokenizer.chat_template is not None and not has_processor:
+            return None
+        from vllm_dflash.serving.frontend.chat import served_template
+
+        where = SimpleNamespace(
+            model=self.model,
+            tokenizer=self.tokenizer or self.model,
+            tokenizer_revision=self.tokenizer_revision or self.revision,
+            code_revision=None,
+            trust_remote_code=self.trust_remote_code,
+            hf_config=config,
+        )
+        return served_template(tokenizer, where)
 
 
 def _template_text(given: str) -> str:

@@ -7,9 +7,11 @@ import json
 import shutil
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_tokenization import conversation_of
+from test_tokenization import TOOL, conversation_of
+from transformers import AutoTokenizer, LlavaConfig
 
 from helpers import tiny
 from helpers.refusal import Refused
@@ -174,6 +176,53 @@ def test_the_servers_template_is_used(tmp_path, without_template, prompts_file, 
     assert tokenizer.chat_template == FIXED
     prompt = load_prompts(given, prompts_file, {}, 1)[0]
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n\n")
+
+
+@pytest.mark.parametrize("own", [None, "TOK{{ messages[0]['content'] }}"])
+def test_a_processors_template_goes_first_where_no_tools_are_given(models, verifier, own):
+    """As vLLM's server chooses it, for the older multimodal folders that keep it in chat_template.json."""
+    hf = pytest.importorskip("vllm.renderers.hf")
+    path = models / f"llava-{own is None}"
+    shutil.copytree(verifier, path)
+    (path / "chat_template.jinja").unlink()
+    text_config = json.loads((path / "config.json").read_text())
+    LlavaConfig(text_config=text_config).save_pretrained(path)
+    files = {
+        "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"},
+        "processor_config.json": {"processor_class": "LlavaProcessor", "patch_size": 14},
+        "chat_template.json": {"chat_template": "PROC{{ messages[0]['content'] }}"},
+    }
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    if own is not None:
+        edit_json(path / "tokenizer_config.json", chat_template=own)
+
+    given = Verifier(str(path))
+    tokenizer = given.load_tokenizer()
+    config = SimpleNamespace(
+        model=str(path),
+        tokenizer=str(path),
+        tokenizer_revision=None,
+        code_revision=None,
+        trust_remote_code=False,
+        hf_config=given.load_config(),
+    )
+    plain = AutoTokenizer.from_pretrained(path)
+    for tools in (None, [TOOL]):
+        conversation = conversation_of("hi", tools=tools)
+        served = hf.resolve_chat_template(plain, None, tools, model_config=config)
+        assert (served or "PROC")[:4] in ("PROC", "TOK{")
+        # A server without a template for tools refuses them; there is nothing to agree with then.
+        if served is not None:
+            printed = plain.apply_chat_template(
+                list(conversation.messages), chat_template=served, tokenize=False
+            )
+            assert tokenizer.decode(prompt_token_ids(tokenizer, conversation)) == printed
+    expected = "PROChi"
+    assert tokenizer.decode(prompt_token_ids(tokenizer, conversation_of("hi"))) == expected
+    # The template that is given goes before both.
+    given = Verifier(str(path), chat_template="GIVEN{{ 1 }}").load_tokenizer()
+    assert given.decode(prompt_token_ids(given, conversation_of("hi"))) == "GIVEN1"
 
 
 def test_templates_that_are_none(refused, tmp_path, verifier, prompts_file):
