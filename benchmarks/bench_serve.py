@@ -4,7 +4,8 @@
     python benchmarks/bench_serve.py VERIFIER DRAFTER -- --dataset-name hf --dataset-path philschmid/mt-bench
     python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl --rates 0.5,2 --burstiness 1,0.25 \
         --goodput ttft:2000,tpot:100
-    python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl --also 'suffix={"method": "suffix"}' \
+    python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl \
+        --also 'suffix={"method": "suffix"}' \
         --also 'table={"method": "dflash", "model": "DRAFTER", "num_speculative_tokens": 15,
                        "num_speculative_tokens_per_batch_size": [[1, 4, 15], [5, 256, 3]]}'
 
