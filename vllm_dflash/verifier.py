@@ -19,6 +19,10 @@ from vllm_dflash.settings import option
 #: What vLLM takes for the text of a template, not for the name of a file.
 _TEMPLATE_CHARACTERS = "{}\n"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+#: Beginnings of model types that vLLM tokenizes or renders with code of its own. Of Mistral's only those
+#: with the official tokenizer files, which vLLM looks for.
+_OWN_TYPES = ("deepseek_v32", "deepseek_v4", "kimi_k3", "kimi_audio", "inkling", "gpt_oss")
+_OWN_FAMILY = "stral"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Verifier:
         revision: None for the default branch.
         tokenizer: folder or hub name.
         tokenizer_revision: of another tokenizer; None for ``revision``.
+        tokenizer_mode: as vLLM's engine argument.
 
     Raises:
         ValueError: an option cannot mean anything.
@@ -54,6 +59,7 @@ class Verifier:
     )
     tokenizer: str | None = option(None, "Another tokenizer than the verifier's.", panel="Engine")
     tokenizer_revision: str | None = None
+    tokenizer_mode: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.trust_remote_code, bool):
@@ -119,12 +125,23 @@ class Verifier:
     def load_tokenizer(self) -> Any:
         """The tokenizer, with the server's chat template.
 
+        It is vLLM's own for verifiers whose chats the server may render without a template
+        (:func:`~vllm_dflash.serving.frontend.prompts.served_tokenizer`).
+
         Raises:
             ValueError: there is none, or it needs code that may not run.
         """
         from transformers import AutoTokenizer
 
         name = self.tokenizer or self.model
+        if self._asks_vllm():
+            from vllm_dflash.serving.frontend.prompts import load_served_tokenizer
+
+            try:
+                served = load_served_tokenizer(self.engine_args(), self.chat_template)
+            except (OSError, ValueError, ImportError, RuntimeError) as error:
+                raise self._unreadable(f"the tokenizer of {name}", error) from error
+            return self.with_template(served)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 name,
@@ -137,6 +154,8 @@ class Verifier:
 
     def with_template(self, tokenizer: Any) -> Any:
         """The tokenizer itself (of transformers or of an engine), its template that of the server."""
+        if hasattr(tokenizer, "server_prompts"):
+            return tokenizer
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         elif getattr(tokenizer, "chat_template", "") is None and (own := self._vllms_template()):
@@ -176,7 +195,9 @@ class Verifier:
 
     def engine_args(self) -> dict[str, Any]:
         """The part of vLLM's ``EngineArgs`` that says what is loaded."""
-        names = ("revision", "tokenizer", "tokenizer_revision", "trust_remote_code")
+        names = (
+            "revision", "tokenizer", "tokenizer_revision", "tokenizer_mode", "trust_remote_code",
+        )  # fmt: skip
         return {"model": self.model} | {n: v for n in names if (v := getattr(self, n))}
 
     def identity(self) -> dict[str, Any]:
@@ -198,6 +219,18 @@ class Verifier:
             )
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ValueError(f"{what} cannot be read: {first}")
+
+    def _asks_vllm(self) -> bool:
+        """Whether only vLLM knows how chats are rendered: its tokenizer may not be that of transformers."""
+        if importlib.util.find_spec("vllm") is None:
+            return False
+        if self.tokenizer_mode not in (None, "auto"):
+            return True
+        try:
+            model_type = str(self.load_config().model_type)
+        except ValueError:
+            return False  # a tokenizer may be all there is; who needs the config says what is wrong with it
+        return model_type.startswith(_OWN_TYPES) or _OWN_FAMILY in model_type
 
     def _vllms_template(self) -> str | None:
         """The template that vLLM brings for models of this kind that have none."""
