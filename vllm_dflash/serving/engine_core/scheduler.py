@@ -102,7 +102,8 @@ class EngineLengths:
             return
         drafts, known = output.scheduled_spec_decode_tokens, self.scheduler.requests
         limit = output.num_spec_tokens_to_schedule
-        lengths = [len(drafts.get(name, ())) for name in scheduled]
+        # Requests that were not running have tokens there that nobody drafted (draft_limits.adopt).
+        lengths = [len(drafts.get(name, ())) if name in self._rows else 0 for name in scheduled]
         requests = [known[name] for name in scheduled]
         context = sum([r.num_computed_tokens for r in requests])
         # Requests that go on after it: those of which nothing is left to compute but what it brings.
