@@ -118,21 +118,24 @@ def limiting(cls: type) -> type:
                 self.dynamic_sd_lookup = None if self._pads() else self.unpadded
             return super().schedule(*args, **kwargs)
 
+        def _drafts(self) -> bool:
+            return self.drafting and not self.scored
+
         def _pads(self) -> bool:
             """Whether new requests verify as many draft tokens as the others, though none were drafted."""
-            if self.limited or self.scored or not self.drafting:
+            if self.limited or not self._drafts():
                 return False
             decoding = (r for r in self.running if not r.is_prefill_chunk)
             return all(len(r.spec_token_ids) == self.num_spec_tokens for r in decoding)
 
         def _update_after_schedule(self, scheduler_output: Any) -> None:
-            if not self.drafting:
+            if not self._drafts():
                 scheduler_output.num_spec_tokens_to_schedule = 0
             super()._update_after_schedule(scheduler_output)
 
         def update_draft_token_ids(self, draft_token_ids: Any) -> None:
             # vLLM 0.31 names as many as ever on the V2 runner.
-            if self.drafting:
+            if self._drafts():
                 super().update_draft_token_ids(draft_token_ids)
 
     Limiting.__name__ = Limiting.__qualname__ = cls.__name__

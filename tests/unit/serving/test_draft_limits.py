@@ -270,3 +270,18 @@ def test_tokens_that_nobody_drafted_teach_nothing(vllm_config) -> None:
         done = SimpleNamespace(sampled_token_ids=[[7]], req_id_to_index={"first": 0})
         lengths.on_output(output, done)
         assert policy.by_position.trials == trials
+
+
+@pytest.mark.parametrize("chooses", [False, True], ids=["fixed", "auto"])
+def test_no_draft_pass_for_drafts_that_would_be_dropped(vllm_config, chooses) -> None:
+    scheduler = choosing(vllm_config)[0] if chooses else decode_node(vllm_config, v2=True)
+    arrives(scheduler, "first")
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 4
+    arrives(scheduler, "scored", logprob_token_ids=[5])
+    output = scheduler.schedule()
+    assert output.num_scheduled_tokens == {"first": 1, "scored": 1}
+    assert output.num_spec_tokens_to_schedule == 0
+    if chooses:
+        assert scheduler.draft_lengths.num_drafted == 0
+    scheduler.finish_requests("scored", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 4

@@ -141,6 +141,7 @@ class EngineLengths:
             tokens: of each in the step just scheduled, where it is about the drafts behind that; else 0.
         """
         ids, most, context = [], [], 0
+        nobody = bool(self.scheduler.scored)
         for request, scheduled in zip(requests, tokens, strict=True):
             written, coming = request.num_output_tokens, request.num_output_placeholders
             computed = request.num_computed_tokens + scheduled
@@ -151,7 +152,7 @@ class EngineLengths:
             if limit is not None and limit < left:
                 left = limit
             ids.append(request.request_id)
-            most.append(left if left > 0 else 0)
+            most.append(left if left > 0 and not nobody else 0)
             context += computed
         return Batch(ids, float(context), drafted, most)
 
