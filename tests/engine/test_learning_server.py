@@ -211,6 +211,10 @@ def test_another_server_learns(verifier, answers, tmp_path):
         got = complete_all(server, range(110))
         with serving(verifier, tmp_path / "o", speculative=other):
             learned(learns, captured=110, promotions=1)
+            engines = [p for p in psutil.process_iter() if is_engine_of(p, learns)]
+            assert engines
+            for process in engines:
+                process.kill()
         got += complete_all(server, range(110, 160))
         now = status(serves)
         after = acceptance(server)
@@ -251,6 +255,19 @@ def test_kills_and_commands(verifier, answers, tmp_path):
         while status(folder)["version"] != other and time.monotonic() < end:
             time.sleep(0.2)
         assert status(folder)["version"] == other
+        assert complete_all(server, range(40)) == answers[:40]
+        # Of another drafter, and not finite: what serves stays, and learning goes on.
+        foreign, sick = (folder / "versions" / f"{other + i:06d}" for i in (1, 2))
+        tiny.make_drafter(foreign, verifier, num_hidden_layers=2)
+        shutil.copytree(folder / "versions" / f"{other:06d}", sick)
+        weights = load_file(sick / "model.safetensors")
+        weights["norm.weight"][3] = float("nan")
+        save_file(weights, sick / "model.safetensors", metadata={"format": "pt"})
+        for version in (foreign, sick):
+            tiny.cli("learn", "promote", folder, str(int(version.name)))
+        time.sleep(2)
+        now = status(folder)
+        assert (now["version"], now["state"]) == (other, "learning"), now
         assert complete_all(server, range(40)) == answers[:40]
         assert tiny.cli("learn", "pause", folder).returncode == 0
         end = time.monotonic() + 20

@@ -35,6 +35,7 @@ _PARAMETERS = "parameters of "
 ROLES: dict[str, dict[str, str]] = {
     "learning/engine_core.py": {
         "request": _REQUEST, "core": "vllm.v1.engine.core.EngineCoreProc", "config": "vllm.config.VllmConfig",
+        "scheduler": _SCHEDULER,
     },
     "learning/start.py": {"engine_args": "vllm.engine.arg_utils.EngineArgs", "verifier": _MODEL_CONFIG},
     "serving/worker/reload.py:_refill": {"inner": _DRAFT_MODEL},

@@ -29,7 +29,9 @@ def _logit(p: Any) -> Any:
 
 
 def _probability(logit: Any) -> Any:
-    return 1 / (1 + np.exp(-logit))
+    odds = np.exp(-logit)
+    odds += 1
+    return 1 / odds
 
 
 @dataclass(slots=True)
@@ -140,7 +142,9 @@ class AcceptanceModel:
         """
         known, nothing = self._requests, RequestStats()
         offset_B = np.array([known.get(r, nothing).offset for r in requests])
-        return _probability(self._logit_C[cells] + offset_B[:, None])
+        logit = self._logit_C[cells]
+        # Token by token in memory: hundreds of requests are few rows then, of which numpy is fast.
+        return _probability((logit[:, None] if cells.ndim == 1 else logit.T) + offset_B).T
 
     def survival(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
@@ -151,7 +155,7 @@ class AcceptanceModel:
         asked = (cells.tobytes(), tuple(requests))
         if asked == self._asked:
             return self._answer
-        out = np.cumprod(self.conditional(cells, requests), axis=1)
+        out = np.cumprod(self.conditional(cells, requests).T, axis=0).T
         new = [i for i, request in enumerate(requests) if request not in self._requests]
         if new and cells.ndim == 1:
             out[new] = self.likely_survival(cells).mean(axis=0)

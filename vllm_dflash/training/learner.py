@@ -227,12 +227,19 @@ class Learner:
             self._optimizer_names.setdefault(kind, []).append(name)
         out: dict[str, torch.optim.Optimizer] = {}
         for kind, names in self._optimizer_names.items():
-            own = [params[n] for n in names]
+            names.sort(key=lambda n: params[n].dim() < 2)  # as the optimizer numbers them: by group
+            matrices = [params[n] for n in names if params[n].dim() >= 2]
+            vectors = [params[n] for n in names if params[n].dim() < 2]
             options: dict[str, Any] = {"lr": hp.lr, "weight_decay": hp.weight_decay}
             if kind == "muon":
-                out[kind] = Muon(own, getattr(torch, hp.autocast), **options)
+                out[kind] = Muon(matrices, getattr(torch, hp.autocast), **options)
             else:
-                out[kind] = torch.optim.AdamW(own, betas=(0.9, 0.95), fused=True, **options)
+                groups: list[dict[str, Any]] = []
+                if matrices:
+                    groups.append({"params": matrices})
+                if vectors:
+                    groups.append({"params": vectors, "weight_decay": 0.0})
+                out[kind] = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **options)
         return out
 
     # -- one step --------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ class Learner:
                     group["lr"] = lr
                 optimizer.step()
             self._share_weights()
-            self._update_ema()
+            self._update_ema(step)
         else:
             bad = bad or keys
         self.drafter.zero_grad(set_to_none=True)
@@ -507,11 +514,13 @@ class Learner:
         for rank, names in enumerate(self._shards):
             self.ranks.broadcast([params[n] for n in names], rank)
 
-    def _update_ema(self) -> None:
+    def _update_ema(self, step: int) -> None:
         if self.ema is None:
             return
         params = [p.detach() for _, p in self.drafter.named_parameters()]
-        torch._foreach_lerp_(list(self.ema.values()), params, 1 - self.hparams.ema_decay)
+        # A short run must not end up with an average of its random start.
+        decay = min(self.hparams.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.ema.values()), params, 1 - decay)
 
     # -- evaluation ------------------------------------------------------------------------------
 

@@ -114,6 +114,8 @@ def _template_token_ids(
             messages,
             **conversation.chat_template_kwargs,
             tools=tools,
+            # An engine's tokenizer renders with copies of itself, which do not know a template it was given.
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             # transformers 5 returns a BatchEncoding by default. Either way special tokens are not
@@ -240,11 +242,13 @@ def response_turns(conversation: Conversation) -> list[int]:
     """Indices of the assistant messages that answer someone.
 
     A greeting that comes before the first user message is written by the application, not by the
-    verifier, so it is context.
+    verifier, so it is context. So are the replies in a logged prompt: clients leave out thinking, and the
+    request that each of them answered is a row of its own.
     """
     roles = [message["role"] for message in conversation.messages]
     first_user = roles.index("user") if "user" in roles else len(roles)
-    return [i for i, role in enumerate(roles) if role == "assistant" and i > first_user]
+    start = max(first_user, conversation.num_history)
+    return [i for i, role in enumerate(roles) if role == "assistant" and i >= start]
 
 
 def split_turns(
