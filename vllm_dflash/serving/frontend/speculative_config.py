@@ -172,7 +172,7 @@ def wrap_create_speculative_config(original):
             model = choose(options, model, revision, tokens, self, target_model_config)
             given["model"] = rest["model"] = model
         checkpoint = drafter = None
-        stored = bool(model) and is_cloud_storage(model)
+        stored = bool(model) and is_cloud_storage(str(model))
         if stored and tokens is None:
             raise ValueError(
                 f"the drafter {model} is in object storage, where its block size is not looked up: give "
