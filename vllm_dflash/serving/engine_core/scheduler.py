@@ -104,7 +104,8 @@ class EngineLengths:
             return
         drafts, known = output.scheduled_spec_decode_tokens, self.scheduler.requests
         limit = output.num_spec_tokens_to_schedule
-        lengths = [len(drafts.get(name, ())) for name in scheduled]
+        # Requests that were not running have tokens there that nobody drafted (draft_limits.adopt).
+        lengths = [len(drafts.get(name, ())) if name in self._rows else 0 for name in scheduled]
         requests = [known[name] for name in scheduled]
         context = sum([r.num_computed_tokens for r in requests])
         # Requests that go on after it: those of which nothing is left to compute but what it brings.
@@ -150,6 +151,8 @@ class EngineLengths:
         )
         left_B = np.minimum(end_B - (tokens_B > 0), self.limit - computed_B) - 1
         most = np.maximum(left_B, 0).tolist()
+        if self.scheduler.scored:  # nobody has drafts then
+            most = [0] * len(ids)
         if not self._unlimited.issuperset(ids):
             for i, request in enumerate(requests):
                 if request.request_id in self._unlimited:
