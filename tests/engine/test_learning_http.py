@@ -116,15 +116,16 @@ def test_routes_behind_the_key_and_metrics_of_two_api_processes(trained, tmp_pat
             assert metrics["vllm_dflash:learn_captured_total"] == {(): 48}
             assert metrics["vllm_dflash:learn_state"][(("state", "paused"),)] == 1
         first = told[0]
-        drafts, accepted = (
-            first[f"vllm_dflash:learn_{n}_total"] for n in ("drafts", "accepted_tokens")
-        )
-        labels = {(("source", s), ("version", "0")) for s in ("odd", "even")}
-        assert set(drafts) == labels
-        by_source = first["vllm_dflash:drafts_total"]
-        drafter = sum(n for k, n in by_source.items() if ("source", "drafter") in k)
-        assert sum(drafts.values()) == drafter > 40
-        assert all(accepted[k] > 0 for k in labels)
+        for name in ("drafts", "accepted_tokens"):
+            ours = first[f"vllm_dflash:learn_{name}_total"]
+            assert {dict(labels)["source"] for labels in ours} <= {"odd", "even"}
+            assert {dict(labels)["version"] for labels in ours} == {"0"}
+            drafter = [
+                n
+                for k, n in first[f"vllm_dflash:{name}_total"].items()
+                if ("source", "drafter") in k
+            ]
+            assert sum(ours.values()) == sum(drafter) > 0
         (tau,) = first["vllm_dflash:acceptance_length"].values()
         all_drafts, all_accepted = (
             sum(first[f"vllm:spec_decode_num_{n}_total"].values())

@@ -304,6 +304,20 @@ def test_a_full_folder_and_a_filter_do_not_touch_the_answers(verifier, answers, 
     assert now["captured"] == 10
 
 
+def test_conversations_come_in_steps_of_a_slice(verifier, answers, tmp_path):
+    """In a millisecond not a whole one fits: each is computed in parts, beside requests, too."""
+    folder = tmp_path / "learn"
+    spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
+    spec |= {"dflash_learn_slice_ms": 1, "dflash_learn_share": 0.5}
+    with serving(verifier, tmp_path / "s", speculative=spec) as server:
+        got = complete_all(server, range(60), tokens=90)
+        now = learned(folder, captured=60)
+    assert [g[: len(a)] for g, a in zip(got, answers[:60], strict=True)] == answers[:60]
+    assert now["extracted"] >= 50
+    assert now["not_extracted"] == now["skipped_sequences"] == 0
+    assert now["steps"] > 200
+
+
 def test_a_server_that_cannot_learn_says_so(verifier, tmp_path):
     spec = {**FIXED, "model": "auto", "dflash_learn": str(tmp_path / "learn")}
     code = (

@@ -41,6 +41,8 @@ COMPARED, COMPARED_TOKENS = 64, 128
 _LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
 #: Tokens of a conversation that one step of the engine computes: at least, and before its speed is known.
 _FEWEST_TOKENS, _FIRST_TOKENS = 16, 64
+#: How often a conversation gives way to clients' requests before another one is taken.
+_ATTEMPTS = 3
 #: Conversations of another server that are taken in at once.
 _ARRIVALS = 64
 #: Sources told apart, and what the others are called.
@@ -49,6 +51,7 @@ _SOURCES, _OTHER = 32, "(other)"
 _FIGURES = (
     "captured", "duplicates", "unusable", "extracted", "not_extracted", "steps", "anchors",
     "skipped_sequences", "slices", "comparisons", "promotions", "rollbacks", "not_written",
+    "gave_way",
 )  # fmt: skip
 
 
@@ -343,7 +346,7 @@ class Learning:
                 continue
             self.engine.call("register", [as_example(conversation)])
             self._complete = False
-            while not self._complete:
+            for _ in range(_ATTEMPTS):
                 self.engine.call("watch", {key: (None, 0, rows)})
                 self.waiting = key
                 self._submitted, self._submitted_tokens = self._clock(), rows
@@ -351,6 +354,11 @@ class Learning:
                 yield True
                 while self.waiting is not None:
                     yield False
+                if self._complete:
+                    break
+                self.figures["gave_way"] += 1
+            if not self._complete:
+                continue  # too long for the gaps between requests; others may be short enough
             failed = self.engine.call("collect", {key: rows})
             if failed:
                 self.figures["not_extracted"] += 1

@@ -212,8 +212,17 @@ class LearningSession(TrainingSession):
         own = {}
         for key in keys:
             if key not in self._foreign:
-                sample = self._sample(key)
-                own[key] = learner.accept(drafter, sample, learner.num_draft_tokens, dtype)
+                sample, tokens = self._sample(key), learner.num_draft_tokens
+                if self.ranks.size > 1:  # which must all pause together
+                    own[key] = learner.accept(drafter, sample, tokens, dtype)
+                else:
+                    own[key] = yield from learner.accept_by_parts(
+                        drafter,
+                        sample,
+                        tokens,
+                        dtype,
+                        learner.layout.anchors_in_flight or _MOST_ANCHORS,
+                    )
             yield
         out = {}
         for part in self.ranks.gather(own):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -547,6 +547,23 @@ class Learner:
 
         The block is as wide as served, 1 + ``num_draft_tokens``.
         """
+        parts = self.accept_by_parts(drafter, sample, num_draft_tokens, dtype, EVAL_ANCHORS)
+        while True:
+            try:
+                next(parts)
+            except StopIteration as done:
+                return done.value
+
+    @torch.no_grad()
+    def accept_by_parts(
+        self,
+        drafter: Drafter,
+        sample: Sample,
+        num_draft_tokens: int,
+        dtype: torch.dtype,
+        num_anchors: int,
+    ) -> Generator[None, None, Acceptance]:
+        """:meth:`accept` with a pause behind each part of so many anchors; each computes its context anew."""
         config = self.config
         from_anchor = config.sample_from_anchor
         width = num_draft_tokens if from_anchor else num_draft_tokens + 1
@@ -555,8 +572,8 @@ class Learner:
         for start, end in sample.response_spans():
             positions = [p for p in range(start, end - 1) if p <= features.shape[0]]
             matches: list[list[bool]] = []
-            for i in range(0, len(positions), EVAL_ANCHORS):
-                group = positions[i : i + EVAL_ANCHORS]
+            for i in range(0, len(positions), num_anchors):
+                group = positions[i : i + num_anchors]
                 length = max(group)
                 layout = BlockLayout.build([group], [length], width, self.device)
                 embeds = self._block_embeds(drafter, [sample], [group], width).to(dtype)
@@ -585,6 +602,7 @@ class Learner:
                         int(((one_by_one.cpu() == tokens) & valid).sum()),
                     )
                 matches += ((drafted.cpu() == tokens) & valid).tolist()
+                yield
             total.merge(walk(matches, num_draft_tokens))
         return total
 

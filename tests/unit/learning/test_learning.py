@@ -844,6 +844,27 @@ def test_served_drafts_are_counted_by_version_and_source(tmp_path, drafter):
     assert len({row["source"] for row in learning.status()["served"]}) <= 33
 
 
+def test_a_conversation_too_long_for_the_gaps_does_not_keep_others_waiting(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    tried: list[str] = []
+
+    def submit(key, token_ids):
+        long = int(key[-1], 16) < 2
+        if long:
+            tried.append(key)
+        else:
+            engine.known.add(key)
+        learning.extracted(key, complete=not long)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    run(learning)
+    status = learning.status()
+    assert status["promotions"] >= 1
+    assert status["gave_way"] == len(tried) >= 3
+    assert all(tried[i : i + 3] == [tried[i]] * 3 for i in range(0, len(tried), 3))
+
+
 def test_extraction_takes_steps_of_a_slice(tmp_path, drafter):
     now = [0.0]
     learning, engine = make(tmp_path, drafter, gain=0.01, clock=lambda: now[0])
@@ -918,6 +939,7 @@ def test_metrics_are_those_of_the_page_and_the_dashboard(tmp_path, drafter):
     learning, _ = make(tmp_path, drafter, gain=0.01)
     feed(learning, 0, 120)
     run(learning)
+    learning.verified(4, 2, "chat")
     collector = LearningCollector(tmp_path / "learn")
     assert list(collector.collect()) == []
     (tmp_path / "learn" / "status.json").write_text(json.dumps(learning.status()))

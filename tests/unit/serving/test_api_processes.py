@@ -39,7 +39,7 @@ print(json.dumps(TestClient(app).get("/metrics").text))
 def test_metrics_of_ours_are_there(tmp_path):
     counters = (
         "captured", "duplicates", "unusable", "extracted", "not_extracted", "steps", "anchors", "slices",
-        "seconds", "comparisons", "promotions", "rollbacks", "not_written", "skipped_sequences",
+        "seconds", "comparisons", "promotions", "rollbacks", "not_written", "gave_way", "skipped_sequences",
         "written_dropped", "written_damaged",
     )  # fmt: skip
     none = {"sources": {}}

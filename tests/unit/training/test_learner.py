@@ -208,6 +208,19 @@ def test_acceptance_does_not_depend_on_the_passes(monkeypatch):
     monkeypatch.setattr(learner_module, "EVAL_ANCHORS", 3)
     assert learner.accept(served, samples[0], BLOCK - 1, torch.float32) == whole
 
+    pauses: list[None] = []
+
+    def paused(parts):
+        while True:
+            try:
+                pauses.append(next(parts))
+            except StopIteration as done:
+                return done.value
+
+    parts = learner.accept_by_parts(served, samples[0], BLOCK - 1, torch.float32, 4)
+    assert paused(parts) == whole
+    assert len(pauses) > 3
+
 
 def test_acceptance_of_several_responses_and_narrower_blocks():
     learner = make_learner()

@@ -20,6 +20,7 @@ _COUNTERS = {
     "unusable": "Finished requests that are too long, or from disk and of another server.",
     "extracted": "Conversations whose features were computed.",
     "not_extracted": "Conversations whose features could not be used.",
+    "gave_way": "Times that computing them gave way to a client's request.",
     "steps": "Optimizer steps.",
     "anchors": "Blocks trained on.",
     "slices": "Pieces of work between the engine's steps.",
