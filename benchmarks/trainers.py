@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import time
 from itertools import pairwise
@@ -35,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_dflash.bench.report import write_json
 from vllm_dflash.checkpoint import load_weights, save_drafter
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.environment import describe_machine, versions
+from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 from vllm_dflash.modeling.acceptance import Acceptance
 from vllm_dflash.modeling.losses import block_loss, dpace_weights
 from vllm_dflash.training.config import Hyperparameters
@@ -202,7 +203,11 @@ class Bench:
         script = Path(__file__).with_name("trainers_speculators.py")
         command = [self.args.speculators_python, script, words[0], self.work, *words[1:]]
         ran = subprocess.run(
-            [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True
+            [str(word) for word in command],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.args.environment,
         )
         return ran.stdout
 
@@ -430,6 +435,9 @@ def main() -> None:
     parser.add_argument("--ours", nargs="*", default=["default"], choices=RECIPES)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
+    # Each process as its own command has it: ours tells malloc to keep memory, theirs does not.
+    args.environment = dict(os.environ)
+    set_cpu_defaults()
     torch.set_num_threads(1)
     Bench(args).run()
 

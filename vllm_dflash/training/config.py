@@ -87,6 +87,7 @@ class Hyperparameters:
             paper's value for the block size.
         ema_decay: the averaged weights are then what is exported.
         autocast: ``bfloat16`` keeps fp32 masters. Muon orthogonalises in the same.
+        half_blocks: see :meth:`vllm_dflash.training.learner.Learner.halves_blocks`.
         max_skipped: more sequences with non-finite values than this stop the training.
     """
 
@@ -100,6 +101,11 @@ class Hyperparameters:
     optimizer: str = _training("adamw", "adamw or muon.", choices=("adamw", "muon"))
     num_anchors: int = _training(512, "Random anchors of a sequence.", bound=count())
     batch_size: int = _training(1, "Sequences of a step.", bound=count())
+    half_blocks: float = _training(
+        0.5,
+        "Share of the steps, the first ones, with half blocks and twice the anchors.",
+        bound=SHARE,
+    )
     loss: str = _training("dpace", "dpace, ce or kl.", choices=tuple(LOSSES))
     gamma: float | None = _training(None, "Decay of ce and kl.", bound=POSITIVE)
     alpha: float = _training(0.5, "Smoothing of dpace.", bound=SHARE)
