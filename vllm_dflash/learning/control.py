@@ -69,7 +69,16 @@ def rows(status: dict[str, Any]) -> dict[str, str]:
         "learned": f"{status['steps']} steps, {status['anchors']} blocks, {status['seconds']:.0f} s in "
         f"{status['slices']} slices, the longest {1000 * status['longest_slice_seconds']:.0f} ms",
         "still to learn": f"{status['to_learn']} visits of conversations",
+        "left out": f"{status['duplicates']} told twice, {status['unusable']} not usable, "
+        f"{status['not_extracted']} without features, {status['written_dropped']} not written, "
+        f"{status['written_damaged']} damaged on disk",
         "last comparison": status["last_comparison"] or "none yet",
+        "served tau": ", ".join(
+            f"{1 + row['accepted_tokens'] / row['drafts']:.2f} on {row['source'] or '(none)'}"
+            for row in status["served"]
+            if row["version"] == served
+        )
+        or "no drafts yet",
         "promotions, rollbacks": f"{status['promotions']}, {status['rollbacks']}",
     }
     for event in history[-5:]:

@@ -87,6 +87,10 @@ def learning_core(cls: type) -> type:
             self._tell(learning)
             super()._process_input_queue()
 
+        def _alone(self) -> bool:
+            """Whether a request of ours is the only one."""
+            return self.scheduler.get_num_unfinished_requests() == 1
+
         def _may_learn(self) -> bool:
             """Not while it shuts down, is paused or sleeps, whose memory is then elsewhere."""
             return self.is_running() and not self.is_scheduler_paused()
@@ -100,11 +104,15 @@ def learning_core(cls: type) -> type:
 
         def _process_engine_step(self) -> bool:
             learning, started = self._dflash_learning, time.monotonic()
+            alone = learning is not None and learning.waiting is not None and self._alone()
             executed = super()._process_engine_step()
+            took = time.monotonic() - started
             if learning is None or not self._may_learn():
                 return executed
+            if alone:
+                learning.stepped(took)
             learning.attend()
-            if learning.settings.share and learning.owe(time.monotonic() - started):
+            if learning.settings.share and learning.owe(took):
                 learning.slice()
             return executed
 
@@ -162,15 +170,15 @@ def start_learning(core: Any) -> Learning:
         limit = int(options.learn_disk_gib * 2**30)
         shards = Shards(folder / "conversations", limit, options.learn_days * _DAY)
     keeps = Keeps(options.learn_filter, config)
-    learning = Learning(versions, CoreEngine(core), settings, shards, usable=keeps.usable)
+    reader = None
+    if source is not None:
+        reader = ShardReader(source / "conversations", options.learn_days * _DAY)
+    learning = Learning(versions, CoreEngine(core), settings, shards, reader, usable=keeps.usable)
     scheduler = core.scheduler
     if specialise(scheduler, "vllm_dflash.learning.engine_core:capturing"):
         scheduler.learning, scheduler.keeps = learning, keeps
     count_verified(scheduler, _counter(learning, scheduler))
-    reader = None
-    if source is not None:
-        reader = ShardReader(source / "conversations", options.learn_days * _DAY)
-    _watch_folders(core, learning, reader, keeps.hook)
+    _watch_folders(core, learning, keeps.hook)
     logger.info(
         "vllm-dflash learns in %s, from up to %d tokens of finished requests", folder, tokens
     )
@@ -181,10 +189,16 @@ def _counter(learning: Learning, scheduler: Any) -> Callable[[str, int, int], No
     """Counts the drafter's drafts; looked-up ones say nothing of it."""
 
     def count(name: str, proposed: int, accepted: int) -> None:
-        if source_of(scheduler.requests[name]) == DRAFTER:
-            learning.verified(proposed, accepted)
+        request = scheduler.requests[name]
+        if source_of(request) == DRAFTER:
+            learning.verified(proposed, accepted, _traffic(request.sampling_params))
 
     return count
+
+
+def _traffic(params: Any) -> str:
+    """Where a request says that it comes from."""
+    return str((params.extra_args or {}).get(SOURCE, ""))[:64]
 
 
 def _feature_bytes(config: Any) -> int:
@@ -198,13 +212,12 @@ def _feature_bytes(config: Any) -> int:
 def _watch_folders(
     core: Any,
     learning: Learning,
-    reader: ShardReader | None,
     hook: Callable[[Conversation], Any] | None,
 ) -> None:
     """A thread that tells the engine core, also an idle one, of commands and another server's requests."""
     from vllm.v1.engine import EngineCoreRequestType
 
-    commands = learning.versions.folder / "commands"
+    commands, reader = learning.versions.folder / "commands", learning.reader
 
     def take_in(reader: ShardReader) -> None:
         if learning.failed or learning.arrivals.qsize() >= _WAITING:
@@ -270,7 +283,7 @@ class Keeps:
         made = Conversation(
             tuple(request.all_token_ids[: self.max_len]),
             len(prompt),
-            str(xargs.get(SOURCE, ""))[:64],
+            _traffic(params),
             time.time(),
         )
         return made if self.hook is None else self.hook(made)
@@ -288,12 +301,38 @@ def _complete() -> tuple[Any, ...]:
     return FinishReason.STOP, FinishReason.LENGTH
 
 
+def _budget(scheduler: Any) -> int:
+    """Tokens of a step: what clients' requests want of it, and of a conversation of ours what fits."""
+    ours, whole = scheduler.learning.waiting, scheduler.max_num_scheduled_tokens
+    if ours is None or not scheduler.scheduler_config.enable_chunked_prefill:
+        return whole
+    if any(request.request_id != ours for request in scheduler.waiting):
+        return whole
+    tokens = scheduler.learning.chunk
+    if scheduler.has_mamba_layers:  # whose state is kept at the ends of blocks only
+        tokens = max(tokens, scheduler.cache_config.block_size)
+    for request in scheduler.running:
+        if request.request_id != ours:
+            wanted = request.num_tokens_with_spec + request.num_output_placeholders
+            tokens += wanted - request.num_computed_tokens
+    return min(whole, tokens)
+
+
 def capturing(cls: type) -> type:
     """A subclass of one of vLLM's schedulers that tells what has finished."""
 
     class Capturing(cls):  # type: ignore[valid-type,misc]
         learning: Learning
         keeps: Keeps
+        max_num_scheduled_tokens: int
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            # A step cannot be interrupted: with a long conversation of ours it would be a long wait.
+            whole, self.max_num_scheduled_tokens = self.max_num_scheduled_tokens, _budget(self)
+            try:
+                return super().schedule(*args, **kwargs)
+            finally:
+                self.max_num_scheduled_tokens = whole
 
         def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             out = super()._free_request(request, *args, **kwargs)

@@ -18,7 +18,14 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, Counts, Verdict, judge
-from vllm_dflash.learning.replay import Conversation, Reservoir, Shards, as_example, describe
+from vllm_dflash.learning.replay import (
+    Conversation,
+    Reservoir,
+    ShardReader,
+    Shards,
+    as_example,
+    describe,
+)
 from vllm_dflash.learning.versions import GIVEN, Versions, hand_over
 
 logger = logging.getLogger("vllm.vllm_dflash")
@@ -32,6 +39,10 @@ COMPARED, COMPARED_TOKENS = 64, 128
 #: Drafts before the served acceptance says anything, and the share of the expected one below which a version
 #: goes back: the two count the same, but on other conversations.
 _LIVE_DRAFTS, _LIVE_SHARE = 400, 0.6
+#: Tokens of a conversation that one step of the engine computes: at least, and before its speed is known.
+_FEWEST_TOKENS, _FIRST_TOKENS = 16, 64
+#: How often a conversation gives way to clients' requests before another one is taken.
+_ATTEMPTS = 3
 #: Conversations of another server that are taken in at once.
 _ARRIVALS = 64
 #: Sources told apart, and what the others are called.
@@ -39,7 +50,8 @@ _SOURCES, _OTHER = 32, "(other)"
 #: What is counted, see ``serving/frontend/learning_metrics.py``.
 _FIGURES = (
     "captured", "duplicates", "unusable", "extracted", "not_extracted", "steps", "anchors",
-    "skipped_sequences", "slices", "comparisons", "promotions", "rollbacks",
+    "skipped_sequences", "slices", "comparisons", "promotions", "rollbacks", "not_written",
+    "gave_way",
 )  # fmt: skip
 
 
@@ -80,6 +92,7 @@ class Learning:
         engine: of the server.
         settings: how it learns.
         shards: keeps conversations on disk, where that is asked for.
+        reader: of another server's conversations, which come as ``arrivals``.
         usable: whether the engine can run a conversation.
         clock: seconds.
     """
@@ -90,10 +103,12 @@ class Learning:
         engine: Engine,
         settings: Settings,
         shards: Shards | None = None,
+        reader: ShardReader | None = None,
         usable: Callable[[Conversation], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.versions, self.engine, self.settings, self.shards = versions, engine, settings, shards
+        self.versions, self.engine, self.settings = versions, engine, settings
+        self.shards, self.reader = shards, reader
         self.replay = Reservoir(settings.tokens)
         self.held_out = Reservoir(settings.tokens // 4, seed=1)
         #: Conversations of another server, put here by a thread.
@@ -104,11 +119,17 @@ class Learning:
         self.last: Verdict | None = None
         self._clock, self._usable = clock, usable
         self._owed = 0.0
-        self._credit = self._not_compared = 0
+        self._not_compared = 0
+        #: Until when conversations were learned from before a restart, and visits that are to come.
+        self._learned_until, self._credit = versions.learned()
+        self._latest = self._learned_until
         self._features: set[str] = set()
         #: The request that is under way.
         self.waiting: str | None = None
         self._complete = True
+        self._submitted, self._submitted_tokens = 0.0, 0
+        #: Tokens of it that one step of the engine computes, so that a step takes no longer than a slice.
+        self.chunk = _FIRST_TOKENS
         self._broken: set[str] = set()
         #: The version that another server was given last, and the command for it.
         self._handed: tuple[Path, Path] | None = None
@@ -122,14 +143,14 @@ class Learning:
         self._trial: int | None = None
         self._since: set[str] = set()
         self._sources: set[str] = set()
+        #: Drafts verified, and tokens of them accepted, by version and source.
+        self._by_source: dict[tuple[int, str], list[int]] = {}
         self._random = random.Random(0)
         self._steps = int((versions.history or [{}])[-1].get("steps", 0))
         self._rounds = self._run()
         if shards is not None:
-            # The latest that there is room for; what they are owed was paid before the restart.
-            for conversation in shards.read():
-                self._keep(conversation)
-            self._credit = min(self._credit, len(self.replay))
+            for conversation in shards.read():  # the latest that there is room for
+                self._keep(conversation, conversation.time > self._learned_until)
 
     # -- what the engine core tells --------------------------------------------------------------
 
@@ -142,12 +163,9 @@ class Learning:
         if self.shards is not None:
             self.shards.put(conversation)
 
-    def _keep(self, conversation: Conversation) -> bool:
-        if conversation.source not in self._sources:
-            # Clients name them.
-            if len(self._sources) >= _SOURCES:
-                conversation = replace(conversation, source=_OTHER)
-            self._sources.add(conversation.source)
+    def _keep(self, conversation: Conversation, to_learn: bool = True) -> bool:
+        if self._named(conversation.source) != conversation.source:
+            conversation = replace(conversation, source=_OTHER)
         if not self._usable(conversation):
             self.figures["unusable"] += 1
             return False
@@ -160,21 +178,48 @@ class Learning:
         self.figures["captured"] += 1
         if out:
             self._since.add(conversation.key)
-        else:
+        elif to_learn:
             # No more than what is kept can be visited.
             self._credit = min(self._credit + PASSES, PASSES * len(self.replay))
+            self._latest = max(self._latest, conversation.time)
         return True
 
     def extracted(self, key: str, complete: bool = True) -> None:
         """A request of :meth:`Engine.submit` has ended; not complete if it gave way to a client's."""
-        if self.waiting == key:
-            self.waiting, self._complete = None, complete
+        if self.waiting != key:
+            return
+        self.waiting, self._complete = None, complete
+        took = self._clock() - self._submitted
+        if complete and took > 0:
+            # Small parts have more steps to a token: with each conversation it comes nearer to what fits.
+            fit = int(self._submitted_tokens * self.settings.slice_ms / 1000 / took)
+            self.chunk = max(_FEWEST_TOKENS, fit)
 
-    def verified(self, proposed: int, accepted: int) -> None:
-        """A draft was verified."""
-        if proposed:
-            self._live[0] += 1
-            self._live[1] += accepted > 0
+    def stepped(self, seconds: float) -> None:
+        """A step of the engine was for nothing but our request."""
+        self._longest(seconds)
+
+    def _longest(self, seconds: float) -> None:
+        longest = max(self.figures["longest_slice_seconds"], seconds)
+        self.figures["longest_slice_seconds"] = longest
+
+    def _named(self, source: str) -> str:
+        """What a source counts as: clients name them, and there may be any number."""
+        if source not in self._sources:
+            if len(self._sources) >= _SOURCES:
+                return _OTHER
+            self._sources.add(source)
+        return source
+
+    def verified(self, proposed: int, accepted: int, source: str = "") -> None:
+        """A draft of the drafter was verified, of a request from this source."""
+        if not proposed:
+            return
+        self._live[0] += 1
+        self._live[1] += accepted > 0
+        counts = self._by_source.setdefault((self.versions.promoted, self._named(source)), [0, 0])
+        counts[0] += 1
+        counts[1] += accepted
 
     def owe(self, seconds: float) -> bool:
         """The engine has worked for so long; whether a slice is due on a busy server."""
@@ -199,8 +244,7 @@ class Learning:
             took = self._clock() - started
             self.figures["slices"] += 1
             self.figures["seconds"] += took
-            longest = max(self.figures["longest_slice_seconds"], took)
-            self.figures["longest_slice_seconds"] = longest
+            self._longest(took)
         return worked
 
     def attend(self) -> None:
@@ -224,7 +268,8 @@ class Learning:
     def _work(self) -> bool:
         self._hurry()
         for _ in range(min(self.arrivals.qsize(), _ARRIVALS)):
-            self._keep(self.arrivals.get())
+            arrived = self.arrivals.get()
+            self._keep(arrived, arrived.time > self._learned_until)
         return not self.paused and next(self._rounds)
 
     def _hurry(self) -> bool:
@@ -301,13 +346,19 @@ class Learning:
                 continue
             self.engine.call("register", [as_example(conversation)])
             self._complete = False
-            while not self._complete:
+            for _ in range(_ATTEMPTS):
                 self.engine.call("watch", {key: (None, 0, rows)})
                 self.waiting = key
+                self._submitted, self._submitted_tokens = self._clock(), rows
                 self.engine.submit(key, conversation.token_ids[:-1])
                 yield True
                 while self.waiting is not None:
                     yield False
+                if self._complete:
+                    break
+                self.figures["gave_way"] += 1
+            if not self._complete:
+                continue  # too long for the gaps between requests; others may be short enough
             failed = self.engine.call("collect", {key: rows})
             if failed:
                 self.figures["not_extracted"] += 1
@@ -363,6 +414,7 @@ class Learning:
         elif verdict.worse:
             logger.info("vllm-dflash discards what it learned: %s", verdict.reason)
             self.engine.call("restore")
+            self.versions.note_learned(self._latest, self._credit)
         yield True
 
     def _remember(self, counted: Mapping[str, tuple[int, int, int]]) -> None:
@@ -372,8 +424,10 @@ class Learning:
 
     def _write(self, path: Path) -> Generator[bool, None, None]:
         self.engine.call("write", str(path))
-        while not self.engine.call("written", self.settings.slice_ms / 1000):
+        while not (done := self.engine.call("written", self.settings.slice_ms / 1000)):
             yield True
+        if done is not True:
+            raise OSError(done)
 
     def _promote(
         self, verdict: Verdict, counted: Mapping[str, tuple[int, int, int]]
@@ -387,9 +441,16 @@ class Learning:
             "held_out": len(counted),
         }
         number = self.versions.next_number()
-        yield from self._write(self.versions.path(number))
+        try:
+            yield from self._write(self.versions.path(number))
+        except OSError as error:
+            # The candidate is still there, and is compared again after the next steps.
+            logger.warning("vllm-dflash: version %d cannot be written: %s", number, error)
+            self.figures["not_written"] += 1
+            return
         self.engine.call("swap")
         self.versions.switch(number, "promoted", figures)
+        self.versions.note_learned(self._latest, self._credit)
         self._serving(counted)
         self._trial = before
         self.figures["promotions"] += 1
@@ -413,6 +474,8 @@ class Learning:
 
     def _serving(self, counted: Mapping[str, tuple[int, int, int]]) -> None:
         """Another drafter serves, with these counts."""
+        there = set(self.versions.there())
+        self._by_source = {k: n for k, n in self._by_source.items() if k[0] in there}
         self._served, self._first, self._live, self._trial = {}, {}, [0, 0], None
         self._since = set()
         self._remember(counted)
@@ -492,7 +555,7 @@ class Learning:
         """Everything there is to see, as plain values."""
         state = "failed" if self.failed else "paused" if self.paused else "learning"
         drafts, hits = self._live
-        shards = self.shards
+        shards, readers = self.shards, (self.shards, self.reader)
         return {
             "state": state,
             "error": self.failed,
@@ -502,8 +565,12 @@ class Learning:
             "held_out": describe(self.held_out),
             "to_learn": self._credit,
             "last_comparison": self.last.reason if self.last else "",
+            "served": [
+                {"version": v, "source": s, "drafts": n, "accepted_tokens": a}
+                for (v, s), (n, a) in sorted(self._by_source.items())
+            ],
             "first_token_accepted": hits / drafts if drafts else None,
             "written_dropped": shards.dropped if shards else 0,
-            "written_damaged": shards.damaged if shards else 0,
+            "written_damaged": sum(r.damaged for r in readers if r is not None),
             **self.figures,
         }

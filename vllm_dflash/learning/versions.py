@@ -120,6 +120,23 @@ class Versions:
             self._record("fallback", GIVEN)
         return given
 
+    def learned(self) -> tuple[float, int]:
+        """Until when conversations were learned from, for the promoted version or in vain; visits to come.
+
+        A time in the future is of a clock that was wrong, and says nothing.
+        """
+        place = self.state.get("learned", {})
+        until = float(place.get("until", 0.0))
+        return (until, int(place["to_learn"])) if 0 < until <= time.time() else (0.0, 0)
+
+    def note_learned(self, until: float, to_learn: int) -> None:
+        """Keeps what :meth:`learned` says."""
+        self._write({**self.state, "learned": {"until": until, "to_learn": to_learn}})
+
+    def _write(self, state: dict[str, Any]) -> None:
+        atomic_write(self.folder / _STATE, json.dumps(state, indent=1) + "\n")
+        self.state = state
+
     def next_number(self) -> int:
         """Of a new version."""
         return 1 + max([self.promoted, *self.there()])
@@ -151,9 +168,8 @@ class Versions:
 
     def _record(self, event: str, version: int, figures: dict[str, Any] | None = None) -> None:
         entry = {"event": event, "version": version, "time": time.time(), **(figures or {})}
-        state = {"promoted": version, "history": [*self.history, entry][-200:]}
-        atomic_write(self.folder / _STATE, json.dumps(state, indent=1) + "\n")
-        self.state = state
+        history = [*self.history, entry][-200:]
+        self._write({**self.state, "promoted": version, "history": history})
         kept = {version, self.previous(), GIVEN, *self.there()[-KEPT:]}
         for other in self.there():
             if other not in kept:

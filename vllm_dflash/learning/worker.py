@@ -37,7 +37,7 @@ def run(worker: Any, command: str, *args: Any) -> Any:
     """In a worker, called by the engine core: ``LearningSession.<command>(*args)``.
 
     Returns:
-        Its answer; with several ranks a ``Failure`` in place of a ValueError.
+        Its answer; a ``Failure`` in place of a ValueError, which an executor would make a RuntimeError of.
     """
     session = worker.__dict__.get("_vllm_dflash_learning")
     if session is None:
@@ -53,8 +53,6 @@ def run(worker: Any, command: str, *args: Any) -> Any:
         with session.ranks.together(), torch.inference_mode(False):
             return getattr(session, command)(*args)
     except ValueError as error:
-        if session.ranks.size == 1:
-            raise
         return Failure.of(error, session.ranks.rank)
 
 
@@ -214,8 +212,17 @@ class LearningSession(TrainingSession):
         own = {}
         for key in keys:
             if key not in self._foreign:
-                sample = self._sample(key)
-                own[key] = learner.accept(drafter, sample, learner.num_draft_tokens, dtype)
+                sample, tokens = self._sample(key), learner.num_draft_tokens
+                if self.ranks.size > 1:  # which must all pause together
+                    own[key] = learner.accept(drafter, sample, tokens, dtype)
+                else:
+                    own[key] = yield from learner.accept_by_parts(
+                        drafter,
+                        sample,
+                        tokens,
+                        dtype,
+                        learner.layout.anchors_in_flight or _MOST_ANCHORS,
+                    )
             yield
         out = {}
         for part in self.ranks.gather(own):
@@ -267,10 +274,12 @@ class LearningSession(TrainingSession):
         self._writer = threading.Thread(target=run, name="dflash-learn-write", daemon=True)
         self._writer.start()
 
-    def written(self, wait: float) -> bool:
-        """Whether it is written, after so many seconds at most; raises what went wrong."""
+    def written(self, wait: float) -> bool | str:
+        """Whether it is written, after so many seconds at most; in words why the disk did not take it."""
         if self._writer.ident is not None:
             self._writer.join(wait)
+        if isinstance(self._write_error, OSError):
+            return str(self._write_error)
         if self._write_error is not None:
             raise self._write_error
         return not self._writer.is_alive()
@@ -286,10 +295,25 @@ class LearningSession(TrainingSession):
         self._learn_from(self._serving)
 
     def load(self, path: str) -> None:
-        """A version serves, and learning goes on from it."""
+        """A version serves, and learning goes on from it.
+
+        Raises:
+            ValueError: it is of another drafter, or not finite; what serves stays.
+        """
+        config = DrafterConfig.from_dict(checkpoint.read_config(path))
+        for field in ("num_hidden_layers", "target_layer_ids"):
+            if getattr(config, field) != getattr(self.config, field):
+                raise ValueError(f"{path} has another {field} than the drafter {self.given}")
         loaded, tokens = self._loaded(path)
         if not torch.equal(tokens, self._draft_tokens):
             raise ValueError(f"{path} has another draft vocabulary than the drafter {self.given}")
+        for name, weight in self._serving.items():
+            if name not in loaded or loaded[name].shape != weight.shape:
+                raise ValueError(
+                    f"{path} is no version of the drafter {self.given}: {name} differs"
+                )
+            if not loaded[name].isfinite().all():
+                raise ValueError(f"{path} has NaN or infinity in {name}")
         weights = {n: loaded[n].to(self._serving[n]) for n in self._serving}
         self._put(weights)
         self._serving = weights

@@ -526,3 +526,15 @@ def _unique_id(conversation: Conversation, seen_ids: set[str]) -> str:
         number += 1
         unique = f"{digest}#{number}"
     return unique
+
+
+def opening_digest(conversation: Conversation) -> str:
+    """Digest of what a dialogue begins with, up to its first reply: the same of copies, and of every request
+    that a server has logged of one dialogue."""
+    opening = []
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            break
+        opening.append(message)
+    content = json.dumps([opening, conversation.tools], sort_keys=True, default=str)
+    return hashlib.sha1(content.encode("ascii"), usedforsecurity=False).hexdigest()

@@ -75,7 +75,11 @@ def prepare_examples(
                 later.append(reject_conversation(conversation, error))
     else:
         weights = {n: v for n, v in verifier.identity().items() if n in ("verifier", "revision")}
-        fingerprint: dict[str, Any] = {**weights, **asdict(sampling)}
+        fingerprint: dict[str, Any] = {
+            **weights,
+            "weights": verifier.weights_version(),
+            **asdict(sampling),
+        }
         examples, later = regenerate(
             conversations,
             tokenizer,

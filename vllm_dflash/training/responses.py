@@ -300,6 +300,7 @@ class ResponseLog:
 
     def _check_header(self, raw: bytes) -> None:
         logged = _fingerprint(raw) or {}
+        logged.setdefault("weights", self.fingerprint.get("weights"))  # a log of an older version
         fields = sorted(logged.keys() | self.fingerprint.keys())
         changed = [name for name in fields if logged.get(name) != self.fingerprint.get(name)]
         if changed:
@@ -309,7 +310,7 @@ class ResponseLog:
             )
             raise ValueError(
                 f"{self.path} holds responses generated differently: {differences}. Use another "
-                "run folder, or the settings of the first run"
+                "run folder (or --responses), or the settings of the first run"
             )
 
     def _read_response(self, raw: bytes) -> None:
@@ -321,6 +322,11 @@ class ResponseLog:
         except (ValueError, KeyError, TypeError):
             # Damaged in the middle (a full disk, two runs at once): generated again.
             return
+
+
+def response_logs(file: Path) -> tuple[Path, Path]:
+    """The log itself, and that of held-out data, whose ids may be the same."""
+    return file, file.with_stem(f"{file.stem}-heldout")
 
 
 def check_log(path: Path, way_out: str = "give another file for the responses") -> None:

@@ -6,15 +6,20 @@ import json
 import os
 import random
 import re
+import signal
 import stat
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from helpers import tiny
 from vllm_dflash.learning import loop as loop_module
-from vllm_dflash.learning.control import read_status, send
+from vllm_dflash.learning.control import read_status, rows, send
 from vllm_dflash.learning.gate import MIN_CONVERSATIONS, judge, ratio_interval, tau
 from vllm_dflash.learning.loop import Learning, Settings
 from vllm_dflash.learning.replay import Conversation, Reservoir, ShardReader, Shards
@@ -151,6 +156,63 @@ def test_a_full_disk_is_counted_and_never_raises(tmp_path, monkeypatch):
     assert disk.dropped == 1
 
 
+def in_a_process(code: str, *args: object, seconds: float | None = None) -> None:
+    """Runs it, and SIGKILLs it after so many seconds since it has begun."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    process = subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        if seconds is not None:
+            time.sleep(seconds)
+            process.kill()
+        assert process.wait(60) == (0 if seconds is None else -signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+
+
+WRITER = """
+import itertools, resource, sys
+from pathlib import Path
+from vllm_dflash.learning.replay import Conversation, Shards
+Shards.SHARD_BYTES = 40_000
+if len(sys.argv) > 2:  # a disk that takes so many bytes of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+shards = Shards(Path(sys.argv[1]), 10**9, 1e12)
+print("begun", flush=True)
+for i in itertools.count(1) if len(sys.argv) < 3 else range(1, 31):
+    shards.put(Conversation(tuple(range(i, i + 500)), 8, "", float(i)))
+    shards.flush()
+print(shards.dropped)
+"""
+
+
+def test_a_killed_writer_loses_nothing_that_was_written(tmp_path):
+    for attempt in range(3):
+        in_a_process(WRITER, tmp_path, seconds=0.3 + 0.1 * attempt)
+    read = shards(tmp_path, max_bytes=10**9)
+    numbers = [int(c.time) for c in read.read()]
+    starts = [i for i, n in enumerate(numbers) if n == 1]
+    assert len(starts) == 3
+    for start, end in pairwise([*starts, len(numbers)]):
+        assert numbers[start:end] == list(range(1, end - start + 1))
+    assert len(numbers) > 30
+    assert read.damaged <= 3
+
+
+def test_a_disk_that_takes_no_more_loses_what_did_not_fit(tmp_path):
+    in_a_process(WRITER, tmp_path, 30_000)
+    read = shards(tmp_path)
+    numbers = [int(c.time) for c in read.read()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 3 < len(numbers) < 30
+    assert read.damaged <= 1
+    read.put(conversation(99))  # there is room again
+    read.flush()
+    assert [c.time for c in shards(tmp_path).read()][-1] == 99
+
+
 # -- gate ----------------------------------------------------------------------------------------
 
 
@@ -263,6 +325,38 @@ def test_a_kill_before_the_state_leaves_the_version_before(tmp_path, drafter):
     assert again.next_number() == 3
     with pytest.raises(ValueError, match="no version 7"):
         again.switch(7, "promoted")
+
+
+SWITCHER = """
+import itertools, sys
+from pathlib import Path
+from vllm_dflash.learning.versions import Versions, copy_version
+versions = Versions(Path(sys.argv[1]))
+for i in itertools.count():
+    number = versions.next_number()
+    copy_version(Path(sys.argv[2]), versions.path(number))
+    versions.switch(number, "promoted", {"steps": i})
+    if i == 0:
+        print("begun", flush=True)
+    if i % 3 == 2:
+        versions.switch(versions.previous(), "rolled back")
+"""
+
+
+def test_a_kill_in_the_middle_of_versions_leaves_one_that_served(tmp_path, drafter):
+    """Whether it wrote one, named it, or removed an old one."""
+    versions = Versions(tmp_path / "learn")
+    copied(drafter)(versions.path(0))
+    for attempt in range(5):
+        in_a_process(SWITCHER, tmp_path / "learn", drafter, seconds=0.2 + 0.037 * attempt)
+        again = Versions(tmp_path / "learn")
+        promoted = again.promoted
+        assert promoted > 0
+        assert again.to_serve("given") == str(again.path(promoted)), "nothing was fallen back from"
+        assert (again.path(promoted) / "model.safetensors").read_bytes() == (
+            drafter / "model.safetensors"
+        ).read_bytes()
+        assert again.promoted == promoted
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path):
@@ -446,6 +540,26 @@ def test_an_error_ends_the_learning_and_not_the_server(tmp_path, drafter):
     assert not learning.slice()
 
 
+def test_a_disk_that_is_full_for_a_while_costs_no_candidate(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    answers = [True, "no space left on device"]  # the given drafter is written first
+
+    def written(wait):
+        return answers.pop(0) if answers else True
+
+    def write(path):
+        if len(answers) != 1:
+            copied(drafter)(path)
+
+    engine.written, engine.write = written, write  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    run(learning)
+    status = learning.status()
+    assert status["not_written"] == 1
+    assert status["promotions"] >= 1
+    assert engine.quality["served"] > 0.3
+
+
 def test_a_conversation_without_features_is_left_out(tmp_path, drafter):
     learning, engine = make(tmp_path, drafter, gain=0.01)
     bad = set()
@@ -481,6 +595,56 @@ def test_what_is_on_disk_is_learned_from_after_a_restart(tmp_path, drafter):
     assert again.status()["captured"] == 60
     run(again)
     assert "learn" in engine.calls
+
+
+def test_a_restart_goes_on_where_learning_was(tmp_path, drafter):
+    """By the version that serves; what was learned since then went with the process."""
+    Versions(tmp_path / "learn")
+    folder = tmp_path / "learn" / "conversations"
+    learning, _ = make(tmp_path, drafter, 0.002, shards=shards(folder))
+    assert learning.shards is not None
+    feed(learning, 1, 120)
+    run(learning)
+    feed(learning, 200, 120)
+    learning.shards.flush()
+    assert learning.versions.history[-1]["event"] == "promoted"
+    again, _ = make(tmp_path, drafter, 0.002, shards=shards(folder))
+    assert again.status()["captured"] == 240
+    new = sum(not conversation(i).held_out for i in range(200, 320))
+    _, to_come = learning.versions.learned()
+    assert again.status()["to_learn"] == 6 * new + to_come
+    run(again)
+    assert again.status()["steps"] < 6 * new + to_come + 6
+    # A clock that was in the future when that was written.
+    state = json.loads((tmp_path / "learn" / "state.json").read_text())
+    state["learned"]["until"] = 1e12
+    (tmp_path / "learn" / "state.json").write_text(json.dumps(state))
+    last, _ = make(tmp_path, drafter, 0.002, shards=shards(folder))
+    assert last.status()["to_learn"] == 6 * sum(
+        not conversation(i).held_out for i in (*range(1, 121), *range(200, 320))
+    )
+
+
+def test_one_that_learns_for_another_goes_on_after_a_restart(tmp_path, drafter):
+    kept = shards(tmp_path / "kept")
+    for i in range(1, 121):
+        kept.put(conversation(i))
+    kept.flush()
+    file = next((tmp_path / "kept").glob("*.jsonl"))
+    file.write_bytes(file.read_bytes().replace(b'"time": 7.0', b'"time": 8.0'))
+    for attempt in range(2):
+        reader = ShardReader(tmp_path / "kept", 1e12)
+        learning, _ = make(tmp_path, drafter, 0.002, reader=reader)
+        to_come = learning.versions.learned()[1]
+        for arrived in reader.read():
+            learning.arrivals.put(arrived)
+        run(learning)
+        status = learning.status()
+        assert status["captured"] == 119
+        assert status["written_damaged"] == 1
+        visits = to_come if attempt else 6 * status["replay"]["conversations"]
+        assert status["steps"] == visits
+        assert "1 damaged on disk" in rows(status)["left out"]
 
 
 def test_the_share_of_a_busy_server(tmp_path, drafter):
@@ -658,6 +822,71 @@ def test_a_command_in_the_middle_of_work_leaves_nothing_hanging(tmp_path, drafte
     assert learning.status()["to_learn"] < 4
 
 
+def test_served_drafts_are_counted_by_version_and_source(tmp_path, drafter):
+    learning, _ = make(tmp_path, drafter, gain=0.01)
+    for source in ("a", "b", "a"):
+        learning.verified(4, 3, source)
+    learning.verified(0, 0, "a")
+    first = learning.status()["served"]
+    assert first == [
+        {"version": 0, "source": "a", "drafts": 2, "accepted_tokens": 6},
+        {"version": 0, "source": "b", "drafts": 1, "accepted_tokens": 3},
+    ]
+    assert rows(learning.status())["served tau"] == "4.00 on a, 4.00 on b"
+    feed(learning, 0, 120)
+    run(learning)
+    learning.verified(4, 1, "a")
+    now = learning.status()["served"]
+    assert now[:2] == first
+    assert now[2]["version"] == learning.versions.promoted > 0
+    for i in range(100):
+        learning.verified(4, 1, f"client {i}")
+    assert len({row["source"] for row in learning.status()["served"]}) <= 33
+
+
+def test_a_conversation_too_long_for_the_gaps_does_not_keep_others_waiting(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    tried: list[str] = []
+
+    def submit(key, token_ids):
+        long = int(key[-1], 16) < 2
+        if long:
+            tried.append(key)
+        else:
+            engine.known.add(key)
+        learning.extracted(key, complete=not long)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    run(learning)
+    status = learning.status()
+    assert status["promotions"] >= 1
+    assert status["gave_way"] == len(tried) >= 3
+    assert all(tried[i : i + 3] == [tried[i]] * 3 for i in range(0, len(tried), 3))
+
+
+def test_extraction_takes_steps_of_a_slice(tmp_path, drafter):
+    now = [0.0]
+    learning, engine = make(tmp_path, drafter, gain=0.01, clock=lambda: now[0])
+
+    def submit(key, token_ids):
+        engine.known.add(key)
+        now[0] += len(token_ids) * 0.001 + 0.005
+        learning.extracted(key)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    feed(learning, 0, 12)
+    run(learning)
+    assert learning.chunk == int(19 * 0.05 / 0.024)  # of a slice of 50 ms
+    now[0] += 1.0
+    learning.waiting, learning._submitted = "x", now[0]
+    now[0] += 1000.0
+    learning.extracted("x")
+    assert learning.chunk == 16, "the least"
+    learning.stepped(0.7)
+    assert learning.status()["longest_slice_seconds"] == 0.7
+
+
 def test_sources_that_clients_name_are_bounded(tmp_path, drafter):
     learning, _ = make(tmp_path, drafter, gain=0.01)
     for i in range(300):
@@ -710,6 +939,7 @@ def test_metrics_are_those_of_the_page_and_the_dashboard(tmp_path, drafter):
     learning, _ = make(tmp_path, drafter, gain=0.01)
     feed(learning, 0, 120)
     run(learning)
+    learning.verified(4, 2, "chat")
     collector = LearningCollector(tmp_path / "learn")
     assert list(collector.collect()) == []
     (tmp_path / "learn" / "status.json").write_text(json.dumps(learning.status()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import tiny
 from helpers.refusal import Refused
 from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.training.config import TrainConfig
+from vllm_dflash.training.responses import ResponseLog
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import keep_date, prompt_token_ids
 from vllm_dflash.verifier import Verifier
@@ -247,7 +249,10 @@ def test_the_template_is_part_of_a_runs_identity(tmp_path):
     # As before there were such options, so that an older run is resumed.
     assert identity()["verifier"] == "m"
     assert not {"chat_template", "trust_remote_code", "revision"} & identity().keys()
-    RunFolder(tmp_path / "run", identity(chat_template=FIXED))
+    folder = RunFolder(tmp_path / "run", identity(chat_template=FIXED))
+    folder.new_state_file(1).write_bytes(b"")
+    folder.commit_state(1, {})
+    del folder  # with its lock
     RunFolder(tmp_path / "run", identity(chat_template=FIXED))
     for other in ({}, {"chat_template": DATED}, {"chat_template": FIXED, "revision": "v2"}):
         with pytest.raises(ValueError, match=r"chat_template|revision"):
@@ -350,3 +355,39 @@ def test_resumed_tomorrow_nothing_is_asked_again_and_a_changed_template_is_notic
     )  # what no option keeps: other prompts
     done = tiny.cli(*train, code=1)
     assert "on other token sequences" in done.stderr
+
+
+def test_other_weights_under_the_same_name_are_told(tmp_path, monkeypatch):
+    """The own model, fine-tuned into the same folder; a branch of the hub that moved."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    first = Verifier(str(folder)).weights_version()
+    (folder / "config.json").write_text("{ }")
+    assert Verifier(str(folder)).weights_version() == first
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert Verifier(str(folder)).weights_version() not in (first, "")
+    cache = tmp_path / "models--org--model"
+    (cache / "refs").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "refs" / "main").write_text(commit)
+        assert Verifier("org/model").weights_version() == commit
+    assert Verifier("org/none").weights_version() == ""
+
+
+def test_responses_of_other_weights_are_not_taken(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    for weights in (None, "one"):  # a log of before there was a version, then today's
+        with ResponseLog(path, {"verifier": "m"} | ({"weights": weights} if weights else {})):
+            pass
+    path.unlink()
+    with ResponseLog(path, {"verifier": "m", "weights": "one"}):
+        pass
+    with (
+        pytest.raises(ValueError, match="weights was 'one', is 'two'"),
+        ResponseLog(path, {"verifier": "m", "weights": "two"}),
+    ):
+        pass

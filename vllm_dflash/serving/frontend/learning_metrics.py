@@ -20,6 +20,7 @@ _COUNTERS = {
     "unusable": "Finished requests that are too long, or from disk and of another server.",
     "extracted": "Conversations whose features were computed.",
     "not_extracted": "Conversations whose features could not be used.",
+    "gave_way": "Times that computing them gave way to a client's request.",
     "steps": "Optimizer steps.",
     "anchors": "Blocks trained on.",
     "slices": "Pieces of work between the engine's steps.",
@@ -27,9 +28,16 @@ _COUNTERS = {
     "comparisons": "Candidates compared with the drafter that serves.",
     "promotions": "Candidates that came to serve.",
     "rollbacks": "Versions that went back.",
+    "not_written": "Candidates that would have come to serve, had there been room on the disk.",
     "skipped_sequences": "Sequences left out of a step for values that are not finite.",
     "written_dropped": "Conversations that the disk was too slow or too full for.",
     "written_damaged": "Lines on disk that could not be read.",
+}
+
+#: tau of a version on a source's requests is 1 + accepted tokens / drafts.
+_BY_SOURCE = {
+    "drafts": "Drafts of the drafter that were verified.",
+    "accepted_tokens": "Tokens of them that were accepted.",
 }
 
 
@@ -60,6 +68,11 @@ class LearningCollector:
             return
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(_PREFIX + name, text, value=status[name])
+        for key, text in _BY_SOURCE.items():
+            family = CounterMetricFamily(_PREFIX + key, text, labels=["version", "source"])
+            for row in status["served"]:
+                family.add_metric([str(row["version"]), row["source"]], row[key])
+            yield family
         state = GaugeMetricFamily(f"{_PREFIX}state", "1 for the state it is in.", labels=["state"])
         for name in ("learning", "paused", "failed"):
             state.add_metric([name], float(status["state"] == name))

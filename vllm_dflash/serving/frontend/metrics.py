@@ -23,11 +23,15 @@ every scrape:
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
+from fastapi import Response
+from prometheus_client import multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from vllm_dflash.modeling.acceptance import full_length_tau, rates
@@ -36,6 +40,7 @@ from vllm_dflash.serving.expectation import AcceptanceWatch, Expectation, read_e
 from vllm_dflash.serving.frontend.learning_metrics import LearningCollector
 
 _PREFIX = "vllm_dflash:"
+_TAU_TEXT = "Tokens per verify step, bonus token included, since start (pooled)."
 
 
 class DraftLengthCollector:
@@ -172,6 +177,90 @@ class AcceptanceCollector:
             yield expected
 
 
+class PooledAcceptance:
+    """``vllm_dflash:acceptance_length`` of a server with several API processes.
+
+    Each process sees some of the steps only; the sums of vLLM's counters have them all.
+
+    Args:
+        names: labels that vLLM gives every metric, ``engines`` their values by engine.
+        drafter: folder or hub name.
+    """
+
+    _name = f"{_PREFIX}acceptance_length"
+
+    def __init__(
+        self, names: Sequence[str], engines: Mapping[int, Sequence[object]], drafter: str
+    ) -> None:
+        self.names, self.engines, self.drafter = list(names), engines, drafter
+
+    def describe(self) -> list[Any]:
+        """No names ahead of the figures, which may come late."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Called by Prometheus for each scrape."""
+        registry = prometheus_client.CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        tau = GaugeMetricFamily(self._name, _TAU_TEXT, labels=[*self.names, "drafter"])
+        for values in self.engines.values():
+            labels = dict(zip(self.names, map(str, values), strict=True))
+            drafts, accepted = (
+                registry.get_sample_value(f"vllm:spec_decode_num_{name}_total", labels) or 0
+                for name in ("drafts", "accepted_tokens")
+            )
+            if drafts:
+                tau.add_metric([*map(str, values), self.drafter], 1 + accepted / drafts)
+        yield tau
+
+
+_COLLECTORS = (DraftLengthCollector, AcceptanceCollector, PooledAcceptance, LearningCollector)
+
+
+class _OfThisProcess:
+    """Our collectors, for a registry that has only what Prometheus shares between processes.
+
+    They read files, which say the same in each process.
+    """
+
+    def describe(self) -> list[Any]:
+        """No names ahead of the figures."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        for collector in list(prometheus_client.REGISTRY._collector_to_names):
+            if isinstance(collector, _COLLECTORS):
+                yield from collector.collect()
+
+
+def wrap_metrics_route(original):
+    """Wraps vLLM's ``attach_router`` of ``/metrics``: with several API processes ours are there, too."""
+
+    @functools.wraps(original)
+    def attach_router(app):
+        if several_processes():
+            registry = prometheus_client.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+            registry.register(_OfThisProcess())
+
+            # Before vLLM's of that path, which makes a registry without ours for each request.
+            @app.get("/metrics", include_in_schema=False)
+            def metrics() -> Response:
+                return Response(
+                    prometheus_client.generate_latest(registry),
+                    media_type=prometheus_client.CONTENT_TYPE_LATEST,
+                )
+
+        original(app)
+
+    return attach_router
+
+
+def several_processes() -> bool:
+    """Whether vLLM's metrics are shared by several API processes."""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
+
+
 def drafter_metrics_class(base: type) -> type:
     """Subclass of vLLM's ``SpecDecodingProm`` that also exports the drafter's name and tau.
 
@@ -199,16 +288,17 @@ def drafter_metrics_class(base: type) -> type:
                 [*labelnames, "drafter", "num_speculative_tokens"],
                 multiprocess_mode="mostrecent",
             )
-            tau = prometheus_client.Gauge(
-                f"{_PREFIX}acceptance_length",
-                "Tokens per verify step, bonus token included, since start (pooled).",
-                [*labelnames, "drafter"],
-                multiprocess_mode="mostrecent",
-            )
             tokens = str(speculative_config.num_speculative_tokens)
             for values in per_engine_labelvalues.values():
                 info.labels(*values, drafter, tokens).set(1)
-            self._tau = {i: tau.labels(*v, drafter) for i, v in per_engine_labelvalues.items()}
+            self._tau = {}
+            if several_processes():
+                registry.register(PooledAcceptance(labelnames, per_engine_labelvalues, drafter))
+            else:
+                tau = prometheus_client.Gauge(
+                    f"{_PREFIX}acceptance_length", _TAU_TEXT, [*labelnames, "drafter"]
+                )
+                self._tau = {i: tau.labels(*v, drafter) for i, v in per_engine_labelvalues.items()}
             self._totals = dict.fromkeys(per_engine_labelvalues, (0, 0))
             name = getattr(speculative_config, "dflash_stats", None)
             engines = per_engine_labelvalues
@@ -244,7 +334,7 @@ def drafter_metrics_class(base: type) -> type:
             drafts += spec_decoding_stats.num_drafts
             accepted += spec_decoding_stats.num_accepted_tokens
             self._totals[engine_idx] = (drafts, accepted)
-            if drafts:
+            if drafts and self._tau:
                 self._tau[engine_idx].set(1 + accepted / drafts)
             if self._by_position:
                 self._acceptance.observe(spec_decoding_stats, engine_idx)
