@@ -105,7 +105,7 @@ MECHANISMS: dict[str, tuple[str, list[Patch]]] = {
                 "add",
                 lambda self, tried, *a: setattr(self, "tried", self.tried + tried),
             ),
-            (acceptance, "_add_to_each", lambda *a: None),
+            (acceptance, "_add_to_each", lambda counts, *a: [*counts, np.zeros_like(counts[0])]),
             (AcceptanceModel, "likely_offsets", _untaught),
         ],
     ),

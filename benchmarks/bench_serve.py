@@ -4,12 +4,16 @@
     python benchmarks/bench_serve.py VERIFIER DRAFTER -- --dataset-name hf --dataset-path philschmid/mt-bench
     python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl --rates 0.5,2 --burstiness 1,0.25 \
         --goodput ttft:2000,tpot:100
+    python benchmarks/bench_serve.py VERIFIER DRAFTER --data heldout.jsonl \
+        --also 'suffix={"method": "suffix"}' \
+        --also 'table={"method": "dflash", "model": "DRAFTER", "num_speculative_tokens": 15,
+                       "num_speculative_tokens_per_batch_size": [[1, 4, 15], [5, 256, 3]]}'
 
 Figures are the client's, so they compare with everybody's. Each repeat starts a `vllm serve` for each mode
 after the other, each mode first in turn, and runs the client once for each load: so many requests in flight,
 or requests that arrive at a rate whatever is in flight, by a Poisson process or (burstiness below 1) in
-bursts. Prompts of --data are rendered as the server would; without it the client makes its own. What follows
-`--` goes to the client.
+bursts. Modes of --also are stock vLLM with that --speculative-config. Prompts of --data are rendered as the
+server would; without it the client makes its own. What follows `--` goes to the client.
 
 `vllm-dflash bench` needs no server, takes turns within seconds, and knows whether outputs differ: use it to
 compare, this to be compared.
@@ -40,7 +44,7 @@ from vllm_dflash import guard
 from vllm_dflash.bench.config import MODES, BenchConfig
 from vllm_dflash.bench.engine_process import DEFAULT_ENV, EngineSpec
 from vllm_dflash.bench.report import write_json
-from vllm_dflash.bench.runner import engine_spec, plan_run, rotate
+from vllm_dflash.bench.runner import engine_spec, make_spec, plan_run, rotate
 from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 from vllm_dflash.processes import start_guard
 from vllm_dflash.verifier import Verifier
@@ -195,6 +199,20 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {name: median(found) if found else None for name, found in values.items()}
 
 
+def named_json(text: str) -> tuple[str, dict[str, Any]]:
+    """``NAME=JSON`` in its parts."""
+    name, _, value = text.partition("=")
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=JSON: {error}") from error
+    if not name.isidentifier() or name in MODES or not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=JSON with a name of its own and an object"
+        )
+    return name, parsed
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,6 +222,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="conversations; without it the client makes its own prompts")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench-serve"))
     parser.add_argument("--modes", default="none,stock,plugin", help=f"some of {', '.join(MODES)}")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        type=named_json,
+        metavar="NAME=JSON",
+        help="another mode: stock vLLM with this speculative config; may be repeated",
+    )
     parser.add_argument("--concurrency", default="1,8", help="requests in flight, comma separated")
     parser.add_argument(
         "--rates", default="", help="requests that arrive a second, comma separated"
@@ -251,13 +277,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Lengths follow from prompts that are known, the memory from being alone on the device.
     planned, sharing = plan_run(config, prompts or [], verifier.load_config())
     config = planned if prompts else config
+    also = dict(args.also)
+    modes = (*config.modes, *also)
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-        mode: {name: [] for name in loads(args)} for mode in config.modes
+        mode: {name: [] for name in loads(args)} for mode in modes
     }
     console = Console(stderr=True)
     for repeat in range(config.repeats):
-        for mode in rotate(config.modes, repeat):
-            spec = engine_spec(config, mode)
+        for mode in rotate(modes, repeat):
+            if mode in also:
+                spec = make_spec(config, mode, also[mode], plugin=False, num_engines=1)
+            else:
+                spec = engine_spec(config, mode)
             given = {**spec.engine_args, **sharing.engine_args, **config.engine_args}
             spec = EngineSpec(mode, spec.model, given, spec.speculative_config, spec.env)
             console.print(f"{mode}: repeat {repeat + 1} of {config.repeats}", highlight=False)
@@ -272,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": [
             {"load": name, "mode": mode, **summarize(runs[mode][name])}
             for name in loads(args)
-            for mode in config.modes
+            for mode in modes
         ],
     }
     write_json(report, args.output / "report.json")

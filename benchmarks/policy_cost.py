@@ -5,7 +5,7 @@
 Steps of a model scheduler, whose drafts are accepted with probability 0.8: no engine, no model. Counted is
 the CPU time of the thread in a step: ``policy_ms`` in the policy alone (decisions and learning), ``ms`` in
 everything that ``serving.engine_core.scheduler.EngineLengths`` does around it. With ``--before`` the package
-of that revision takes turns with this one, each round in a fresh process.
+of that revision takes turns with this one, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,28 +39,31 @@ def main() -> None:
     parser.add_argument("--before", help="git revision to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.once:
-        print(json.dumps({str(n): measure(n) for n in REQUESTS}))
+    if args.serve:
+        serve()
         return
     with tempfile.TemporaryDirectory() as scratch:
         packages = {"after": ROOT}
         if args.before:
             packages = {"before": checkout(args.before, Path(scratch)), **packages}
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in packages}
-        for _ in range(args.rounds):
-            for name, package in packages.items():
-                rounds[name].append(once(package))
-    rows = []
-    for n in map(str, REQUESTS):
-        row: dict[str, Any] = {"requests": int(n), "draft_tokens": K}
-        for name, measured in rounds.items():
-            for key in ("policy_ms", "ms"):
-                times = sorted(round(m[n][key], 3) for m in measured)
-                row |= {f"{name}_{key}": median(times), f"{name}_{key}_of_rounds": times}
-        rows.append(row)
-        print("  ".join(f"{k} {v}" for k, v in row.items() if not k.endswith("of_rounds")))
+        started = {name: start(package) for name, package in packages.items()}
+        rows = []
+        for n in REQUESTS:
+            measured: dict[str, list[dict[str, float]]] = {name: [] for name in started}
+            for _ in range(args.rounds):
+                for name, process in started.items():
+                    measured[name].append(ask(process, n))
+            row: dict[str, Any] = {"requests": n, "draft_tokens": K}
+            for name, rounds in measured.items():
+                for key in ("policy_ms", "ms"):
+                    times = sorted(round(m[key], 3) for m in rounds)
+                    row |= {f"{name}_{key}": median(times), f"{name}_{key}_of_rounds": times}
+            rows.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items() if not k.endswith("of_rounds")))
+        for process in started.values():
+            process.communicate()
     if args.output:
         from vllm_dflash.bench.report import write_json
         from vllm_dflash.environment import describe_machine, versions
@@ -79,11 +82,29 @@ def checkout(revision: str, folder: Path) -> Path:
     return folder
 
 
-def once(package: Path) -> dict[str, Any]:
+def start(package: Path) -> subprocess.Popen[str]:
+    """A process that measures with a package what it is asked for."""
     env = {**os.environ, "PYTHONPATH": str(package), "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, __file__, "--once"]
-    out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
-    return json.loads(out.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--serve"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
+
+
+def ask(process: subprocess.Popen[str], num_requests: int) -> dict[str, float]:
+    """:func:`measure` in that process."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{num_requests}\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def serve() -> None:
+    """Answers numbers of requests on stdin until it is closed."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints must not mix with them
+    for line in sys.stdin:
+        print(json.dumps(measure(int(line))), file=answers)
 
 
 class Clock:
@@ -117,7 +138,8 @@ def run(num_requests: int, policy_alone: bool) -> float:
     )
     make, of_policy, around = names()
     policy, rng, clock = make(cost, K), random.Random(0), Clock()
-    scheduler = SimpleNamespace(running=[request(i) for i in range(num_requests)], requests={})
+    running = [request(i) for i in range(num_requests)]
+    scheduler = SimpleNamespace(running=running, requests={}, scored=None)
     scheduler.requests = {r.request_id: r for r in scheduler.running}
     stats = SimpleNamespace(update=lambda policy: None)
     lengths = EngineLengths(scheduler, policy, stats, 10**6)  # type: ignore[arg-type]

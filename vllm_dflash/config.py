@@ -81,6 +81,7 @@ class VerifierInfo:
         num_hidden_layers: number of decoder layers.
         vocab_size: rows of the verifier's embedding.
         pad_token_id: the padding token, which must not be the mask token; None when unset.
+        eos_token_ids: tokens that end a text, by the model's configuration.
         name: path or hub name, for messages.
     """
 
@@ -89,6 +90,7 @@ class VerifierInfo:
     vocab_size: int
     pad_token_id: int | None = None
     name: str = "verifier"
+    eos_token_ids: frozenset[int] = frozenset()
 
     @classmethod
     def from_hf_config(cls, config: Any, name: str = "verifier") -> VerifierInfo:
@@ -97,12 +99,16 @@ class VerifierInfo:
         pad = getattr(text, "pad_token_id", None)
         if pad is None:
             pad = getattr(config, "pad_token_id", None)
+        eos = getattr(text, "eos_token_id", None)
+        if eos is None:
+            eos = getattr(config, "eos_token_id", None)
         return cls(
             hidden_size=int(text.hidden_size),
             num_hidden_layers=int(text.num_hidden_layers),
             vocab_size=int(text.vocab_size),
             pad_token_id=pad if isinstance(pad, int) and pad >= 0 else None,
             name=name,
+            eos_token_ids=frozenset(eos if isinstance(eos, list | tuple) else [eos]) - {None},
         )
 
 
@@ -355,6 +361,11 @@ class DrafterConfig:
             remarks.append(
                 f"its vocabulary has {self.vocab_size} tokens, that of {verifier.name} "
                 f"{verifier.vocab_size}: it drafts none of the others"
+            )
+        if self.mask_token_id in verifier.eos_token_ids:
+            remarks.append(
+                f"its mask token {self.mask_token_id} is one that ends the texts of {verifier.name}, "
+                "which costs acceptance; a reserved token serves better"
             )
         return remarks
 

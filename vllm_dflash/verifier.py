@@ -12,12 +12,18 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_dflash.settings import option
 
 #: What vLLM takes for the text of a template, not for the name of a file.
 _TEMPLATE_CHARACTERS = "{}\n"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+#: Beginnings of model types that vLLM tokenizes or renders with code of its own. Of Mistral's only those
+#: with the official tokenizer files, which vLLM looks for.
+_OWN_TYPES = ("deepseek_v32", "deepseek_v4", "kimi_k3", "kimi_audio", "inkling", "gpt_oss")
+_OWN_FAMILY = "stral"
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Verifier:
         revision: None for the default branch.
         tokenizer: folder or hub name.
         tokenizer_revision: of another tokenizer; None for ``revision``.
+        tokenizer_mode: as vLLM's engine argument.
 
     Raises:
         ValueError: an option cannot mean anything.
@@ -53,6 +60,7 @@ class Verifier:
     )
     tokenizer: str | None = option(None, "Another tokenizer than the verifier's.", panel="Engine")
     tokenizer_revision: str | None = None
+    tokenizer_mode: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.trust_remote_code, bool):
@@ -118,12 +126,23 @@ class Verifier:
     def load_tokenizer(self) -> Any:
         """The tokenizer, with the server's chat template.
 
+        It is vLLM's own for verifiers whose chats the server may render without a template
+        (:func:`~vllm_dflash.serving.frontend.prompts.served_tokenizer`).
+
         Raises:
             ValueError: there is none, or it needs code that may not run.
         """
         from transformers import AutoTokenizer
 
         name = self.tokenizer or self.model
+        if self._asks_vllm():
+            from vllm_dflash.serving.frontend.prompts import load_served_tokenizer
+
+            try:
+                served = load_served_tokenizer(self.engine_args(), self.chat_template)
+            except (OSError, ValueError, ImportError, RuntimeError) as error:
+                raise self._unreadable(f"the tokenizer of {name}", error) from error
+            return self.with_template(served)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 name,
@@ -136,9 +155,11 @@ class Verifier:
 
     def with_template(self, tokenizer: Any) -> Any:
         """The tokenizer itself (of transformers or of an engine), its template that of the server."""
+        if hasattr(tokenizer, "server_prompts"):
+            return tokenizer
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
-        elif getattr(tokenizer, "chat_template", "") is None and (own := self._vllms_template()):
+        elif hasattr(tokenizer, "chat_template") and (own := self._vllms_template(tokenizer)):
             tokenizer.chat_template = own
         return tokenizer
 
@@ -151,9 +172,33 @@ class Verifier:
         except OSError:
             return None
 
+    def weights_version(self) -> str:
+        """Tells these weights from others that were or will be under the same name: the commit in the hub's
+        cache, else names, sizes and times of the files. Empty where they are elsewhere."""
+        path = Path(self.model)
+        if path.exists():
+            found = [path] if path.is_file() else sorted(path.iterdir())
+            files = [
+                (f.name, s.st_size, s.st_mtime_ns)
+                for f in found
+                if f.suffix in _WEIGHT_SUFFIXES and (s := f.stat())
+            ]
+            return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(self.model, revision=self.revision, local_files_only=True)
+            ).name
+        except LocalEntryNotFoundError:
+            return ""
+
     def engine_args(self) -> dict[str, Any]:
         """The part of vLLM's ``EngineArgs`` that says what is loaded."""
-        names = ("revision", "tokenizer", "tokenizer_revision", "trust_remote_code")
+        names = (
+            "revision", "tokenizer", "tokenizer_revision", "tokenizer_mode", "trust_remote_code",
+        )  # fmt: skip
         return {"model": self.model} | {n: v for n in names if (v := getattr(self, n))}
 
     def identity(self) -> dict[str, Any]:
@@ -176,13 +221,41 @@ class Verifier:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ValueError(f"{what} cannot be read: {first}")
 
-    def _vllms_template(self) -> str | None:
-        """The template that vLLM brings for models of this kind that have none."""
+    def _asks_vllm(self) -> bool:
+        """Whether only vLLM knows how chats are rendered: its tokenizer may not be that of transformers."""
         if importlib.util.find_spec("vllm") is None:
-            return None
-        from vllm_dflash.serving.frontend.chat import fallback_template
+            return False
+        if self.tokenizer_mode not in (None, "auto"):
+            return True
+        config = self._config()
+        model_type = "" if config is None else str(config.model_type)
+        return model_type.startswith(_OWN_TYPES) or _OWN_FAMILY in model_type
 
-        return fallback_template(self.load_config().model_type, self.tokenizer or self.model)
+    def _config(self) -> Any:
+        """The config; None where it cannot be read: who needs it says what is wrong with it."""
+        try:
+            return self.load_config()
+        except ValueError:
+            return None
+
+    def _vllms_template(self, tokenizer: Any) -> Any:
+        """The template that vLLM takes where it may be another than the tokenizer's; else None."""
+        if importlib.util.find_spec("vllm") is None or (config := self._config()) is None:
+            return None
+        has_processor = config.get_text_config() is not config
+        if tokenizer.chat_template is not None and not has_processor:
+            return None
+        from vllm_dflash.serving.frontend.chat import served_template
+
+        where = SimpleNamespace(
+            model=self.model,
+            tokenizer=self.tokenizer or self.model,
+            tokenizer_revision=self.tokenizer_revision or self.revision,
+            code_revision=None,
+            trust_remote_code=self.trust_remote_code,
+            hf_config=config,
+        )
+        return served_template(tokenizer, where)
 
 
 def _template_text(given: str) -> str:

@@ -38,6 +38,12 @@ def test_what_follows_two_dashes_is_the_clients() -> None:
     args = bench_serve.parse(["v", "d", "--num-prompts", "4", "--", "--dataset-name", "random"])
     assert (args.verifier, args.num_prompts) == ("v", 4)
     assert args.client == ["--dataset-name", "random"]
+    assert bench_serve.parse(["v", "d", "--also", 's={"method": "suffix"}']).also == [
+        ("s", {"method": "suffix"})
+    ]
+    for bad in ("s", "s=[]", "plugin={}", "s={"):
+        with pytest.raises(SystemExit):
+            bench_serve.parse(["v", "d", "--also", bad])
     runs = [{"output_throughput": n, "median_ttft_ms": 1.0} for n in (1.0, 5.0, 2.0)]
     made = bench_serve.summarize(runs)
     assert made["output_throughput"] == 2.0
@@ -55,16 +61,19 @@ def test_a_server_and_the_client(tmp_path, verifier, prompts_file, monkeypatch) 
     bench_serve.main(
         [
             str(verifier), str(drafter), "--data", str(prompts_file), "-o", str(out), "--modes", "plugin",
+            "--also", 'bigram={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}',
             "--concurrency", "2", "--num-prompts", "4", "--max-tokens", "16",
             "--rates", "20", "--burstiness", "0.5", "--goodput", "e2el:600000",
             "--engine-args", json.dumps(engine), "--", "--ignore-eos",
         ]
     )  # fmt: skip
     report = json.loads((out / "report.json").read_text())
-    assert [row["load"] for row in report["rows"]] == ["2 in flight", "20/s, burstiness 0.5"]
+    rows = [(row["mode"], row["load"]) for row in report["rows"]]
+    loads = ("2 in flight", "20/s, burstiness 0.5")
+    assert rows == [(mode, load) for load in loads for mode in ("plugin", "bigram")]
     for figures in report["rows"]:
         assert figures["output_throughput"] > 0
-        assert figures["spec_decode_acceptance_length"] >= 1
+        assert figures["spec_decode_acceptance_length"] >= 1 or figures["mode"] == "bigram"
         assert figures["request_goodput"] > 0
     result = json.loads((out / "plugin-0-1.json").read_text())
     assert (result["completed"], result["total_output_tokens"]) == (4, 64)

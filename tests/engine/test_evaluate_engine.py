@@ -20,7 +20,7 @@ from vllm_dflash.training.config import EngineOptions, EvalConfig
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.verifier import Verifier
 
-before, seen, held = {}, {}, []
+before, seen, held, at_once = {}, {}, [], []
 
 class Engine(evaluate.VerifierEngine):
     def __init__(self, *args):
@@ -34,6 +34,12 @@ class Engine(evaluate.VerifierEngine):
         del session, parts
         super().close()
 
+    def call(self, command, *args):
+        if command == "walk":
+            session = self.engine.collective_rpc(lambda w: w._vllm_dflash_session)[0]
+            at_once.append(sum(key in session.features for key in session.examples))
+        return super().call(command, *args)
+
 class Child(engine_process.EngineProcess):
     def start(self):
         environment = self._environment()
@@ -43,6 +49,7 @@ class Child(engine_process.EngineProcess):
         )
         super().start()
 
+evaluate.default_feature_gib = lambda ranks: 1e-4  # room for the features of one or two
 evaluate.VerifierEngine, engine_process.EngineProcess = Engine, Child
 verifier, drafter, data, out = sys.argv[1:]
 options = EngineOptions(dtype="float32", max_len=160, extra={"enforce_eager": True})
@@ -50,7 +57,7 @@ config = EvalConfig(
     Verifier(verifier), drafter, data, through_engine=True, limit=6, engine=options, max_tokens=48
 )
 seen |= evaluate.evaluate(config, Reporter())
-json.dump({**seen, "held": len(held)}, open(out, "w"))
+json.dump({**seen, "held": len(held), "at_once": at_once}, open(out, "w"))
 """
 
 
@@ -61,6 +68,8 @@ def test_the_first_engine_is_gone_before_the_second_starts(trained, tmp_path) ->
     subprocess.run(command, env=tiny.environment(), check=True, timeout=300)
     got = json.loads(out.read_text())
     assert (got["held"], got["alive"]) == (4, [])
+    assert len(got["at_once"]) > 2
+    assert max(got["at_once"]) <= 2
     # One that keeps numba from waiting for idle threads, no more.
     assert got["changed"] == ["NUMBA_NUM_THREADS"]
     assert got["engine"]["num_drafts"] == pytest.approx(got["offline"]["num_drafts"], rel=0.02)

@@ -98,7 +98,10 @@ ROLES: dict[str, dict[str, str]] = {
         "vllm_config": "vllm.config.VllmConfig",
         "shared": "vllm.lora.layers.VocabParallelEmbeddingWithLoRA",
     },
-    "serving/worker/v2/cudagraphs.py": {"module": _GRAPHS, "config": "vllm.config.VllmConfig"},
+    "serving/worker/v2/cudagraphs.py": {
+        "module": _GRAPHS, "config": "vllm.config.VllmConfig",
+        "manager": f"{_GRAPHS}.ModelCudaGraphManager", "desc": f"{_GRAPHS}.BatchExecutionDescriptor",
+    },
     "serving/worker/v2/cudagraphs.py:_init_candidates": {"self": f"{_GRAPHS}.ModelCudaGraphManager"},
     "serving/worker/v1/kv_groups.py": {
         "runner": _RUNNER, "metadata": _METADATA, "block": _METADATA, "common": _METADATA,

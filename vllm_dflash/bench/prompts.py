@@ -64,7 +64,7 @@ def load_prompts(
 
 
 def _request(conversation: Conversation) -> Conversation:
-    count = len(conversation.messages)
-    while count and conversation.messages[count - 1]["role"] == "assistant":
+    messages, count = conversation.messages, len(conversation.messages)
+    while count > conversation.num_history and messages[count - 1]["role"] == "assistant":
         count -= 1
-    return replace(conversation, messages=conversation.messages[:count])
+    return replace(conversation, messages=messages[:count])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ def _logit(p: Any) -> Any:
 
 
 def _probability(logit: Any) -> Any:
-    return 1 / (1 + np.exp(-logit))
+    odds = np.exp(-logit)
+    odds += 1
+    return 1 / odds
 
 
 @dataclass(slots=True)
@@ -74,18 +76,18 @@ class RequestStats:
 
 
 def _add_to_each(
-    trials: Sequence[RequestStats],
-    counts_B3: np.ndarray,
-    seen_3B: Sequence[np.ndarray],
-    kinds: np.ndarray,
-) -> None:
+    counts_3B: np.ndarray, seen_3B: Sequence[np.ndarray], kinds: np.ndarray
+) -> list[np.ndarray]:
     """:meth:`RequestStats.add` for each of many requests, as arrays: one by one 256 take a millisecond.
 
     Args:
-        counts_B3: what they have: tried, accepted, expected.
+        counts_3B: what they have: tried, accepted, expected.
         seen_3B: what is added to that.
+
+    Returns:
+        Their four figures, ``[B]`` each.
     """
-    counts_3B = counts_B3.T * 0.5 ** (seen_3B[0] / _REQUEST_HALF_LIFE) + np.stack(seen_3B)
+    counts_3B = counts_3B * 0.5 ** (seen_3B[0] / _REQUEST_HALF_LIFE) + np.stack(seen_3B)
     tried_B, accepted_B, expected_B = counts_3B
     mean_B = np.clip(expected_B / tried_B, 0.01, 0.99)
     average_B = _logit(mean_B)
@@ -99,11 +101,7 @@ def _add_to_each(
     sure_B = total_B > 0
     p_B = (likely_PB * p_PB).sum(axis=0) / np.where(sure_B, total_B, 1.0)
     p_B = np.clip(np.where(sure_B, p_B, own_B), 0.005, 0.995)
-    offset_B = _logit(p_B) - average_B
-    for t, tried, accepted, expected, offset in zip(
-        trials, *counts_3B.tolist(), offset_B.tolist(), strict=True
-    ):
-        t.tried, t.accepted, t.expected, t.offset = tried, accepted, expected, offset
+    return [*counts_3B, _logit(p_B) - average_B]
 
 
 class AcceptanceModel:
@@ -121,7 +119,11 @@ class AcceptanceModel:
     def __init__(self, prior: Sequence[float], weight: float = 6.0) -> None:
         self._logit_C = _logit(np.clip(np.asarray(prior, dtype=float), 0.005, 0.995))
         self._weight_C = np.full(len(self._logit_C), weight)
-        self._requests: dict[str, RequestStats] = {}
+        #: The rows of requests in ``_stats_R4``, whose columns are the attributes of :class:`RequestStats`;
+        #: row 0 is that of all that have shown nothing.
+        self._rows: dict[str, int] = {}
+        self._stats_R4 = np.zeros((1, 4))
+        self._free: list[int] = []
         self._recent: list[float] = []
         self._likely: np.ndarray | None = None
         #: What :meth:`survival` was asked last, and its answer, until anything is learned: a step's two
@@ -138,9 +140,10 @@ class AcceptanceModel:
         Args:
             cells: ``[B, T]``, or ``[T]`` where all requests have the same ones.
         """
-        known, nothing = self._requests, RequestStats()
-        offset_B = np.array([known.get(r, nothing).offset for r in requests])
-        return _probability(self._logit_C[cells] + offset_B[:, None])
+        offset_B = self._stats_R4[[self._rows.get(r, 0) for r in requests], 3]
+        logit = self._logit_C[cells]
+        # Token by token in memory: hundreds of requests are few rows then, of which numpy is fast.
+        return _probability((logit[:, None] if cells.ndim == 1 else logit.T) + offset_B).T
 
     def survival(self, cells: np.ndarray, requests: Sequence[str]) -> np.ndarray:
         """Probabilities ``[B, T]`` that the first 1, 2, ... tokens of each request are all accepted.
@@ -151,8 +154,8 @@ class AcceptanceModel:
         asked = (cells.tobytes(), tuple(requests))
         if asked == self._asked:
             return self._answer
-        out = np.cumprod(self.conditional(cells, requests), axis=1)
-        new = [i for i, request in enumerate(requests) if request not in self._requests]
+        out = np.cumprod(self.conditional(cells, requests).T, axis=0).T
+        new = [i for i, request in enumerate(requests) if request not in self._rows]
         if new and cells.ndim == 1:
             out[new] = self.likely_survival(cells).mean(axis=0)
         else:
@@ -178,9 +181,8 @@ class AcceptanceModel:
         if len(cells_T) == 0:
             return
         self._asked = None
-        of_request = self._requests.get(request)
-        if of_request is None:
-            of_request = self._requests[request] = RequestStats()
+        row = self._row(request)
+        of_request = RequestStats(*self._stats_R4[row].tolist())
         expected = 0.0
         decay = 0.5 ** (1 / _HALF_LIFE)
         for t, cell in enumerate(cells_T.tolist()):
@@ -196,6 +198,18 @@ class AcceptanceModel:
             self._logit_C[cell] = min(max(average + step, -5.0), 5.0)
         accepted = min(num_accepted, len(cells_T))
         of_request.add(len(cells_T), accepted, expected, self.likely_offsets().tolist())
+        self._stats_R4[row] = astuple(of_request)
+
+    def _row(self, request: str) -> int:
+        """The request's row, a new one where it has none."""
+        row = self._rows.get(request)
+        if row is None:
+            if not self._free:
+                num_rows = len(self._stats_R4)
+                self._stats_R4 = np.vstack([self._stats_R4, np.zeros_like(self._stats_R4)])
+                self._free.extend(range(num_rows, 2 * num_rows))
+            row = self._rows[request] = self._free.pop()
+        return row
 
     def observe_batch(
         self, tried_B: np.ndarray, accepted_B: np.ndarray, requests: Sequence[str]
@@ -212,18 +226,15 @@ class AcceptanceModel:
         if not len(requests):
             return
         self._asked = None
-        known, T = self._requests, int(tried_B.max())
-        for request in requests:
-            if request not in known:
-                known[request] = RequestStats()
-        trials = [known[request] for request in requests]
-        state_B4 = np.array([(t.tried, t.accepted, t.expected, t.offset) for t in trials])
+        T = int(tried_B.max())
+        rows = [self._row(request) for request in requests]
+        state_4B = self._stats_R4[rows].T
         at_T = np.arange(T)
         tried_BT = at_T < tried_B[:, None]
         right_BT = at_T < accepted_B[:, None]
         logit_T, decay = self._logit_C[:T], 0.5 ** (1 / _HALF_LIFE)
         expected_B = tried_BT @ _probability(logit_T)
-        p_BT = _probability(logit_T + state_B4[:, 3:])
+        p_BT = _probability(logit_T + state_4B[3][:, None])
         steps_BT = tried_BT * (right_BT - p_BT) / np.maximum(p_BT * (1 - p_BT), 0.05)
         left_T = decay ** tried_BT.sum(axis=0)
         self._weight_C[:T] = self._weight_C[:T] * left_T + (1 - left_T) / (1 - decay)
@@ -231,18 +242,25 @@ class AcceptanceModel:
         self._logit_C[:T] = np.clip(moved_T, -5.0, 5.0)
         self.trials += int(tried_B.sum())
         seen = (tried_B, accepted_B, expected_B)
-        _add_to_each(trials, state_B4[:, :3], seen, self.likely_offsets())
+        self._stats_R4[rows] = np.stack(
+            _add_to_each(state_4B[:3], seen, self.likely_offsets()), axis=1
+        )
 
     def seen(self, request: str) -> bool:
         """Whether the request has shown anything yet."""
-        return request in self._requests
+        return request in self._rows
 
     def forget(self, request: str) -> None:
         """The request has ended; its offset stays as one of those that requests have."""
-        trials = self._requests.pop(request, None)
-        if trials is not None and trials.tried >= 2:
-            kept = max(_RECENT, 2 * (len(self._requests) + 1))
-            self._recent = [*self._recent[1 - kept :], trials.offset]
+        row = self._rows.pop(request, None)
+        if row is None:
+            return
+        tried, _, _, offset = self._stats_R4[row].tolist()
+        self._stats_R4[row] = 0.0
+        self._free.append(row)
+        if tried >= 2:
+            kept = max(_RECENT, 2 * (len(self._rows) + 1))
+            self._recent = [*self._recent[1 - kept :], offset]
             self._likely = None
             self._asked = None
 

@@ -51,10 +51,12 @@ def assign_draft_budget(survival_BK: np.ndarray, seconds_M: np.ndarray) -> Draft
     best = int(np.argmax(tokens_M / seconds_M))
     lengths = np.zeros(B, dtype=int)
     if best:
-        # Those worth more than the last one chosen, and of those worth as much the first.
+        # Those worth as much as the last one chosen, or more.
         least = value_M[best - 1]
-        lengths = (survival_BK > least).sum(axis=1)
-        alike = (survival_BK == least).sum(axis=1)
-        left = best - int(lengths.sum()) - (np.cumsum(alike) - alike)
-        lengths += np.clip(left, 0, alike)
+        lengths = (survival_BK >= least).sum(axis=1)
+        if (more := int(lengths.sum()) - best) > 0:
+            # Of those worth as much the first ones only.
+            alike = (survival_BK == least).sum(axis=1)
+            behind = np.cumsum(alike[::-1])[::-1] - alike
+            lengths -= np.clip(more - behind, 0, alike)
     return DraftBudget(tuple(lengths.tolist()), float(tokens_M[best]), float(seconds_M[best]))

@@ -78,16 +78,16 @@ class StepCost:
         self._seen_N = np.full(len(self.tokens_N), _KNOT_WEIGHT)
         self.steps = 0
         self._asked: tuple[int, int, int] | None = None
-        self._base_M: Any = None
+        self._tokens_M = self._base_M = np.empty(0)
 
     def step(self, num_tokens: Any, num_requests: int, context: float) -> Any:
         """Seconds of steps without drafts with these numbers of tokens (a number or an array of them)."""
         return self._with_context(self._base(num_tokens), num_tokens, num_requests, context)
 
     def _with_context(self, base: Any, num_tokens: Any, num_requests: int, context: float) -> Any:
-        pairs = num_tokens / max(num_requests, 1) * context
-        attention = self.per_context * context + self.per_pair * pairs
-        return self.machine * (base + attention) + self.overhead
+        fixed = self.machine * self.per_context * context + self.overhead
+        per_token = self.machine * self.per_pair / max(num_requests, 1) * context
+        return self.machine * base + (fixed + per_token * num_tokens)
 
     def _base(self, num_tokens: Any) -> Any:
         if not isinstance(num_tokens, int):
@@ -112,14 +112,16 @@ class StepCost:
 
         They do not fall: what was measured may, by noise, and would make useless tokens look welcome.
         """
-        tokens_M = np.arange(num_requests, num_requests + max_drafts + 1)
         # A step's two decisions ask for the same numbers of tokens; only steps change what those cost.
         asked = (num_requests, max_drafts, self.steps)
         if asked != self._asked:
-            self._asked, self._base_M = asked, self._base(tokens_M)
-        seconds_M = self._with_context(self._base_M, tokens_M, num_requests, context)
+            tokens_M = np.arange(num_requests, num_requests + max_drafts + 1, dtype=float)
+            self._asked, self._tokens_M, self._base_M = asked, tokens_M, self._base(tokens_M)
+        seconds_M = self._with_context(self._base_M, self._tokens_M, num_requests, context)
         seconds_M[1:] += self.machine * self.check
-        return np.maximum.accumulate(seconds_M)
+        if (seconds_M[1:] < seconds_M[:-1]).any():
+            np.maximum.accumulate(seconds_M, out=seconds_M)
+        return seconds_M
 
     def draft(self, num_queries: float) -> float:
         """Seconds of a draft pass."""
@@ -230,7 +232,7 @@ def _interpolate(at: Any, tokens: Any, seconds: Any) -> Any:
     """Straight lines between what was measured, the last one going on behind it."""
     tokens, seconds = np.asarray(tokens, dtype=float), np.asarray(seconds, dtype=float)
     inside = np.interp(at, tokens, seconds)
-    if len(tokens) < 2:
+    if len(tokens) < 2 or np.max(at) <= tokens[-1]:
         return inside
     slope = max((seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2]), 0.0)
     return inside + np.maximum(np.asarray(at) - tokens[-1], 0) * slope

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,12 +70,14 @@ class _Value:
         caps_B: most draft tokens of use.
         survival_BK: :attr:`VerifyLengths.predicted_BK`.
         seconds_M: of the step with so many draft tokens; ``passed`` of a draft pass.
+        best: the lengths to choose.
     """
 
     caps_B: np.ndarray
     survival_BK: np.ndarray
     seconds_M: np.ndarray
     passed: float
+    best: DraftBudget
 
 
 class SchedulerPolicy:
@@ -98,6 +101,9 @@ class SchedulerPolicy:
         self._num_uneven = 0
         self._tried: set[str] = set()
         self._probing: set[str] = set()
+        #: What :meth:`_value` was asked last, and its answer.
+        self._asked: tuple[Any, ...] = ()
+        self._answer: _Value | None = None
 
     # -- decisions
 
@@ -126,7 +132,7 @@ class SchedulerPolicy:
         M = int(np.minimum(self._probe_length(B), value.caps_B).sum())
         probe = value.passed + float(value.seconds_M[M] - value.seconds_M[0])
         explore.budget = min(explore.budget, 2 * probe)
-        if self._choose(batch, value).rate > MARGIN * plain:
+        if value.best.rate > MARGIN * plain:
             explore.returned(value.passed, value.passed)
             self._tried.update(batch.ids)
             return True
@@ -149,37 +155,49 @@ class SchedulerPolicy:
         if not any(batch.drafted):
             return VerifyLengths((0,) * B, np.zeros((B, self.num_tokens)))
         value = self._value(batch)
-        budget = self._choose(batch, value)
-        lengths = budget.lengths
-        if budget.rate <= MARGIN * B / float(value.seconds_M[0] + value.passed):
+        lengths = value.best.lengths
+        if value.best.rate <= MARGIN * B / float(value.seconds_M[0] + value.passed):
             lengths = (0,) * B
         if self._probing:
             tried_B = np.array([name in self._probing for name in batch.ids])
             probed_B = np.minimum(self._probe_length(B), value.caps_B)
             lengths = tuple(np.where(tried_B, np.maximum(lengths, probed_B), lengths).tolist())
             self._probing.difference_update(batch.ids)
-        return VerifyLengths(tuple(map(min, lengths, batch.drafted)), value.survival_BK)
+        return VerifyLengths(lengths, value.survival_BK)
 
     def _value(self, batch: Batch) -> _Value:
         B, K = len(batch.ids), self.num_tokens
-        caps_B = np.minimum(batch.drafted, batch.most)
+        caps = batch.drafted
+        if min(batch.most) < max(caps):
+            caps = list(map(min, caps, batch.most))
+        # A step's two decisions are mostly about the same requests with whole drafts each; the few tokens of
+        # context between them change nothing.
+        asked = (self.by_position.trials, self.cost.steps, caps, batch.drafted, batch.ids)
+        if self._answer is not None and asked == self._asked:
+            return self._answer
+        caps_B = np.array(caps)
         survival_BK = self.by_position.survival(np.arange(K), batch.ids)
-        survival_BK = survival_BK * (np.arange(K) < caps_B[:, None])
+        if caps_B.min() < K:
+            survival_BK = survival_BK * (np.arange(K) < caps_B[:, None])
         seconds_M = self.cost.verify(B, batch.context, B * K)
         seconds_M[1:] += self.uneven
         if len(set(batch.drafted)) == 1 and (M := sum(batch.drafted)):
             seconds_M[M] -= self.uneven
-        return _Value(caps_B, survival_BK, seconds_M, self.pass_seconds(B))
+        passed = self.pass_seconds(B)
+        best = self._choose(batch, survival_BK, seconds_M + passed)
+        self._asked = asked
+        self._answer = _Value(caps_B, survival_BK, seconds_M, passed, best)
+        return self._answer
 
-    def _choose(self, batch: Batch, value: _Value) -> DraftBudget:
+    def _choose(self, batch: Batch, survival_BK: np.ndarray, seconds_M: np.ndarray) -> DraftBudget:
         """The best lengths, or as many for all requests where that comes close."""
-        B, seconds_M = len(batch.ids), value.seconds_M + value.passed
-        best = assign_draft_budget(value.survival_BK, seconds_M)
+        B = len(batch.ids)
+        best = assign_draft_budget(survival_BK, seconds_M)
         most = min(batch.drafted)
         for length in self.even_lengths:
             if length >= most:  # all of them are a choice as it is
                 break
-            tokens = B + float(value.survival_BK[:, :length].sum())
+            tokens = B + float(survival_BK[:, :length].sum())
             seconds = float(seconds_M[B * length]) - self.uneven
             if MARGIN * tokens / seconds > best.rate:
                 best = DraftBudget((length,) * B, tokens, seconds)
@@ -298,6 +316,7 @@ class SchedulerPolicy:
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests have ended."""
+        self._answer = None
         for request in request_ids:
             self.by_position.forget(request)
             self._tried.discard(request)

@@ -79,12 +79,20 @@ def limiting(cls: type) -> type:
         #: Requests with ``logprob_token_ids`` on the V2 runner, whose rejection sampler does not return them:
         #: while there are any, nobody has drafts. None on the V1 runner, whose sampler is mended.
         scored: set[str] | None = None
+        #: Whether a new request may ever verify draft tokens that nobody drafted, see :func:`adopt`.
+        may_pad = False
+        #: Where ``dynamic_sd_lookup`` is this and not None, it does not.
+        unpadded: list[int]
+        #: Requests whose text would be another, see :func:`request_limit`.
+        limited: set[str]
         #: False ends every step without a draft pass.
         drafting = True
 
         def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
             super().add_request(request, *args, **kwargs)
             params = request.sampling_params
+            if self.may_pad and request_limit(params, 0) is not None:
+                self.limited.add(request.request_id)
             if self.scored is not None and params is not None and params.logprob_token_ids:
                 self.scored.add(request.request_id)
 
@@ -105,16 +113,29 @@ def limiting(cls: type) -> type:
                 if most < len(drafts):
                     # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                     request.spec_token_ids = list(drafts[:most])
+            if self.may_pad:
+                self.limited &= self.requests.keys()
+                self.dynamic_sd_lookup = None if self._pads() else self.unpadded
             return super().schedule(*args, **kwargs)
 
+        def _drafts(self) -> bool:
+            return self.drafting and not self.scored
+
+        def _pads(self) -> bool:
+            """Whether new requests verify as many draft tokens as the others, though none were drafted."""
+            if self.limited or not self._drafts():
+                return False
+            decoding = (r for r in self.running if not r.is_prefill_chunk)
+            return all(len(r.spec_token_ids) == self.num_spec_tokens for r in decoding)
+
         def _update_after_schedule(self, scheduler_output: Any) -> None:
-            if not self.drafting:
+            if not self._drafts():
                 scheduler_output.num_spec_tokens_to_schedule = 0
             super()._update_after_schedule(scheduler_output)
 
         def update_draft_token_ids(self, draft_token_ids: Any) -> None:
             # vLLM 0.31 names as many as ever on the V2 runner.
-            if self.drafting:
+            if self._drafts():
                 super().update_draft_token_ids(draft_token_ids)
 
     Limiting.__name__ = Limiting.__qualname__ = cls.__name__
@@ -124,14 +145,18 @@ def limiting(cls: type) -> type:
 
 def adopt(scheduler: Any, vllm_config: Any) -> None:
     """Turns one of vLLM's schedulers into one that keeps to the limits; the instance is changed."""
-    if getattr(scheduler, "dynamic_sd_lookup", ()) is None:
-        # Not None: else vLLM fills a new request's first step up with draft tokens that nobody drafted, and
-        # verifies them.
-        most = vllm_config.scheduler_config.max_num_seqs
-        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (most + 1)
     if not specialise(scheduler, "vllm_dflash.serving.draft_limits:limiting"):
         return
-    scheduler.position_limit = position_limit(
-        vllm_config.speculative_config, scheduler.max_model_len
-    )
-    scheduler.scored = set() if vllm_config.use_v2_model_runner else None
+    v2, spec = vllm_config.use_v2_model_runner, vllm_config.speculative_config
+    if getattr(scheduler, "dynamic_sd_lookup", ()) is None:
+        # With None vLLM fills up the first step of a request of whose prompt a token is left (the rest is
+        # cached, or came from another server) with draft tokens that nobody drafted: beside full drafts of
+        # the others the step keeps its CUDA graph. Text stays what it is where drafts count as certain, not
+        # where they are compared with what they were drawn by. The V1 runner has -1 for them, no token.
+        most = vllm_config.scheduler_config.max_num_seqs
+        scheduler.unpadded = [scheduler.num_spec_tokens] * (most + 1)
+        scheduler.dynamic_sd_lookup = scheduler.unpadded
+        scheduler.may_pad = v2 and spec.draft_sample_method == "greedy"
+    scheduler.limited = set()
+    scheduler.scored = set() if v2 else None
+    scheduler.position_limit = position_limit(spec, scheduler.max_model_len)

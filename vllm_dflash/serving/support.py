@@ -39,6 +39,10 @@ def unsupported_reason(vllm_config: Any) -> str | None:
         return f"vLLM serves {spec.model} with a drafter class of its own"
     if parallel.data_parallel_size > 1:
         return "data parallel engines must draft in step"
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        return (
+            "external_launcher runs a scheduler for each rank, and choices follow each rank's clock"
+        )
     if not by_scheduler(vllm_config):
         if spec.disable_padded_drafter_batch:
             return "disable_padded_drafter_batch gives the proposer other batches"

@@ -46,6 +46,7 @@ _DATA = partial(
     given_as=list[str],
 )
 _ON_POLICY = partial(_data, False, "Trust the responses in the data.")
+_RESPONSES = partial(_responses, None, "Keep generated responses here and reuse them.")
 _LIMIT = partial(_data, None, "Use only the first usable conversations.", bound=count())
 _MAX_REJECTED = partial(
     _data, 0.5, "Share of the rows that may be rejected; 1 allows all.", bound=SHARE
@@ -86,6 +87,7 @@ class Hyperparameters:
             paper's value for the block size.
         ema_decay: the averaged weights are then what is exported.
         autocast: ``bfloat16`` keeps fp32 masters. Muon orthogonalises in the same.
+        half_blocks: see :meth:`vllm_dflash.training.learner.Learner.halves_blocks`.
         max_skipped: more sequences with non-finite values than this stop the training.
     """
 
@@ -99,6 +101,11 @@ class Hyperparameters:
     optimizer: str = _training("adamw", "adamw or muon.", choices=("adamw", "muon"))
     num_anchors: int = _training(512, "Random anchors of a sequence.", bound=count())
     batch_size: int = _training(1, "Sequences of a step.", bound=count())
+    half_blocks: float = _training(
+        0.5,
+        "Share of the steps, the first ones, with half blocks and twice the anchors.",
+        bound=SHARE,
+    )
     loss: str = _training("dpace", "dpace, ce or kl.", choices=tuple(LOSSES))
     gamma: float | None = _training(None, "Decay of ce and kl.", bound=POSITIVE)
     alpha: float = _training(0.5, "Smoothing of dpace.", bound=SHARE)
@@ -347,6 +354,7 @@ class TrainConfig:
         verifier: the model, and how it is loaded and served.
         data: prompts or conversations (training/conversations.py lists the formats), one name or several.
         output: folder of the finished drafter; the run's own folder is ``<output>-run``.
+        responses: by default the run folder keeps them; those of ``eval_data`` stand beside the file.
         feature_gib: beyond it features are extracted again. The default is taken when a run is first started.
         max_rejected: share of the rows of the data, and of the held-out data.
     """
@@ -370,6 +378,7 @@ class TrainConfig:
         None, "Steps in all, whatever --epochs says.", bound=count(1, 100_000_000)
     )
     on_policy: bool = _ON_POLICY()
+    responses: Path | None = _RESPONSES()
     chat_template_kwargs: dict[str, Any] | None = _TEMPLATE_KWARGS()
     limit: int | None = _LIMIT()
     max_rejected: float = _MAX_REJECTED()
@@ -406,6 +415,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        _check_responses(self.responses, self.on_policy)
         if self.records and self.on_policy:
             raise ValueError(
                 "--features-from generation records while responses are generated, but --on-policy generates "
@@ -451,6 +461,14 @@ class TrainConfig:
         return out
 
 
+def _check_responses(responses: Path | None, on_policy: bool) -> None:
+    if on_policy and responses is not None:
+        raise ValueError(
+            f"--responses {responses} keeps generated responses, but --on-policy generates none; "
+            "leave one out"
+        )
+
+
 def _digest(files: list[Path]) -> str:
     """SHA-256 of a file; of several, that of their digests."""
     digests = []
@@ -487,7 +505,7 @@ class EvalConfig:
         False, "Also serve the prompts and read vLLM's counters.", "--engine"
     )
     concurrency: int = option(4, "Requests in flight of --engine.", bound=count(1, 2**16))
-    responses: Path | None = _responses(None, "Keep generated responses here and reuse them.")
+    responses: Path | None = _RESPONSES()
     chat_template_kwargs: dict[str, Any] | None = _TEMPLATE_KWARGS()
     limit: int | None = _LIMIT()
     max_rejected: float = _MAX_REJECTED()
@@ -500,8 +518,4 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.on_policy and self.responses is not None:
-            raise ValueError(
-                f"--responses {self.responses} keeps generated responses, but --on-policy generates none; "
-                "leave one out"
-            )
+        _check_responses(self.responses, self.on_policy)

@@ -58,6 +58,8 @@ MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning")
 #: Fields that hold what a drafter is not trained on, in rows and in messages.
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 MEDIA_PLACEHOLDER = re.compile(r"<(?:image|video|audio)>|<\|(?:image|video|audio)\|>")
+#: Where a row keeps its messages; the last name is that of LMSYS-Chat and WildChat.
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_FIELDS = ("system", "system_prompt")
 TEXT_PART_TYPES = ("text", "input_text", "output_text")
 #: A response with another finish reason (abort, content_filter...) is not the verifier's own text.
@@ -96,6 +98,8 @@ class Conversation:
         chat_template_kwargs: As the server's request field, e.g. ``{"enable_thinking": False}``.
         unfinished: The last (assistant) message was cut by a length limit, so the verifier never
             generated the end of turn that the chat template prints after it.
+        num_history: So many messages are the prompt as it was sent, whose earlier replies stay as they
+            are: a response comes after them. 0 where every reply of the conversation is a response.
         line: Row of the input, from 1.
         file: The file it comes from, where the data has several.
     """
@@ -106,6 +110,7 @@ class Conversation:
     tools: tuple[dict, ...] | None = None
     chat_template_kwargs: dict = field(default_factory=dict)
     unfinished: bool = False
+    num_history: int = 0
     line: int = 0
     file: str = ""
 
@@ -170,7 +175,7 @@ def load_conversations(
 ) -> tuple[list[Conversation], list[Rejected]]:
     """Reads conversations; rows that cannot be used are returned (and written) with a reason.
 
-    Accepted rows: ``{"messages": [...]}``, ShareGPT's ``{"conversations": [...]}``,
+    Accepted rows: ``{"messages": [...]}``, ShareGPT's ``{"conversations": [...]}`` (or ``conversation``),
     ``{"prompt": ..., "response": ...}`` and logged traffic ``{"request": ..., "response": ...}``;
     each with optional ``id``, ``source``, ``system``, ``tools`` and ``chat_template_kwargs``.
 
@@ -241,24 +246,23 @@ def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conve
         raise ValueError(f"the row is a {type(row).__name__}, not a JSON object")
     _check_media(row, "the row")
     tools, unfinished = row.get("tools"), False
+    history: list[dict] = []
     template_kwargs = dict(template_kwargs)
     is_logged = isinstance(row.get("request"), dict)
     if is_logged:
-        messages, unfinished = _logged_messages(row["request"], row.get("response"))
+        history, replies, unfinished = _logged_messages(row["request"], row.get("response"))
         tools = row["request"].get("tools") if tools is None else tools
         template_kwargs.update(_request_template_kwargs(row["request"]))
-    elif row.get("messages") is not None:
-        messages = _messages(row["messages"], "messages")
-    elif row.get("conversations") is not None:
-        messages = _messages(row["conversations"], "conversations")
+    elif columns := [name for name in MESSAGE_COLUMNS if row.get(name) is not None]:
+        replies = _messages(row[columns[0]], columns[0])
     elif row.get("prompt") is not None:
-        messages = _prompt_messages(row)
+        history, replies = _prompt_messages(row)
     else:
         raise ValueError(
             "no 'messages', 'conversations', 'prompt' or 'request' field; the row has "
             f"{sorted(map(str, row))}"
         )
-    messages = _with_system(messages, row, is_logged)
+    messages = _with_system([*history, *replies], row, is_logged)
     _check_placeholders(messages, row)
     tools = checked_tools(tools)
     if has_arrows_nulls(tools) and not is_logged:
@@ -278,21 +282,22 @@ def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conve
         tools=tools,
         chat_template_kwargs=template_kwargs,
         unfinished=unfinished,
+        num_history=len(messages) - len(replies) if history else 0,
         line=line,
     )
     _check_unicode(conversation)
     return conversation
 
 
-def _logged_messages(request: dict, response: Any) -> tuple[list[dict], bool]:
-    """Messages of a logged chat completion, its reply appended, and whether that was cut short."""
+def _logged_messages(request: dict, response: Any) -> tuple[list[dict], list[dict], bool]:
+    """Messages of a logged chat completion, its reply (if any), and whether that was cut short."""
     if request.get("continue_final_message") or request.get("add_generation_prompt") is False:
         raise ValueError("the request continues its last message instead of asking for a new one")
     if request.get("chat_template"):
         raise ValueError("the request brings its own chat template; training uses the verifier's")
     messages = _messages(request.get("messages"), "request.messages")
     if response is None:
-        return messages, False
+        return messages, [], False
     choices = response.get("choices") if isinstance(response, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ValueError(
@@ -304,9 +309,8 @@ def _logged_messages(request: dict, response: Any) -> tuple[list[dict], bool]:
     reply = choices[0].get("message")
     if not isinstance(reply, dict):
         raise ValueError("the response's first choice has no message")
-    number = len(messages)
-    messages.append(_message({"role": "assistant", **reply}, f"response message {number}"))
-    return messages, finish_reason == "length"
+    reply = _message({"role": "assistant", **reply}, f"response message {len(messages)}")
+    return messages, [reply], finish_reason == "length"
 
 
 def _request_template_kwargs(request: dict) -> dict:
@@ -384,14 +388,15 @@ def _drop_nulls_of_tools(
     )
 
 
-def _prompt_messages(row: dict) -> list[dict]:
-    messages = _text_or_messages(row["prompt"], role="user", name="prompt")
+def _prompt_messages(row: dict) -> tuple[list[dict], list[dict]]:
+    """Messages of a prompt and of the response to it, if there is one."""
+    prompt = _text_or_messages(row["prompt"], role="user", name="prompt")
     answer = next(
         (row[key] for key in ("response", "completion") if row.get(key) is not None), None
     )
-    if answer is not None:
-        messages += _text_or_messages(answer, role="assistant", name="response")
-    return messages
+    if answer is None:
+        return prompt, []
+    return prompt, _text_or_messages(answer, role="assistant", name="response")
 
 
 def _text_or_messages(value: Any, *, role: str, name: str) -> list[dict]:
@@ -521,3 +526,15 @@ def _unique_id(conversation: Conversation, seen_ids: set[str]) -> str:
         number += 1
         unique = f"{digest}#{number}"
     return unique
+
+
+def opening_digest(conversation: Conversation) -> str:
+    """Digest of what a dialogue begins with, up to its first reply: the same of copies, and of every request
+    that a server has logged of one dialogue."""
+    opening = []
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            break
+        opening.append(message)
+    content = json.dumps([opening, conversation.tools], sort_keys=True, default=str)
+    return hashlib.sha1(content.encode("ascii"), usedforsecurity=False).hexdigest()

@@ -255,8 +255,11 @@ class VerifierEngine:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The engine's tokenizer, with the server's chat template."""
-        return self.verifier.with_template(self.engine.get_tokenizer())
+        """The engine's tokenizer, with the server's chat template or its own code for chats."""
+        from vllm_dflash.serving.frontend.prompts import served_tokenizer
+
+        config, template = self.engine.vllm_config, self.verifier.chat_template
+        return self.verifier.with_template(served_tokenizer(config, self.engine.renderer, template))
 
     @cached_property
     def to_message(self) -> ToMessage:

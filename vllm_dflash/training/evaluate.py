@@ -24,7 +24,9 @@ from vllm_dflash.training.engine import (
     cut_sentence,
     fit_max_len,
 )
-from vllm_dflash.training.memory import plan_table
+from vllm_dflash.training.host_memory import default_feature_gib
+from vllm_dflash.training.memory import feature_rows, plan_table
+from vllm_dflash.training.plan import first_that_fit, owner
 from vllm_dflash.training.planning import evaluation_plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples
 from vllm_dflash.training.rejections import report_rejected
@@ -51,7 +53,12 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         ValueError: drafter, verifier or data cannot be used.
     """
     if config.responses is not None:
-        claim_responses(config)
+        inputs: dict[str, Any] = {
+            "the verifier": str(config.verifier),
+            "the drafter": config.drafter,
+            "the data": config.data,
+        }
+        claim_file(config.responses, "--responses", is_log, inputs=inputs, link=True)
     hf_config = config.verifier.load_config()
     info = VerifierInfo.from_hf_config(hf_config, str(config.verifier))
     raw = read_config(config.drafter)
@@ -82,6 +89,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, engine=replace(config.engine, dtype=dtype))
     if sentence := float32_sentence(given, dtype):
         reporter.say(sentence)
+    rows = feature_rows(default_feature_gib(config.engine.ranks), drafter, config.engine)
     with tempfile.TemporaryDirectory(prefix="vllm-dflash-eval-") as scratch:
         responses = config.responses or Path(scratch) / "responses.jsonl"
         with reporter.stage("starting the verifier"):
@@ -112,8 +120,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
                     max_rejected=config.max_rejected,
                     say=reporter.say,
                 )
-            page = config.page is not None
-            offline = _offline(engine, drafter, config.drafter, examples, tokens, reporter, page)
+            offline = _offline(engine, drafter, config, examples, tokens, rows, reporter)
             tokenizer = engine.tokenizer
         finally:
             engine.close()
@@ -173,45 +180,46 @@ def draft_tokens(given: int | None, drafter: DrafterConfig) -> int:
     return tokens
 
 
-def claim_responses(config: EvalConfig) -> None:
-    """ValueError when ``--responses`` names a file that is something else, or that cannot be written."""
-    assert config.responses is not None
-    inputs: dict[str, Any] = {
-        "the verifier": str(config.verifier),
-        "the drafter": config.drafter,
-        "the data": config.data,
-    }
-    claim_file(config.responses, "--responses", is_log, inputs=inputs, link=True)
-
-
 def _offline(
     engine: VerifierEngine,
     drafter: DrafterConfig,
-    path: str,
+    config: EvalConfig,
     examples: list[Example],
     tokens: int,
+    rows: int,
     reporter: Reporter,
-    page: bool,
 ) -> dict[str, Any]:
+    """Acceptance by teacher forcing, over as many conversations at a time as ``rows`` of features hold."""
     hparams = Hyperparameters(codebooks="free").as_dict()  # as they are in the checkpoint
-    engine.call("begin", drafter.to_dict(), hparams, None, 1, path, None)
+    engine.call("begin", drafter.to_dict(), hparams, None, 1, config.drafter, None)
     by_key = {e.id: e for e in examples}
     engine.call(
         "register",
         [(k, list(e.token_ids), list(e.loss_mask), e.source) for k, e in by_key.items()],
     )
-    failed = {}
+    failed, done = {}, 0
+    token_ids = {k: e.token_ids for k, e in by_key.items()}
+    owners = {k: owner(ids, config.engine.ranks) for k, ids in token_ids.items()}
     with reporter.progress("extracting features", "sequences") as update:
-        token_ids = {k: e.token_ids for k, e in by_key.items()}
-        update(0, len(by_key))
-        for done, (key, problem) in enumerate(engine.extract(token_ids), start=1):
-            update(done, len(by_key))
-            if problem:
-                failed[key] = problem
+        update(done, len(by_key))
+        while token_ids:
+            part = first_that_fit(
+                token_ids,
+                max_rows=rows,
+                block_size=engine.kv_block_size,
+                owners=owners,
+            )
+            for key, problem in engine.extract({k: token_ids.pop(k) for k in part}):
+                done += 1
+                update(done, len(by_key))
+                if problem:
+                    failed[key] = problem
+            engine.call("walk", [k for k in part if k not in failed], tokens)
+            engine.call("keep", [])
     if len(failed) == len(by_key):
         raise ValueError(f"no conversation gave usable features: {next(iter(failed.values()))}")
     good = [k for k in by_key if k not in failed]
-    got = engine.call("evaluate", good, tokens, page)
+    got = engine.call("evaluate", good, tokens, config.page is not None)
     return {**got, "skipped": failed}
 
 

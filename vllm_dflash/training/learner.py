@@ -211,6 +211,7 @@ class Learner:
             self.drafter = Drafter(config).to(self.device)
             self.drafter.checkpoint_mlps(self.layout.checkpoint_mlps)
             self.drafter.load_state_dict(whole)
+        self._from_scratch = True
         freeze(self.drafter)
         self._shards = shards(self.drafter, hparams.optimizer, self.ranks.size)
         self.optimizers = self._make_optimizers()
@@ -227,12 +228,19 @@ class Learner:
             self._optimizer_names.setdefault(kind, []).append(name)
         out: dict[str, torch.optim.Optimizer] = {}
         for kind, names in self._optimizer_names.items():
-            own = [params[n] for n in names]
+            names.sort(key=lambda n: params[n].dim() < 2)  # as the optimizer numbers them: by group
+            matrices = [params[n] for n in names if params[n].dim() >= 2]
+            vectors = [params[n] for n in names if params[n].dim() < 2]
             options: dict[str, Any] = {"lr": hp.lr, "weight_decay": hp.weight_decay}
             if kind == "muon":
-                out[kind] = Muon(own, getattr(torch, hp.autocast), **options)
+                out[kind] = Muon(matrices, getattr(torch, hp.autocast), **options)
             else:
-                out[kind] = torch.optim.AdamW(own, betas=(0.9, 0.95), fused=True, **options)
+                groups: list[dict[str, Any]] = []
+                if matrices:
+                    groups.append({"params": matrices})
+                if vectors:
+                    groups.append({"params": vectors, "weight_decay": 0.0})
+                out[kind] = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **options)
         return out
 
     # -- one step --------------------------------------------------------------------------------
@@ -247,12 +255,27 @@ class Learner:
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return hp.lr * (hp.min_lr + (1 - hp.min_lr) * cosine)
 
-    def pick_anchors(self, step: int, sample: Sample) -> list[int]:
-        """Random anchors of one sequence, ascending; a function of (seed, step, sequence)."""
+    def pick_anchors(self, step: int, sample: Sample, times: int = 1) -> list[int]:
+        """Random anchors of one sequence, ascending; a function of (seed, step, sequence).
+
+        Args:
+            times: how often ``num_anchors`` to take, if there are so many.
+        """
         candidates = sample.anchor_candidates()
         rng = random.Random(f"{self.hparams.seed}/{step}/{sample.key}")
-        count = min(self.hparams.num_anchors, len(candidates))
+        count = min(times * self.hparams.num_anchors, len(candidates))
         return sorted(rng.sample(candidates, count))
+
+    def halves_blocks(self, step: int, sample: Sample) -> bool:
+        """Whether a step trains on half blocks of a sequence, at twice the anchors.
+
+        A young drafter gets a block's first tokens wrong, and what stands behind a wrong token is never
+        accepted. So it learns the first half from twice as many places first, for the same work. Where a
+        response has no more places there is nothing to gain, and a trained drafter is past that.
+        """
+        early = self._from_scratch and step < self.hparams.half_blocks * self.total_steps
+        places = len(sample.anchor_candidates())
+        return early and self.block_size >= 4 and places >= 2 * self.hparams.num_anchors
 
     def step(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
         """One optimizer step over the samples of all ranks, which end with the same weights.
@@ -277,9 +300,14 @@ class Learner:
         own = self._none()
         own["tokens"] = sum(s.features_TF.shape[0] for s in samples)
         own["keys"] = tuple(s.key for s in samples)
-        for part in self._parts(samples, [self.pick_anchors(step, s) for s in samples]):
-            own |= {n: _added([own[n], more]) for n, more in self._learn(*part).items()}
-            yield None
+        halved = [self.halves_blocks(step, s) for s in samples]
+        for times in (1, 2):
+            some = [s for s, half in zip(samples, halved, strict=True) if half == (times == 2)]
+            anchors = [self.pick_anchors(step, s, times) for s in some]
+            for part in self._parts(some, anchors, times):
+                figures = self._learn(*part, self.block_size // times)
+                own |= {n: _added([own[n], more]) for n, more in figures.items()}
+                yield None
         yield self._finish_step(step, own)
 
     def _finish_step(self, step: int, own: dict[str, Any]) -> dict[str, Any]:
@@ -300,7 +328,7 @@ class Learner:
                     group["lr"] = lr
                 optimizer.step()
             self._share_weights()
-            self._update_ema()
+            self._update_ema(step)
         else:
             bad = bad or keys
         self.drafter.zero_grad(set_to_none=True)
@@ -313,10 +341,10 @@ class Learner:
         return {**figures, "right": none, "valid": none, "keys": (), "bad": ()}
 
     def _parts(
-        self, samples: Sequence[Sample], anchors: list[list[int]]
+        self, samples: Sequence[Sample], anchors: list[list[int]], times: int = 1
     ) -> Iterator[tuple[list[Sample], list[list[int]]]]:
-        """Cuts a step into parts of ``layout.anchors_in_flight``, sequence by sequence."""
-        limit = self.layout.anchors_in_flight or sum(map(len, anchors))
+        """Cuts a step into parts of ``times`` ``layout.anchors_in_flight``, sequence by sequence."""
+        limit = times * (self.layout.anchors_in_flight or sum(map(len, anchors)))
         some: list[tuple[Sample, list[int]]] = []
         room = limit
         for sample, group in zip(samples, anchors, strict=True):
@@ -330,7 +358,7 @@ class Learner:
             yield [s for s, _ in some], [g for _, g in some]
 
     def _backward(
-        self, samples: Sequence[Sample], anchors: list[list[int]]
+        self, samples: Sequence[Sample], anchors: list[list[int]], block_size: int | None = None
     ) -> tuple[BlockLoss, Tensor]:
         """Adds the gradients of a part of a step, not yet divided by the step's weight.
 
@@ -340,7 +368,7 @@ class Learner:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.hparams.autocast == "bfloat16"
         ):
-            hidden_AKH, labels_AK, valid_AK = self._forward(samples, anchors)
+            hidden_AKH, labels_AK, valid_AK = self._forward(samples, anchors, block_size)
             loss = block_loss(
                 hidden_AKH,
                 self.head.projection(self.drafter),
@@ -349,7 +377,7 @@ class Learner:
                 loss=self.hparams.loss,
                 gamma=self.gamma,
                 alpha=self.hparams.alpha,
-                verifier_logits=self._verifier_logits(samples, anchors),
+                verifier_logits=self._verifier_logits(samples, anchors, labels_AK.shape[1]),
                 num_candidates=self._num_candidates,
             )
             if self._num_candidates:
@@ -395,18 +423,21 @@ class Learner:
             right_AK=right_AK,
         )
 
-    def _learn(self, samples: Sequence[Sample], anchors: list[list[int]]) -> dict[str, Any]:
+    def _learn(
+        self, samples: Sequence[Sample], anchors: list[list[int]], block_size: int
+    ) -> dict[str, Any]:
         """Adds the gradients of a part of a step; its figures."""
-        loss, valid_AK = self._backward(samples, anchors)
+        loss, valid_AK = self._backward(samples, anchors, block_size)
         right_AK = loss.right_AK
+        beyond = [0] * (self.block_size - block_size)
         owners = [i for i, group in enumerate(anchors) for _ in group]
         return {
             "loss": float(loss.total.detach()),
             "weight": float(loss.weight),
             "anchors": len(owners),
             "accepted": int(right_AK.long().cumprod(-1).sum()),
-            "right": right_AK.sum(0).tolist(),
-            "valid": valid_AK.sum(0).tolist(),
+            "right": right_AK.sum(0).tolist() + beyond,
+            "valid": valid_AK.sum(0).tolist() + beyond,
             "bad": tuple({samples[owners[a]].key for a in _non_finite_rows(loss.ce_AK)}),
         }
 
@@ -430,23 +461,28 @@ class Learner:
         self.ranks.sum(grads)
 
     def _forward(
-        self, samples: Sequence[Sample], anchors: list[list[int]]
+        self, samples: Sequence[Sample], anchors: list[list[int]], block_size: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states ``[A, K, H]``, draft-vocabulary labels and validity ``[A, K]``."""
+        """Final hidden states ``[A, K, H]``, draft-vocabulary labels and validity ``[A, K]``.
+
+        Args:
+            block_size: None for the drafter's.
+        """
         config = self.config
+        block_size = block_size or self.block_size
         # Features behind a sequence's last anchor are seen by nobody.
         lengths = [max(group) for group in anchors]
         features = torch.cat(
             [s.features_TF[:n].to(self.device) for s, n in zip(samples, lengths, strict=True)]
         )
-        layout = BlockLayout.build(anchors, lengths, self.block_size, self.device)
+        layout = BlockLayout.build(anchors, lengths, block_size, self.device)
         first = 0 if config.sample_from_anchor else 1
-        tokens_AK, valid_AK = block_targets(samples, anchors, self.num_draft_tokens)
+        tokens_AK, valid_AK = block_targets(samples, anchors, block_size - first)
         tokens_AK, valid_AK = tokens_AK.to(self.device), valid_AK.to(self.device)
         labels_AK = self.head.labels(tokens_AK)
         # A token outside the draft vocabulary ends the block: nothing behind it can be accepted.
         valid_AK = valid_AK & (labels_AK >= 0).long().cumprod(-1).bool()
-        embeds = self._block_embeds(self.drafter, samples, anchors, self.block_size)
+        embeds = self._block_embeds(self.drafter, samples, anchors, block_size)
         if self.hparams.autocast == "float32":
             features, embeds = features.float(), embeds.float()
         hidden_ABH = self.drafter(embeds, features, layout.context_positions_T, layout)
@@ -470,7 +506,7 @@ class Learner:
         return self.head.embed(drafter, ids)
 
     def _verifier_logits(
-        self, samples: Sequence[Sample], anchors: list[list[int]]
+        self, samples: Sequence[Sample], anchors: list[list[int]], num_draft: int | None = None
     ) -> Callable[[slice], Tensor] | None:
         """The verifier's draft-vocabulary logits ``[a, K, V]`` at a slice of the anchors, for kl.
 
@@ -479,7 +515,7 @@ class Learner:
         """
         if not self.hparams.loss_kind.needs_final_states:
             return None
-        num_draft = self.num_draft_tokens
+        num_draft = num_draft or self.num_draft_tokens
         rows = []
         for sample, group in zip(samples, anchors, strict=True):
             if sample.final_TH is None:
@@ -507,11 +543,13 @@ class Learner:
         for rank, names in enumerate(self._shards):
             self.ranks.broadcast([params[n] for n in names], rank)
 
-    def _update_ema(self) -> None:
+    def _update_ema(self, step: int) -> None:
         if self.ema is None:
             return
         params = [p.detach() for _, p in self.drafter.named_parameters()]
-        torch._foreach_lerp_(list(self.ema.values()), params, 1 - self.hparams.ema_decay)
+        # A short run must not end up with an average of its random start.
+        decay = min(self.hparams.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.ema.values()), params, 1 - decay)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -657,6 +695,7 @@ class Learner:
         with torch.no_grad():
             for n, w in own.items():
                 start[n].copy_(w)
+        self._from_scratch = False
         if self.ema is not None:
             self.ema = {n: p.detach().clone() for n, p in self.drafter.named_parameters()}
 

@@ -339,6 +339,23 @@ def verifier_itemsize(engine: EngineOptions) -> int:
     return 4 if engine.dtype in ("float32", "float") else 2
 
 
+def feature_rows(
+    gib: float, drafter: DrafterConfig, engine: EngineOptions, final_states: bool = False
+) -> int:
+    """Rows of features (one a token) that a worker has room for.
+
+    Args:
+        gib: the room.
+        drafter: whose features they are.
+        engine: decides their dtype.
+        final_states: whether the verifier's last hidden states are kept beside them (the kl loss).
+    """
+    width = drafter.num_features
+    if final_states:
+        width += drafter.target_hidden_size or drafter.hidden_size
+    return int(gib * GIB) // (width * verifier_itemsize(engine))
+
+
 def share_card(
     text: Any,
     sizes: VerifierSizes,

@@ -1,4 +1,4 @@
-"""Which sequences each step sees, and which are extracted together. Pure functions of the seed."""
+"""Which sequences are held out, which each step sees, which are extracted together: functions of the seed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_dflash.training.prefixes import PrefixTree
+from vllm_dflash.training.tokenization import Example
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,59 @@ def rows_by_rank(
     held = _Held(block_size, owners)
     held.add(sequences, sequences)
     return held.rows
+
+
+def first_that_fit(
+    sequences: Mapping[str, Sequence[int]],
+    *,
+    max_rows: int,
+    block_size: int,
+    owners: Mapping[str, int] | None = None,
+) -> list[str]:
+    """The first of the sequences whose features fit into ``max_rows`` rows on each rank; at least one."""
+    held = _Held(block_size, owners)
+    keys: list[str] = []
+    for key in sequences:
+        held.add([key], sequences)
+        if keys and max(held.rows.values()) > max_rows:
+            break
+        keys.append(key)
+    return keys
+
+
+def keep_back(
+    examples: list[Example], openings: Mapping[str, str], share: float, most: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to hold out: a dialogue, with all its copies and turns, is one or the other.
+
+    Args:
+        openings: by a conversation's id, what tells its dialogue from others. Where so few differ that none
+            can be held out, each conversation counts as one.
+        share: of the conversations, to hold out.
+        most: conversations to hold out.
+    """
+
+    def conversation(example: Example) -> str:
+        return example.id.rsplit("#", 1)[0]
+
+    names = sorted({conversation(e) for e in examples})
+    room = min(most, round(share * len(names)))
+    kept: set[str] = set()
+    for dialogue in (lambda name: openings.get(name, name), lambda name: name):
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(dialogue(name), []).append(name)
+        order = list(groups)
+        random.Random(f"{seed}/holdout").shuffle(order)
+        for group in order:
+            if len(kept) + len(groups[group]) <= room:
+                kept.update(groups[group])
+        if kept:
+            break
+    if len(kept) == len(names):
+        return examples, []
+    held = [e for e in examples if conversation(e) in kept]
+    return [e for e in examples if conversation(e) not in kept], held
 
 
 class _Held:

@@ -96,6 +96,8 @@ def drafter_config(config: TrainConfig, hf_config: Any) -> DrafterConfig:
         drafter.known_block_size("give it there to train this drafter")
         check_weights(computable_folder(config.init_from, raw), drafter)
         _check_same_shape(config.shape, drafter, config.init_from)
+        if drafter.verifier is None:
+            drafter = drafter.with_(verifier=str(config.verifier))
         return drafter if config.shape.head is None else with_head(drafter)
     tokenizer = config.verifier.load_tokenizer()
     avoid = [info.pad_token_id] if info.pad_token_id is not None else []

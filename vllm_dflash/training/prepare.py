@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from vllm_dflash.training.tokenization import (
 )
 from vllm_dflash.verifier import Verifier
 
-#: Model types for which vLLM brings a tokenizer mode of its own; their tokenizers have no template.
-_OWN_RENDERERS = ("deepseek_v32", "deepseek_v4", "kimi_k3", "kimi_audio", "inkling")
 Progress = Callable[[int, int], None]
 
 
@@ -77,7 +75,11 @@ def prepare_examples(
                 later.append(reject_conversation(conversation, error))
     else:
         weights = {n: v for n, v in verifier.identity().items() if n in ("verifier", "revision")}
-        fingerprint: dict[str, Any] = {**weights, **asdict(sampling)}
+        fingerprint: dict[str, Any] = {
+            **weights,
+            "weights": verifier.weights_version(),
+            **asdict(sampling),
+        }
         examples, later = regenerate(
             conversations,
             tokenizer,
@@ -112,21 +114,13 @@ def check_prompts(
     Raises:
         ValueError: they cannot: no template, none that fits the data, no such parser.
     """
+    mode = engine_args.get("tokenizer_mode")
+    verifier = verifier if mode is None else replace(verifier, tokenizer_mode=mode)
     if verifier.reasoning_parser is not None:
         from vllm_dflash.serving.frontend.chat import check_parser_name
 
         check_parser_name(verifier.reasoning_parser)
-    if _renders_itself(verifier, engine_args):
-        return
     tokenizer = verifier.load_tokenizer()
     check_template(tokenizer, conversations)
     if verifier.reasoning_parser is not None:
         ParsedReplies(verifier.reasoning_parser, tokenizer)
-
-
-def _renders_itself(verifier: Verifier, engine_args: Mapping[str, Any]) -> bool:
-    """True if vLLM has a tokenizer or renderer of its own for the verifier, which needs no template."""
-    if engine_args.get("tokenizer_mode", "auto") not in ("auto", "hf"):
-        return True
-    model_type = str(verifier.load_config().model_type)
-    return model_type.startswith(_OWN_RENDERERS)

@@ -107,7 +107,9 @@ class MarkedReplies:
         if _text(self.tokenizer, ids, special=True) == _text(self.tokenizer, ids):
             return []
         starts = {start for start, _ in self.markers}
-        shown = {i: _text(self.tokenizer, [i], special=True) for i in dict.fromkeys(ids)}
+        # Of Mistral's SentencePiece ordinary pieces, too, print otherwise beside special tokens.
+        added = [i for i in dict.fromkeys(ids) if _is_added(self.tokenizer, i)]
+        shown = {i: _text(self.tokenizer, [i], special=True) for i in added}
         return [
             token
             for i, token in shown.items()
@@ -165,7 +167,8 @@ def _added_tokens(tokenizer: Any) -> list[str]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
-    # vLLM's detokenizer does not clean up spaces either, so this is the text a client gets.
-    return tokenizer.decode(
-        list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-    )
+    # vLLM's detokenizer does not clean up spaces either, so this is the text a client gets. Mistral's
+    # tokenizer never does.
+    keeps = {"clean_up_tokenization_spaces": False}
+    options = keeps if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
+    return tokenizer.decode(list(ids), skip_special_tokens=not special, **options)

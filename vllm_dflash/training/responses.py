@@ -69,11 +69,11 @@ def regenerate(
 
     A conversation that ends with a user or tool message is a request as a server logs it: its
     earlier assistant turns are context and one response is generated at its end. In one that ends
-    with an assistant message every assistant turn is regenerated in order, with the regenerated
-    replies as history. Regeneration of a conversation stops early, and what it has is kept, after a
-    turn in which the data calls tools (the results that follow belong to those calls), when a reply
-    cannot be put back into the chat template or leaves no room in ``max_len``, and when the
-    verifier gives no usable response.
+    with an assistant message every assistant turn behind its ``num_history`` is regenerated in order,
+    with the regenerated replies as history. Regeneration of a conversation stops early, and what it
+    has is kept, after a turn in which the data calls tools (the results that follow belong to those
+    calls), when a reply cannot be put back into the chat template or leaves no room in ``max_len``,
+    and when the verifier gives no usable response.
 
     Args:
         generate: Runs requests (a whole round of them) and yields results in any order.
@@ -134,9 +134,12 @@ class _Dialog:
 
     def __post_init__(self) -> None:
         self.current = self.conversation
-        messages = self.conversation.messages
-        is_request = messages[-1]["role"] != "assistant"
-        self.pending = [len(messages)] if is_request else response_turns(self.conversation)
+        num_messages = len(self.conversation.messages)
+        is_request = (
+            self.conversation.messages[-1]["role"] != "assistant"
+            or self.conversation.num_history == num_messages
+        )
+        self.pending = [num_messages] if is_request else response_turns(self.conversation)
 
     @property
     def key(self) -> str:
@@ -187,12 +190,6 @@ def _run_round(
     to_message: ToMessage,
 ) -> None:
     """Generates the next response of every active dialog; what the log holds is not generated."""
-
-    def report() -> None:
-        if on_progress is not None:
-            done = sum(len(dialog.turns) for dialog in dialogs)
-            on_progress(done, done + sum(len(dialog.pending) for dialog in dialogs))
-
     waiting: dict[str, tuple[_Dialog, list[int]]] = {}
     for dialog in active:
         prompt = dialog.next_prompt(tokenizer, max_len)
@@ -202,20 +199,28 @@ def _run_round(
             dialog.accept(prompt, logged, to_message)
         else:
             waiting[dialog.key] = (dialog, prompt)
-    report()
 
+    # Running counts: sums over all dialogues after every result would be quadratic.
+    done = sum(len(dialog.turns) for dialog in dialogs)
+    left = sum(len(dialog.pending) for dialog in dialogs)
+    if on_progress is not None:
+        on_progress(done, done + left)
     requests = [GenerationRequest(key, prompt) for key, (_, prompt) in waiting.items()]
     for result in generate(requests) if requests else ():
         if result.key not in waiting:
             raise RuntimeError(f"generate() answered {result.key!r}, which nobody is waiting for")
         dialog, prompt = waiting.pop(result.key)
+        left -= len(dialog.pending)
         if result.is_usable:
             log.append(result, prompt)
             dialog.accept(prompt, result, to_message)
+            done += 1
         else:
             num_tokens, finish_reason = len(result.token_ids), result.finish_reason
             dialog.stop(f"the verifier gave {num_tokens} tokens, finish reason {finish_reason!r}")
-        report()
+        left += len(dialog.pending)
+        if on_progress is not None:
+            on_progress(done, done + left)
     for dialog, _ in waiting.values():
         dialog.stop("the verifier gave no response")
 
@@ -295,6 +300,7 @@ class ResponseLog:
 
     def _check_header(self, raw: bytes) -> None:
         logged = _fingerprint(raw) or {}
+        logged.setdefault("weights", self.fingerprint.get("weights"))  # a log of an older version
         fields = sorted(logged.keys() | self.fingerprint.keys())
         changed = [name for name in fields if logged.get(name) != self.fingerprint.get(name)]
         if changed:
@@ -304,7 +310,7 @@ class ResponseLog:
             )
             raise ValueError(
                 f"{self.path} holds responses generated differently: {differences}. Use another "
-                "run folder, or the settings of the first run"
+                "run folder (or --responses), or the settings of the first run"
             )
 
     def _read_response(self, raw: bytes) -> None:
@@ -316,6 +322,11 @@ class ResponseLog:
         except (ValueError, KeyError, TypeError):
             # Damaged in the middle (a full disk, two runs at once): generated again.
             return
+
+
+def response_logs(file: Path) -> tuple[Path, Path]:
+    """The log itself, and that of held-out data, whose ids may be the same."""
+    return file, file.with_stem(f"{file.stem}-heldout")
 
 
 def check_log(path: Path, way_out: str = "give another file for the responses") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
-import importlib.util
+import io
 import json
 import lzma
 import re
@@ -174,8 +174,14 @@ def _is_saved(folder: Path) -> bool:
 def _folder_files(folder: Path) -> list[Path]:
     if _is_saved(folder):
         return sorted(folder.rglob("*.arrow"))
-    inside = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    inside = [path for path in inside if not _is_leftover(path)]
+    inside = sorted(
+        path
+        for path in folder.rglob("*")
+        # Hidden are caches and checkpoints of notebooks, too: copies of what lies beside them.
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+        and not _is_leftover(path)
+    )
     kinds = [_kind(path) for path in inside]
     # Files of metadata are .json, too: they are read only where nothing else holds data.
     rows = [p for p, kind in zip(inside, kinds, strict=True) if kind in (*LINES, PARQUET)]
@@ -239,21 +245,14 @@ def _opener(path: Path, start: bytes) -> Callable[[Path], IO[bytes]]:
 
 
 def _open_zstd(path: Path) -> Any:
-    if importlib.util.find_spec("zstandard") is not None:
-        import io
-
-        import zstandard
-
-        decompressor = zstandard.ZstdDecompressor()
-        reader = decompressor.stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(reader)
-    if importlib.util.find_spec("pyarrow") is not None:
-        import io
-
+    try:
         import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    raise ValueError(f"{path} is compressed with zstd; to read it: pip install zstandard")
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is compressed with zstd; to read it: pip install 'vllm-dflash[train]'"
+        ) from error
+    # Not zstandard, whose reader takes a file that was cut for one that ends.
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
 def _line_rows(file: Iterable[bytes], source: str) -> Rows:

@@ -24,7 +24,7 @@ from vllm_dflash.files import (
 )
 from vllm_dflash.renamed import run_config
 from vllm_dflash.training.feature_store import read_index
-from vllm_dflash.training.responses import check_log
+from vllm_dflash.training.responses import check_log, response_logs
 
 _STATE_FILE = re.compile(r"state-\d{8,}\.safetensors")
 _SEAT_FILES = {"config.json", "model.safetensors"}
@@ -44,7 +44,7 @@ class RunFolder:
 
     Args:
         path: the folder, which :meth:`claim` has found good.
-        config: what decides the result; a resumed run must have the same.
+        config: what decides the result; a run that has a state must have the same to be resumed.
         restart: discards an earlier run.
 
     Raises:
@@ -64,16 +64,17 @@ class RunFolder:
             file = path / "run.json"
             #: As JSON has it.
             self.config = config = json.loads(json.dumps(config))
-            if file.is_file():
-                self._compare(config, _read_run(file)["config"])
+            before = _read_run(file) if file.is_file() else {}
+            if before and self._decided:
+                self._compare(config, before["config"])
             mark_folder(path, "run")
-            if not file.is_file():
+            if before.get("config") != config:
                 started = datetime.now().isoformat(timespec="seconds")
                 run = {
                     "config": config,
                     "versions": versions(),
                     "argv": sys.argv,
-                    "started": started,
+                    "started": before.get("started", started),
                 }
                 atomic_write(file, json.dumps(run, indent=2) + "\n")
             seat = path / "seat"
@@ -98,8 +99,8 @@ class RunFolder:
             raise ValueError(f"{path / 'run.json'} is gone, but there is a state; {_DISCARD}")
         if (state := _read_state(path)) is not None:
             _check_state_file(path / state["file"])
-        for name in ("responses.jsonl", "responses-heldout.jsonl"):
-            check_log(path / name, _DISCARD)
+        for log in response_logs(path / "responses.jsonl"):
+            check_log(log, _DISCARD)
         if (index := path / "features" / "index.json").is_file():
             read_index(index)
 
@@ -109,13 +110,20 @@ class RunFolder:
         file = path / "run.json"
         return _read_run(file)["config"].get(key) if file.is_file() else None
 
+    @property
+    def _decided(self) -> bool:
+        """Whether there is something that other settings would not have led to. Responses say themselves what
+        they depend on; a run that failed before its first step may be tried with other settings."""
+        return self.state() is not None or self.features.exists()
+
     def _compare(self, config: dict[str, Any], before: dict[str, Any]) -> None:
         differs = sorted(k for k in config | before if config.get(k) != before.get(k))
         if differs:
             key = differs[0]
             raise ValueError(
                 f"{self.path} holds a run with {key} = {before.get(key)!r}, not {config.get(key)!r}: "
-                "repeat its settings to resume it, or give another -o (or --restart to discard it)"
+                "repeat its settings to resume it, or give another -o (or --restart to discard it); "
+                f"--responses {self.responses} with another -o keeps its responses"
             )
 
     @property

@@ -64,6 +64,7 @@ class TrainingSession:
         "stored",
         "digest",
         "train",
+        "walk",
         "evaluate",
         "save_state",
         "load_state",
@@ -91,6 +92,7 @@ class TrainingSession:
         self.cache: FeatureStore | None = None
         #: Those recorded while responses were generated.
         self.generated: GeneratedFeatures | ReadFeatures | None = None
+        self._walked: dict[str, Acceptance] = {}
         self._planned: dict[str, Piece] = {}
         self._watched: dict[str, int] = {}
         self._own_embedding: dict[str, Tensor] = {}
@@ -341,23 +343,28 @@ class TrainingSession:
         )
         return [learner.step(step, mine) for (step, _), mine in zip(steps, samples, strict=True)]
 
-    def evaluate(
-        self, keys: list[str], num_draft_tokens: int, step_by_step: bool = False
-    ) -> dict[str, Any]:
-        """Teacher-forced greedy acceptance, pooled and by source, in the serving dtype; step by step with the
-        tokens that each step of a sequence delivered."""
+    def walk(self, keys: list[str], num_draft_tokens: int) -> None:
+        """Goes over sequences for the next :meth:`evaluate`; their features may be freed then."""
         learner = self._learner()
         dtype = verifier_dtype(self.verifier)
         drafter = learner.serving_drafter(dtype)
-        total, by_source, per_example = Acceptance(), OrderedDict[str, Acceptance](), []
-        accepted: dict[str, Acceptance] = {}
         for part in self.ranks.gather(
             {
                 key: learner.accept(drafter, self._sample(key), num_draft_tokens, dtype)
                 for key in self._own(keys)
             }
         ):
-            accepted |= part
+            self._walked |= part
+
+    def evaluate(
+        self, keys: list[str], num_draft_tokens: int, step_by_step: bool = False
+    ) -> dict[str, Any]:
+        """Teacher-forced greedy acceptance, pooled and by source, in the serving dtype; step by step with the
+        tokens that each step of a sequence delivered."""
+        if rest := [k for k in keys if k not in self._walked]:
+            self.walk(rest, num_draft_tokens)
+        accepted, self._walked = self._walked, {}
+        total, by_source, per_example = Acceptance(), OrderedDict[str, Acceptance](), []
         for key in keys:
             got = accepted[key]
             total.merge(got)

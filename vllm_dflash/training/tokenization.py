@@ -8,6 +8,7 @@ found by searching for role markers: it is what follows the prompt.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,12 +58,13 @@ def prompt_token_ids(
 ) -> list[int]:
     """Token ids of the prompt that asks for the reply to the first ``num_messages`` messages.
 
-    The tokenizer has the server's template (:meth:`~vllm_dflash.verifier.Verifier.with_template`).
+    The tokenizer has the server's template (:meth:`~vllm_dflash.verifier.Verifier.with_template`), or the
+    server's own code (its ``server_prompts``).
 
     Raises:
-        ValueError: The chat template refuses the conversation.
+        ValueError: The server refuses the conversation.
     """
-    return _template_token_ids(tokenizer, conversation, num_messages, add_generation_prompt=True)
+    return _chat_token_ids(tokenizer, conversation, num_messages, add_generation_prompt=True)
 
 
 def check_template(tokenizer: Any, conversations: Iterable[Conversation]) -> None:
@@ -84,6 +86,8 @@ def keep_date(tokenizer: Any, moment: datetime) -> None:
 
     A run that is resumed on another day would otherwise ask, and train on, other prompts.
     """
+    if _is_harmony(tokenizer):
+        os.environ.setdefault("VLLM_SYSTEM_START_DATE", moment.strftime("%Y-%m-%d"))
     if "strftime_now" in str(getattr(tokenizer, "chat_template", None) or ""):
         # A template's variable hides the function of the same name that transformers gives it.
         tokenizer.apply_chat_template = partial(
@@ -97,6 +101,35 @@ def eos_token_ids(tokenizer: Any, generation_config: dict | None) -> frozenset[i
     configured = (generation_config or {}).get("eos_token_id")
     ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
     return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _is_harmony(tokenizer: Any) -> bool:
+    return getattr(getattr(tokenizer, "server_prompts", None), "is_harmony", False)
+
+
+def _chat_token_ids(
+    tokenizer: Any,
+    conversation: Conversation,
+    num_messages: int | None,
+    *,
+    add_generation_prompt: bool,
+) -> list[int]:
+    """Token ids of the first ``num_messages`` messages as the server renders them."""
+    server_prompts = getattr(tokenizer, "server_prompts", None)
+    if server_prompts is None:
+        return _template_token_ids(
+            tokenizer, conversation, num_messages, add_generation_prompt=add_generation_prompt
+        )
+    try:
+        return server_prompts(
+            conversation.messages[:num_messages],
+            conversation.tools,
+            conversation.chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # encodings of models raise what they like, as templates do
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"vLLM's server refuses the conversation: {reason}") from error
 
 
 def _template_token_ids(
@@ -114,6 +147,8 @@ def _template_token_ids(
             messages,
             **conversation.chat_template_kwargs,
             tools=tools,
+            # An engine's tokenizer renders with copies of itself, which do not know a template it was given.
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             # transformers 5 returns a BatchEncoding by default. Either way special tokens are not
@@ -240,11 +275,13 @@ def response_turns(conversation: Conversation) -> list[int]:
     """Indices of the assistant messages that answer someone.
 
     A greeting that comes before the first user message is written by the application, not by the
-    verifier, so it is context.
+    verifier, so it is context. So are the replies in a logged prompt: clients leave out thinking, and the
+    request that each of them answered is a row of its own.
     """
     roles = [message["role"] for message in conversation.messages]
     first_user = roles.index("user") if "user" in roles else len(roles)
-    return [i for i, role in enumerate(roles) if role == "assistant" and i > first_user]
+    start = max(first_user, conversation.num_history)
+    return [i for i, role in enumerate(roles) if role == "assistant" and i >= start]
 
 
 def split_turns(
@@ -261,10 +298,12 @@ def split_turns(
         ValueError: No assistant turn, or one that is not a continuation of its prompt.
     """
     turns = []
+    # Harmony prints a reply only as history, without its thinking; the template prints it as generated.
+    render = _template_token_ids if _is_harmony(tokenizer) else _chat_token_ids
     for index in response_turns(conversation):
-        prompt = prompt_token_ids(tokenizer, conversation, index)
-        full = _template_token_ids(tokenizer, conversation, index + 1, add_generation_prompt=False)
-        if full[: len(prompt)] != prompt:
+        printed = render(tokenizer, conversation, index, add_generation_prompt=True)
+        full = render(tokenizer, conversation, index + 1, add_generation_prompt=False)
+        if full[: len(printed)] != printed:
             raise ValueError(
                 f"message {index}: the chat template does not print this response as a "
                 "continuation of its prompt, so it is not what the verifier generated (thinking "
@@ -272,7 +311,8 @@ def split_turns(
             )
         is_last = index == len(conversation.messages) - 1
         unfinished = conversation.unfinished and is_last
-        rest = full[len(prompt) :]
+        rest = full[len(printed) :]
+        prompt = prompt_token_ids(tokenizer, conversation, index)
         turns.append(Turn(prompt, _cut_response(tokenizer, rest, eos_token_ids, unfinished)))
     if not turns:
         raise ValueError(

@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.checkpoint import TRAINING_FILE
-from vllm_dflash.config import DrafterConfig
+from vllm_dflash.config import CheckpointFormat, DrafterConfig
 from vllm_dflash.cpu_dtype import float32_sentence, verifier_dtype
 from vllm_dflash.environment import versions
 from vllm_dflash.files import ANY_FILES, claim_file, claim_folder, mark_folder, writing
 from vllm_dflash.processes import STOP_SIGNALS, Interrupted, Stopped
 from vllm_dflash.renamed import run_config
 from vllm_dflash.training.config import StepLayout, TrainConfig
-from vllm_dflash.training.conversations import load_conversations
+from vllm_dflash.training.conversations import load_conversations, opening_digest
 from vllm_dflash.training.curves import draw_curves
 from vllm_dflash.training.engine import (
     VerifierEngine,
@@ -34,12 +33,21 @@ from vllm_dflash.training.engine import (
 )
 from vllm_dflash.training.feature_store import read_index
 from vllm_dflash.training.host_memory import default_feature_gib
-from vllm_dflash.training.memory import MemoryPlan, plan_table
-from vllm_dflash.training.plan import Window, epoch_steps, owner, plan_windows, rows_by_rank
+from vllm_dflash.training.memory import MemoryPlan, feature_rows, plan_table
+from vllm_dflash.training.plan import (
+    Window,
+    epoch_steps,
+    first_that_fit,
+    keep_back,
+    owner,
+    plan_windows,
+    rows_by_rank,
+)
 from vllm_dflash.training.planning import drafter_config, plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
 from vllm_dflash.training.reporting import Reporter
+from vllm_dflash.training.responses import is_log, response_logs
 from vllm_dflash.training.rows import as_list, holds_rejects
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import Example, keep_date
@@ -47,6 +55,8 @@ from vllm_dflash.training.vocab import choose_draft_vocab
 
 #: Evaluations take at most this share of the time, and are no closer than so many seconds.
 _EVAL_SHARE, _EVAL_SECONDS = 0.05, 30.0
+#: Of the room for features, what held-out sequences may take for the whole run.
+_HELD_OUT_SHARE = 0.25
 #: Of the training's time, what saving may take; where it would take more, it is done up to so many times more
 #: seldom than --save-minutes says.
 _SAVE_SHARE, _MORE_SELDOM = 0.03, 12
@@ -110,6 +120,8 @@ def claim_outputs(config: TrainConfig) -> None:
     claim_folder(config.output, "drafter", "-o", inputs=inputs)
     claim_file(config.rejected_beside, "-o", holds_rejects, inputs=inputs)
     RunFolder.claim(config.run_path, inputs, restart=config.restart)
+    for log in response_logs(config.responses) if config.responses is not None else ():
+        claim_file(log, "--responses", is_log, inputs=inputs, link=True)
     cache = config.cache_features
     if cache is None:
         return
@@ -142,6 +154,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     reporter.check(config)
     hf_config = config.verifier.load_config()
     drafter = drafter_config(config, hf_config)
+    drafter.to_dict(config.checkpoint_format)  # or why not
     asked = config.engine.max_len
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter))
     check_block(config.engine, drafter)
@@ -166,7 +179,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     given = config.engine.dtype
     config = with_dtype(with_feature_gib(config), hf_config)
     folder = RunFolder(config.run_path, config.identity(), restart=config.restart)
-    if (summary := finished(config.output, folder)) is not None:
+    if (summary := finished(config.output, folder, config.checkpoint_format)) is not None:
         reporter.say(
             f"this run is finished: {summary['steps']} steps, nothing is left to do. To train again, give "
             "--restart, which replaces this drafter, or another -o, which keeps it"
@@ -217,13 +230,16 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         engine.close()
 
 
-def finished(output: Path, folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of a run whose drafter stands in the output as the run wrote it, else None."""
+def finished(
+    output: Path, folder: RunFolder, checkpoint_format: CheckpointFormat = "zlab"
+) -> dict[str, Any] | None:
+    """The summary of a run whose drafter stands in the output as it is asked for, else None."""
     state, file = folder.state(), output / TRAINING_FILE
     if state is None or not file.is_file():
         return None
     summary = json.loads(file.read_text())
     same = run_config(summary.get("config") or {}) == folder.config
+    same = same and summary.get("checkpoint_format", "zlab") == checkpoint_format
     return summary if same and summary.get("steps") == state["step"] else None
 
 
@@ -278,17 +294,25 @@ class Trainer:
                 self.config.hparams.loss_kind.needs_final_states,
                 self.config.engine.max_len,
             )
-        examples = self._prepare("responses", conversations, rejected, self.folder.responses)
+        logs = response_logs(self.config.responses or self.folder.responses)
+        examples = self._prepare("responses", conversations, rejected, logs[0])
         if held_out:
             held = self._prepare(
                 "held-out responses",
                 held_out,
                 held_rejected,
-                self.folder.path / "responses-heldout.jsonl",
+                logs[1],
                 self.folder.rejected_heldout,
             )
         else:
-            examples, held = self._keep_back(examples)
+            examples, held = keep_back(
+                examples,
+                {c.id: opening_digest(c) for c in conversations},
+                self.config.holdout,
+                self.config.max_holdout,
+                self.config.hparams.seed,
+            )
+        held = self._that_fit(held)
         self.seconds["responses"] = time.monotonic() - started
         by_key = {f"train/{e.id}": e for e in examples}
         held_by_key = {f"heldout/{e.id}": e for e in held}
@@ -331,18 +355,17 @@ class Trainer:
         with _stop_flag() as self.stop:
             self.step = self._resume(total)
             self._extract(held_by_key, keep=[], what="extracting held-out features")
-            owners = {k: owner(e.token_ids, ranks) for k, e in (by_key | held_by_key).items()}
-            # What was recorded comes from the disk as whole sequences.
-            whole = self.config.engine.max_len + 1
-            block_size = whole if self.config.records else self.engine.kv_block_size
+            block_size = self._shared_block_size
             held_ids = {k: e.token_ids for k, e in held_by_key.items()}
+            train_ids = {k: e.token_ids for k, e in by_key.items()}
+            owners = self._owners(train_ids | held_ids)
             held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
-                {k: e.token_ids for k, e in by_key.items()},
+                train_ids,
                 sequences_per_step=self.config.hparams.batch_size,
                 seed=self.config.hparams.seed,
                 total_steps=total,
-                max_rows=self._feature_tokens() - max(held_rows.values(), default=0),
+                max_rows=self._feature_rows() - max(held_rows.values(), default=0),
                 block_size=block_size,
                 owners=owners,
             )
@@ -382,15 +405,32 @@ class Trainer:
             f"({size / 2**30:.2f} GiB in {folder}); the others' are extracted"
         )
 
-    def _keep_back(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-        """Held-out examples by whole conversations, so that no turn leaks."""
-        names = sorted({e.id.rsplit("#", 1)[0] for e in examples})
-        count = min(self.config.max_holdout, round(self.config.holdout * len(names)))
-        if count == 0 or count == len(names):
-            return examples, []
-        kept = set(random.Random(f"{self.config.hparams.seed}/holdout").sample(names, count))
-        held = [e for e in examples if e.id.rsplit("#", 1)[0] in kept]
-        return [e for e in examples if e.id.rsplit("#", 1)[0] not in kept], held
+    @property
+    def _shared_block_size(self) -> int:
+        """Tokens in the blocks of which sequences share the features."""
+        # What was recorded comes from the disk as whole sequences.
+        whole = self.config.engine.max_len + 1
+        return whole if self.config.records else self.engine.kv_block_size
+
+    def _owners(self, sequences: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        return {k: owner(ids, self.config.engine.ranks) for k, ids in sequences.items()}
+
+    def _that_fit(self, held: list[Example]) -> list[Example]:
+        """Of the held-out examples no more than leave room to train: their features stay till the end."""
+        sequences = {e.id: e.token_ids for e in held}
+        fit = first_that_fit(
+            sequences,
+            max_rows=int(_HELD_OUT_SHARE * self._feature_rows()),
+            block_size=self._shared_block_size,
+            owners=self._owners(sequences),
+        )
+        if len(fit) < len(held):
+            self.reporter.say(
+                f"held out are the first {len(fit)} of {len(held)} sequences, whose features take "
+                f"{_HELD_OUT_SHARE:.0%} of --feature-gib {self.config.feature_gib}; `vllm-dflash eval` "
+                "evaluates all of them"
+            )
+        return held[: len(fit)]
 
     def _draft_vocab(self, examples: list[Example]) -> list[int] | None:
         if not self.drafter.has_draft_vocab or self.config.init_from is not None:
@@ -422,6 +462,7 @@ class Trainer:
             list(self.drafter.target_layer_ids),
             engine.dtype,
             engine.extra,
+            self.config.verifier.weights_version(),
             self.config.hparams.loss_kind.needs_final_states,
         ]
         if self.config.verifier.revision is not None:
@@ -431,20 +472,26 @@ class Trainer:
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
         return str(self.config.cache_features / digest)
 
-    def _feature_tokens(self) -> int:
-        """Tokens whose features (and final states, for kl) fit ``feature_gib``."""
-        width = self.drafter.num_features
-        if self.config.hparams.loss_kind.needs_final_states:
-            width += self.drafter.target_hidden_size or self.drafter.hidden_size
-        width *= 4 if self.config.engine.dtype == "float32" else 2
+    def _feature_rows(self) -> int:
         assert self.config.feature_gib is not None
-        return int(self.config.feature_gib * 2**30) // width
+        return feature_rows(
+            self.config.feature_gib,
+            self.drafter,
+            self.config.engine,
+            self.config.hparams.loss_kind.needs_final_states,
+        )
 
     def _resume(self, total: int) -> int:
         state = self.folder.state()
         if state is None:
             self.folder.cut_metrics(0)
             return 0
+        weights = self.config.verifier.weights_version()
+        if state.get("weights", weights) != weights:
+            raise ValueError(
+                f"{self.folder.path} holds a run on other weights of {self.config.verifier} than today's. "
+                "Put them back to resume, or give another -o (or --restart to discard the run)"
+            )
         if state.get("examples", self.examples_digest) != self.examples_digest:
             raise ValueError(
                 f"{self.folder.path} holds a run on other token sequences than today's: the verifier's "
@@ -463,7 +510,12 @@ class Trainer:
         self.engine.call("save_state", str(self.folder.new_state_file(step)))
         self.folder.commit_state(
             step,
-            {"bad": self.bad, "seconds": self.seconds, "examples": self.examples_digest},
+            {
+                "bad": self.bad,
+                "seconds": self.seconds,
+                "examples": self.examples_digest,
+                "weights": self.config.verifier.weights_version(),
+            },
         )
         self.next_save = time.monotonic() + save_pause(
             60 * self.config.save_minutes, time.monotonic() - started
@@ -484,7 +536,7 @@ class Trainer:
         if sum(map(len, self.engine.call_ranks("stored", list(wanted)))) == len(wanted):
             return
         started = time.monotonic()
-        tokens = 0
+        tokens = failed = 0
         with self.reporter.progress(what, unit="tokens") as update:
             total = sum(len(ids) for ids in wanted.values())
             update(0, total)
@@ -492,17 +544,19 @@ class Trainer:
                 tokens += len(wanted[key])
                 update(tokens, total)
                 if problem:
-                    self._ban(key, problem, len(wanted))
+                    failed += 1
+                    self._ban(key, problem, failed, len(wanted))
                 if self.stop:
                     raise self._stopped()
         self.seconds["extract"] += time.monotonic() - started
 
-    def _ban(self, key: str, reason: str, of: int) -> None:
+    def _ban(self, key: str, reason: str, count: int, of: int) -> None:
+        """Leaves a sequence out from now on; it is the ``count``-th to fail of so many that could have."""
         self.bad[key] = reason
         self.reporter.say(f"skipping {key}: {reason}")
-        if len(self.bad) > max(1, self.config.hparams.max_skipped * of):
+        if count > max(1, self.config.hparams.max_skipped * of):
             raise ValueError(
-                f"{len(self.bad)} of {of} sequences had to be skipped, the last because {reason}; "
+                f"{count} of {of} sequences had to be skipped, the last because {reason}; "
                 f"training stops (--max-skipped {self.config.hparams.max_skipped})"
             )
 
@@ -549,7 +603,8 @@ class Trainer:
                     )
                     for row in rows:
                         for key in row["bad"]:
-                            self._ban(key, f"non-finite loss at step {row['step']}", len(examples))
+                            reason = f"non-finite loss at step {row['step']}"
+                            self._ban(key, reason, len({*self.bad, key}), len(examples))
                     self.folder.append_metrics(rows)
                     report(rows, took)
                     due = self.step % every == 0 if every else time.monotonic() > next_eval
@@ -603,6 +658,7 @@ class Trainer:
         summary = {
             "verifier": str(self.config.verifier),
             "steps": total,
+            "checkpoint_format": self.config.checkpoint_format,
             "train_sequences": num_train,
             "skipped": self.bad,
             "minutes": {name: s / 60 for name, s in self.seconds.items()},

@@ -32,7 +32,7 @@ def choose_mask_token(
         for t in (
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
-            tokenizer.unk_token_id,
+            getattr(tokenizer, "unk_token_id", None),
             pad,
             *avoid,
         )
@@ -53,16 +53,16 @@ def choose_mask_token(
     if own is not None and own not in taken and own < vocab_size:
         return own
     special = {
-        token_id: str(token)
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token_id not in taken and token_id < vocab_size
+        token_id: text
+        for token_id, text in _special_tokens(tokenizer)
+        if token_id not in taken and token_id < vocab_size
     }
     reserved = [i for i, text in sorted(special.items()) if _RESERVED.search(text)]
     if reserved:
         return reserved[0]
     if len(tokenizer) < vocab_size:
         return len(tokenizer)
-    template = tokenizer.chat_template
+    template = getattr(tokenizer, "chat_template", None)
     printed = str(template) if template else ""
     unused = [i for i, text in sorted(special.items()) if text not in printed]
     if unused:
@@ -71,6 +71,13 @@ def choose_mask_token(
         "the verifier's vocabulary has no reserved token to use as mask; name one that text never "
         "contains with --mask-token-id"
     )
+
+
+def _special_tokens(tokenizer: Any) -> list[tuple[int, str]]:
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    if added is None:  # Mistral's own tokenizer
+        return list(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return [(token_id, str(token)) for token_id, token in added.items() if token.special]
 
 
 def choose_draft_vocab(

@@ -516,6 +516,7 @@ def test_quantised_checkpoints_are_not_computed_with(saved):
         convert(saved, saved.parent / "copy", "speculators")
 
 
+@pytest.mark.thorough
 def test_a_hub_name_is_as_good_as_a_folder(saved, tmp_path):
     """As `hf download` leaves it; without a network what is not there is an error."""
     cache = tmp_path / "models--org--drafter"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from vllm_dflash.config import (
     FULL,
@@ -597,6 +598,23 @@ def test_not_a_drafter(tmp_path):
 def test_fitting_verifier():
     BASE.check_verifier(VERIFIER)
     BASE.with_(num_target_layers=None).check_verifier(VERIFIER)
+
+
+def test_a_mask_token_that_ends_texts_is_said():
+    """As a public drafter of LongCat has; vLLM serves it, so it is not refused."""
+    config = LlamaConfig(
+        eos_token_id=[7, 199],
+        hidden_size=80,
+        num_attention_heads=4,
+        num_hidden_layers=9,
+        vocab_size=200,
+    )
+    info = VerifierInfo.from_hf_config(config, "some/verifier")
+    assert any("mask token 199 is one that ends" in r for r in BASE.verifier_remarks(info))
+    config.eos_token_id = 7
+    assert BASE.verifier_remarks(VerifierInfo.from_hf_config(config)) == []
+    config.eos_token_id = None
+    assert BASE.verifier_remarks(VerifierInfo.from_hf_config(config)) == []
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,11 @@ def test_no_such_data_and_empty_data(refused, tmp_path, verifier) -> None:
         (("--draft-vocab", "100000"), ("draft_vocab_size", "100000", "384")),
         (("--mask-token-id", "0"), ("--mask-token-id", "0")),
         (("--mask-token-id", "9999"), ("--mask-token-id", "9999", "383")),
+        (
+            ("--head", "dflash2", "--draft-vocab", "64", "--checkpoint-format", "speculators"),
+            ("speculators", "draft vocabulary", "z-lab"),
+        ),
+        (("--on-policy", "--responses", "r.jsonl"), ("--responses", "--on-policy")),
     ],
     ids=lambda x: "=".join(x) if x and x[0].startswith("--") and len(x) == 2 else "",
 )

@@ -57,17 +57,20 @@ def test_a_run_made_with_old_names_is_the_same_run(tmp_path) -> None:
     old = {"hparams.anchors": 16, "shape.features": 5, "hparams.lr": 0.1, "feature_gib": 2.0}
     new = {"hparams.num_anchors": 16, "shape.num_target_layers": 5, "hparams.lr": 0.1}
     new["feature_gib"] = 2.0
-    RunFolder(tmp_path / "d-run", old)
+    folder = RunFolder(tmp_path / "d-run", old)
+    folder.new_state_file(3).write_bytes(b"")
+    folder.commit_state(3, {})
+    del folder  # with its lock
     assert RunFolder.setting(tmp_path / "d-run", "hparams.num_anchors") == 16
     with pytest.raises(ValueError, match=r"hparams\.num_anchors = 16, not 17"):
         RunFolder(tmp_path / "d-run", new | {"hparams.num_anchors": 17})
     folder = RunFolder(tmp_path / "d-run", new)
-    folder.new_state_file(3).write_bytes(b"")
-    folder.commit_state(3, {})
     (tmp_path / "d").mkdir()
     summary = {"config": old, "steps": 3}
     (tmp_path / "d" / trainer.TRAINING_FILE).write_text(json.dumps(summary))
     assert trainer.finished(tmp_path / "d", folder) == summary
+    # Asked for in the other format it is not there yet.
+    assert trainer.finished(tmp_path / "d", folder, "speculators") is None
 
 
 def test_the_chart_reads_reports_with_the_old_mode() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.worlds import ENDLESS, K, SchedulerWorld, fixed_speed
+from vllm_dflash.draft_length import scheduler_policy
 from vllm_dflash.draft_length.acceptance import AcceptanceModel
 from vllm_dflash.draft_length.cost import StepCost
 from vllm_dflash.draft_length.counters import DRAFTER
@@ -63,7 +64,7 @@ def test_each_request_by_what_it_shows() -> None:
     assert world.mean_length(lambda i: i % 2 == 0, since=150) < 1
 
 
-@pytest.mark.parametrize("requests", [1, 8])
+@pytest.mark.parametrize("requests", [1, pytest.param(8, marks=pytest.mark.thorough)])
 def test_it_comes_back(requests) -> None:
     """Bad text, then good text: probes notice, and pay for the next ones."""
     world = SchedulerWorld(lambda i, n: 0.9 if n >= 1000 else 0.03, requests=requests).run(2000)
@@ -175,6 +176,33 @@ def test_hundreds_of_requests_are_told_apart() -> None:
     ).run(60)
     assert world.mean_length(lambda i: i % 2 == 1, since=20) > 4
     assert world.mean_length(lambda i: i % 2 == 0, since=20) < 0.3
+
+
+def test_a_step_looks_once_for_the_best_lengths(monkeypatch) -> None:
+    """Whether to draft follows from what the lengths were chosen by, while the step's drafts are whole."""
+    looks = []
+    look = scheduler_policy.assign_draft_budget
+    monkeypatch.setattr(
+        scheduler_policy, "assign_draft_budget", lambda *a: looks.append(None) or look(*a)
+    )
+    world = SchedulerWorld(lambda i, n: 0.9, requests=4).run(100)
+    before = len(looks)
+    assert world.run(50).drafted(100) == 1
+    assert len(looks) == before + 50
+    policy, few = world.policy, world.batch()
+    policy.should_draft(few)
+    # Others of them, near their end, or of another number: looked at anew.
+    for other in (
+        Batch(few.ids[:3], few.context, few.drafted[:3], few.most[:3]),
+        Batch(few.ids, few.context, few.drafted, [2, *few.most[1:]]),
+        Batch(few.ids, few.context, [2, *few.drafted[1:]], few.most),
+    ):
+        before = len(looks)
+        policy.should_draft(other)
+        assert len(looks) == before + 1
+    lengths = policy.verify_lengths(Batch(few.ids, few.context, few.drafted, [2, 0, K, K])).lengths
+    assert lengths[0] <= 2 < max(lengths)
+    assert lengths[1] == 0
 
 
 def test_hundreds_of_requests_take_little_time() -> None:

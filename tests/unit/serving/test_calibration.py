@@ -52,12 +52,37 @@ def test_no_more_logits_at_once_than_vllm_has_room_for() -> None:
         decode_query_len=8,
         model=model,
         speculator=SimpleNamespace(),
+        kv_connector=SimpleNamespace(set_disabled=lambda disabled: None),
         _dummy_run=lambda n, **_: (torch.zeros(n, 4), torch.zeros(1, 4)),
     )
     for runs in (calibration.RunsV1(proposer), calibration.RunsV2(runner)):
         model.rows.clear()
         runs.step(40)()
         assert model.rows == [16, 16, 8]
+
+
+def test_the_kv_connector_works_on_after_a_failure() -> None:
+    """Else no request of this server ever gets a cache from elsewhere, or passes one on."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    disabled: list[bool] = []
+
+    class Runner(GPUModelRunner):
+        def __init__(self) -> None:
+            self.vllm_config, self.model = config(), Model()
+            self.max_num_reqs, self.max_num_tokens, self.decode_query_len = 16, 512, 8
+            self.is_first_pp_rank, self.lora_config = True, None
+            self.eplb = SimpleNamespace(step=lambda **kwargs: None)
+            self.speculator = SimpleNamespace(num_query_per_req=8, num_extra_query_per_req=7)
+            self.kv_connector = SimpleNamespace(set_disabled=disabled.append)
+
+        def execute_model(self, *args, **kwargs):
+            raise MemoryError("attention")
+
+    with pytest.raises(MemoryError):
+        calibration.RunsV2(Runner()).step(8)()
+    assert disabled[0] is True
+    assert disabled[-1] is False
 
 
 class Runs:

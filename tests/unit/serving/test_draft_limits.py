@@ -10,8 +10,13 @@ import pytest
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams
+from vllm.v1.request import RequestStatus
 
+from vllm_dflash.draft_length.cost import StepCost
+from vllm_dflash.draft_length.scheduler_policy import SchedulerPolicy
 from vllm_dflash.serving.draft_limits import adopt, request_limit
+from vllm_dflash.serving.engine_core.scheduler import EngineLengths
+from vllm_dflash.serving.patching import specialise
 
 
 @pytest.mark.parametrize(
@@ -61,11 +66,11 @@ class Scheduler:
         return {r.request_id: len(r.spec_token_ids) for r in self.running}
 
 
-def adopted(made: Scheduler, v2: bool = False, positions: int = 100) -> Any:
+def adopted(made: Any, v2: bool = False, positions: int = 100, sample: str = "greedy") -> Any:
     draft = SimpleNamespace(max_model_len=positions)
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=2),
-        speculative_config=SimpleNamespace(draft_model_config=draft),
+        speculative_config=SimpleNamespace(draft_model_config=draft, draft_sample_method=sample),
         use_v2_model_runner=v2,
     )
     adopt(made, config)
@@ -84,6 +89,7 @@ def request(name: str, drafts: list[int], computed: int = 20, **params: Any) -> 
         num_output_tokens=3,
         num_output_placeholders=0,
         spec_token_ids=drafts,
+        is_prefill_chunk=False,
     )
 
 
@@ -141,3 +147,141 @@ def test_no_step_drafts_while_features_are_recorded() -> None:
         scheduler.update_draft_token_ids(drafts)
         assert output.num_spec_tokens_to_schedule == len(scheduler.placeholders) == num_drafts
         assert scheduler.drafts == (drafts if drafting else None)
+
+
+class Connector:
+    """A KV connector by which all but a prompt's last token comes from another server."""
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:
+        return request.num_tokens - 1 - num_computed, False
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+        return False, None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture(scope="module")
+def vllm_config(verifier) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=str(verifier),
+        max_model_len=128,
+        max_num_seqs=8,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2},
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = 64
+    return config
+
+
+def decode_node(vllm_config: Any, **adopt_with: Any) -> Any:
+    """vLLM's scheduler on a server whose prompts were computed by another."""
+    import torch
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    cache = KVCacheConfig(64, [], [KVCacheGroupSpec(["layer"], spec)])
+    made = AsyncScheduler(vllm_config, cache, StructuredOutputManager(vllm_config), 16)
+    made.connector = Connector()
+    return adopted(made, **adopt_with) if adopt_with else made
+
+
+def arrives(scheduler: Any, name: str, **params: Any) -> None:
+    from vllm.v1.request import Request
+
+    params = SamplingParams(max_tokens=16, **params)
+    scheduler.add_request(Request(name, list(range(10, 19)), params, None))
+
+
+def scheduled(scheduler: Any) -> dict[str, int]:
+    return dict(scheduler.schedule().num_scheduled_tokens)
+
+
+def test_new_requests_have_as_many_tokens_as_the_others(vllm_config) -> None:
+    """Else every step in which one comes would leave vLLM's full CUDA graphs."""
+    for scheduler in (decode_node(vllm_config), decode_node(vllm_config, v2=True)):
+        arrives(scheduler, "first")
+        assert scheduled(scheduler) == {"first": 5}
+        arrives(scheduler, "second")
+        assert scheduled(scheduler) == {"first": 5, "second": 5}
+
+
+@pytest.mark.parametrize(
+    "adopt_with",
+    [{"v2": False}, {"v2": True, "sample": "probabilistic"}],
+    ids=["V1 runner", "sampled drafts"],
+)
+def test_new_requests_verify_nothing_that_was_not_drafted(vllm_config, adopt_with) -> None:
+    scheduler = decode_node(vllm_config, **adopt_with)
+    arrives(scheduler, "first")
+    assert scheduled(scheduler) == {"first": 1}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"seed": 1}, {"min_tokens": 8}, {"logprob_token_ids": [5]}],
+    ids=lambda p: next(iter(p)),
+)
+def test_nor_where_that_would_change_text(vllm_config, params) -> None:
+    scheduler = decode_node(vllm_config, v2=True)
+    arrives(scheduler, "first", **params)
+    assert scheduled(scheduler) == {"first": 1}
+    scheduler.finish_requests("first", RequestStatus.FINISHED_ABORTED)
+    arrives(scheduler, "second")
+    assert scheduled(scheduler) == {"second": 5}
+
+
+def test_nor_beside_others_with_fewer(vllm_config) -> None:
+    scheduler = decode_node(vllm_config, v2=True)
+    arrives(scheduler, "first")
+    scheduler.schedule()
+    scheduler.requests["first"].spec_token_ids = [-1]
+    arrives(scheduler, "second")
+    assert scheduled(scheduler) == {"first": 2, "second": 1}
+
+
+def test_nor_while_features_are_recorded(vllm_config) -> None:
+    scheduler = decode_node(vllm_config, v2=True)
+    scheduler.drafting = False
+    arrives(scheduler, "first")
+    assert scheduled(scheduler) == {"first": 1}
+
+
+def choosing(vllm_config: Any) -> tuple[Any, SchedulerPolicy]:
+    """A scheduler that chooses lengths, to which any draft is worth its time, and its policy."""
+    made = decode_node(vllm_config, v2=True)
+    assert specialise(made, "vllm_dflash.serving.engine_core.scheduler:choosing")
+    policy = SchedulerPolicy(StepCost([1, 64], [1.0, 1.001], draft=(1e-3, 0.0)), 4)
+    made.draft_lengths = EngineLengths(made, policy, SimpleNamespace(), 100)
+    return made, policy
+
+
+def test_tokens_that_nobody_drafted_teach_nothing(vllm_config) -> None:
+    scheduler, policy = choosing(vllm_config)
+    lengths = scheduler.draft_lengths
+    arrives(scheduler, "first")
+    for trials in (0, 1):  # then there is a draft
+        output = scheduler.schedule()
+        assert output.num_scheduled_tokens == {"first": 5}
+        done = SimpleNamespace(sampled_token_ids=[[7]], req_id_to_index={"first": 0})
+        lengths.on_output(output, done)
+        assert policy.by_position.trials == trials
+
+
+@pytest.mark.parametrize("chooses", [False, True], ids=["fixed", "auto"])
+def test_no_draft_pass_for_drafts_that_would_be_dropped(vllm_config, chooses) -> None:
+    scheduler = choosing(vllm_config)[0] if chooses else decode_node(vllm_config, v2=True)
+    arrives(scheduler, "first")
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 4
+    arrives(scheduler, "scored", logprob_token_ids=[5])
+    output = scheduler.schedule()
+    assert output.num_scheduled_tokens == {"first": 1, "scored": 1}
+    assert output.num_spec_tokens_to_schedule == 0
+    if chooses:
+        assert scheduler.draft_lengths.num_drafted == 0
+    scheduler.finish_requests("scored", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 4

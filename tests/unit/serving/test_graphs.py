@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,18 +29,23 @@ def module(monkeypatch):
     return cudagraph_utils
 
 
-def lengths(module, monkeypatch, chooses: bool, table=None, layers=()) -> set[int]:
-    """Tokens of each request in the full graphs.
+def manager(
+    module, monkeypatch, chooses: bool, table=None, layers=(), tokens=K, most=16, sizes=(8, 16, 32)
+) -> Any:
+    """vLLM's, with its list of graphs.
 
     Args:
         layers: the verifier's, as vLLM's ``static_forward_context`` has them.
+        tokens: of a draft.
+        most: requests of a step.
+        sizes: numbers of tokens to capture graphs for.
     """
     monkeypatch.setattr(support, "scheduler_chooses", lambda config: chooses)
-    spec = Spec(num_speculative_tokens=K, num_speculative_tokens_per_batch_size=table)
-    manager = module.ModelCudaGraphManager.__new__(module.ModelCudaGraphManager)
+    spec = Spec(num_speculative_tokens=tokens, num_speculative_tokens_per_batch_size=table)
+    made = module.ModelCudaGraphManager.__new__(module.ModelCudaGraphManager)
     config = SimpleNamespace(
         speculative_config=spec,
-        num_speculative_tokens=K,
+        num_speculative_tokens=tokens,
         use_v2_model_runner=True,
         model_config=SimpleNamespace(is_hybrid=bool(layers)),
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
@@ -47,27 +54,38 @@ def lengths(module, monkeypatch, chooses: bool, table=None, layers=()) -> set[in
             cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
         ),
     )
-    vars(manager).update(
+    vars(made).update(
         vllm_config=config,
         compilation_config=SimpleNamespace(
-            cudagraph_capture_sizes=[8, 16, 32], max_cudagraph_capture_size=32
+            cudagraph_capture_sizes=list(sizes), max_cudagraph_capture_size=max(sizes)
         ),
         cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
-        max_num_reqs=16,
-        decode_query_len=K + 1,
+        max_num_reqs=most,
+        decode_query_len=tokens + 1,
         varlen_decode=False,
         lora_capture_cases=[0],
         ubatch_runner=None,
         _candidates={},
         _capture_descs={},
+        _graphs_captured=True,
+        _lora_dispatch_map={},
     )
     before = module.build_dynamic_sd_schedule_lookup, copy.copy(vars(spec))
-    manager._init_candidates()
-    assert manager.vllm_config is config
+    made._init_candidates()
+    assert made.vllm_config is config
     assert (module.build_dynamic_sd_schedule_lookup, vars(spec)) == before
-    full = manager._capture_descs[CUDAGraphMode.FULL]
+    return made
+
+
+def full_graphs(made: Any) -> list[Any]:
+    full = made._capture_descs[CUDAGraphMode.FULL]
     assert all(d.num_tokens == d.num_reqs * d.uniform_token_count for d in full)
-    return {d.uniform_token_count for d in full}
+    return full
+
+
+def lengths(*args: Any, **kwargs: Any) -> set[int]:
+    """Tokens of each request in the full graphs."""
+    return {d.uniform_token_count for d in full_graphs(manager(*args, **kwargs))}
 
 
 class Spec(SimpleNamespace):
@@ -83,6 +101,48 @@ def test_steps_without_drafts_get_graphs(module, monkeypatch) -> None:
 def test_fixed_lengths_leave_it_as_it_is(module, monkeypatch) -> None:
     assert lengths(module, monkeypatch, False) == {K + 1}
     assert lengths(module, monkeypatch, False, [(1, 16, 5)]) == {6}
+
+
+def default_sizes(tokens: int, most: int) -> list[int]:
+    """vLLM's sizes, of which those for decode steps are for so many requests of ``tokens + 1`` each."""
+    plain = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    limit = min(most * (tokens + 1) * 2, 512)
+    decode = [n * (tokens + 1) for n in {*plain, most} if n <= most]
+    return sorted({n for n in (*plain, *decode) if n <= limit})
+
+
+@pytest.mark.parametrize("most", [100, 256])
+@pytest.mark.parametrize("tokens", [4, 5, 6, 7, 8, 10, 15])
+def test_every_step_of_a_length_with_graphs_gets_one(module, monkeypatch, tokens, most) -> None:
+    """Full drafts get the very graph that stock vLLM has for them."""
+    given = {"tokens": tokens, "most": most, "sizes": default_sizes(tokens, most)}
+    stock = manager(module, monkeypatch, False, **given)
+    ours = manager(module, monkeypatch, True, **given)
+    for length in (1, 2, 4, 8, tokens + 1):
+        reach = [d.num_reqs for d in full_graphs(ours) if d.uniform_token_count == length]
+        if length > tokens + 1:
+            assert not reach
+            continue
+        if 1 < length <= tokens:
+            assert max(reach) == min(most, max(given["sizes"]) // length)
+        for batch in range(1, most + 1):
+            found = ours.dispatch(batch, batch * length, length, 0)
+            if length == tokens + 1:
+                assert found == stock.dispatch(batch, batch * length, length, 0)
+            elif batch <= max(reach):
+                assert (found.cg_mode, found.uniform_token_count) == (CUDAGraphMode.FULL, length)
+    # Other steps have what they had.
+    for num_tokens in range(1, max(given["sizes"]) + 1):
+        step = (1, num_tokens, None, 0)
+        assert ours.dispatch(*step) == stock.dispatch(*step)
+
+
+def test_short_lengths_have_as_many_graphs_as_steps_without_drafts(module, monkeypatch) -> None:
+    given = {"tokens": 15, "most": 256, "sizes": default_sizes(15, 256)}
+    graphs = Counter(
+        d.uniform_token_count for d in full_graphs(manager(module, monkeypatch, True, **given))
+    )
+    assert graphs == {1: 35, 2: 35, 4: 19, 8: 11, 16: 32}
 
 
 class Recurrent(MambaBase):

@@ -25,7 +25,8 @@ def warnings(caplog, monkeypatch):
 
 
 def config(*, v2=True, asynchronous=True, cls=None, options=None, **changes) -> SimpleNamespace:
-    parallel = {"data_parallel_size": 1, "pipeline_parallel_size": 1}
+    parallel = {"data_parallel_size": 1, "pipeline_parallel_size": 1, "world_size": 1}
+    parallel["distributed_executor_backend"] = "mp"
     spec = {"method": "dflash", "model": "drafter", "dflash_stats": "name"}
     spec["disable_padded_drafter_batch"] = False
     spec["draft_model_config"] = SimpleNamespace(architectures=["DFlashDraftModel"])
@@ -52,8 +53,12 @@ def test_where_it_chooses() -> None:
     assert not support.requested(SimpleNamespace(speculative_config=None))
     padded = config(v2=False, asynchronous=False, disable_padded_drafter_batch=True)
     assert "other batches" in support.unsupported_reason(padded)
+    assert support.enabled(config(**{**_LAUNCHED, "world_size": 1}))
     # Made without EngineArgs, so that no file for its figures has a name.
     assert support.scheduler_chooses(config(dflash_stats=None))
+
+
+_LAUNCHED = {"distributed_executor_backend": "external_launcher", "world_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,8 @@ def test_where_it_chooses() -> None:
     [
         ({"data_parallel_size": 2}, "data parallel"),
         ({"pipeline_parallel_size": 2}, "pipeline stages"),
+        (_LAUNCHED, "a scheduler for each rank"),
+        ({**_LAUNCHED, "v2": False, "asynchronous": False}, "a scheduler for each rank"),
         ({"cls": "mine.Own"}, "the scheduler is mine.Own"),
         (
             {"draft_model_config": SimpleNamespace(architectures=["LiLiCorrDraftModel"])},
@@ -72,7 +79,7 @@ def test_where_it_chooses() -> None:
 def test_where_it_does_not(changes, reason) -> None:
     assert support.requested(config(**changes))
     assert reason in support.unsupported_reason(config(**changes))
-    assert not support.scheduler_chooses(config(**changes))
+    assert not support.enabled(config(**changes))
 
 
 def test_api_processes_know_the_servers_name(monkeypatch) -> None:

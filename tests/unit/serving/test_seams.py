@@ -648,6 +648,30 @@ def rewrite(folder, tmp_path, dflash=None, weights=False, **changes):
     return str(copy)
 
 
+@pytest.mark.parametrize("place", ["s3://bucket", "gs://bucket/drafters", "az://box"])
+def test_drafters_in_object_storage_are_served_as_vllm_fetches_them(place, drafter, fresh):
+    """Their configuration is on this machine once vLLM has made its own."""
+
+    class Fetching(Args):
+        def stock(self, *args, **kwargs):
+            made = Args.stock(self, *args, **kwargs)
+            made.draft_model_config.model = str(drafter)
+            return made
+
+        create_speculative_config = wrap_create_speculative_config(stock)
+
+    config = {"method": "dflash", "model": f"{place}/mine"}
+    with pytest.raises(ValueError, match=r"object storage.*give num_speculative_tokens"):
+        create(Fetching(config))
+    config["num_speculative_tokens"] = 2
+    args = Fetching(config | {"dflash_greedy_draft_vocab": False})
+    given, options = create(args)
+    assert given == config
+    assert options == Options(greedy_draft_vocab=False)
+    assert args.additional_config[ADDITIONAL_CONFIG_KEY]["target_layer_ids"] == [1, 2]
+    assert f"{place}/mine unchecked" in fresh.text
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -50,6 +50,7 @@ def load_one(tmp_path, row, **options) -> Conversation:
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         {"conversations": [{"from": "USER", "value": "hi"}, {"from": "model", "value": "hello"}]},
         {"conversations": [USER, REPLY]},
+        {"conversation_id": "1", "model": "vicuna-13b", "conversation": [USER, REPLY], "turn": 1},
         {"prompt": "hi", "response": "hello"},
         {"prompt": "hi", "completion": "hello"},
         {"prompt": [USER], "completion": [REPLY]},
@@ -577,6 +578,22 @@ def test_damaged_and_foreign_files_are_named(tmp_path, name):
         load_conversations(path)
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_that_was_cut_is_not_read_as_a_shorter_one(tmp_path, name, cut):
+    raw = lines_of(questions(*range(5000)))
+    path = tmp_path / f"a.jsonl.{name}"
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if name == "zst":
+        write_zstd(path, raw)
+    else:
+        path.write_bytes(pack[name](raw))
+    size = path.stat().st_size
+    os.truncate(path, size - 1 if cut == 1 else size // 2)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_conversations(path)
+
+
 def test_parquet(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist(questions(0, 1)), tmp_path / "rows.parquet")
@@ -590,6 +607,10 @@ def test_several_files_patterns_and_folders(tmp_path):
     (tmp_path / "part" / "c.jsonl.gz").write_bytes(gzip.compress(lines_of(questions(2))))
     (tmp_path / "part" / "dataset_infos.json").write_text("{}")
     (tmp_path / "part" / "README.md").write_text("about")
+    hidden = tmp_path / "part" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    write_rows(hidden / "b-checkpoint.jsonl", questions(1))
+    write_rows(tmp_path / "part" / ".d.jsonl", questions(3))
     array = tmp_path / "a.json"
     array.write_text(json.dumps(questions(0)))
     assert asked(tmp_path / "part") == ["1", "2"]

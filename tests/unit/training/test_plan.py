@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dflash.training.plan import epoch_steps, plan_windows, rows_by_rank
+from vllm_dflash.training.conversations import Conversation, opening_digest
+from vllm_dflash.training.plan import (
+    epoch_steps,
+    first_that_fit,
+    keep_back,
+    plan_windows,
+    rows_by_rank,
+)
+from vllm_dflash.training.tokenization import Example
 
 
 def apart(tokens: dict[str, int]) -> dict[str, list[int]]:
@@ -102,3 +110,48 @@ def test_each_rank_keeps_the_prefixes_of_its_own_sequences():
     sequences = {f"k{i}": [*range(8), 50 + i, 60] for i in range(6)}
     owners = {k: i % 2 for i, k in enumerate(sequences)}
     assert rows_by_rank(sequences, 4, owners) == {0: 8 + 3, 1: 8 + 3}
+
+
+def test_the_first_that_fit_are_as_many_as_the_fullest_rank_holds():
+    sequences = apart({"a": 4, "b": 4, "c": 4, "d": 4})
+    fit = {"block_size": 4}
+    assert first_that_fit(sequences, max_rows=12, **fit) == ["a", "b", "c"]
+    assert first_that_fit(sequences, max_rows=3, **fit) == ["a"]  # or nothing could be done
+    owners = {"a": 0, "b": 1, "c": 0, "d": 0}
+    assert first_that_fit(sequences, max_rows=8, owners=owners, **fit) == ["a", "b", "c"]
+    assert first_that_fit({}, max_rows=8, **fit) == []
+
+
+def logged(name, *texts):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return Conversation(name, tuple(messages), "log")
+
+
+def held_names(conversations, share=0.2, most=1000):
+    examples = [
+        Example(f"{c.id}#{turn}", "log", (1, 2), (False, True))
+        for c in conversations
+        for turn in (0, 1)
+    ]
+    openings = {c.id: opening_digest(c) for c in conversations}
+    train, held = keep_back(examples, openings, share, most, seed=0)
+    assert sorted(e.id for e in (*train, *held)) == sorted(e.id for e in examples)
+    return ({e.id.rsplit("#", 1)[0] for e in part} for part in (train, held))
+
+
+def test_copies_and_requests_of_one_dialogue_are_not_on_both_sides():
+    """A log has the same prompt many times, and a dialogue once for each of its requests."""
+    rows = [logged(f"copy {i}", f"prompt {i % 50}") for i in range(200)]
+    rows += [logged(f"long {i}", f"start {i % 20}", *["text"] * (2 * (i // 20))) for i in range(60)]
+    dialogue = {c.id: c.messages[0]["content"] for c in rows}
+    train, held = held_names(rows)
+    assert 0 < len(held) <= 0.2 * len(rows)
+    assert {dialogue[n] for n in train}.isdisjoint(dialogue[n] for n in held)
+
+
+def test_where_all_begin_alike_conversations_are_held_out():
+    train, held = held_names([logged(f"row {i}", "Hi", "Hello", f"text {i}") for i in range(50)])
+    assert (len(train), len(held)) == (40, 10)
+    train, held = held_names([logged("one", "Hi")])
+    assert (len(train), len(held)) == (1, 0)

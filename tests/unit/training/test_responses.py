@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenization import build_tokenizer, conversation_of, masked_text
 
-from vllm_dflash.training.conversations import Conversation
+from vllm_dflash.bench.prompts import _request
+from vllm_dflash.training import responses
+from vllm_dflash.training.conversations import Conversation, load_conversations
 from vllm_dflash.training.responses import GenerationResult, regenerate
-from vllm_dflash.training.tokenization import prompt_token_ids
+from vllm_dflash.training.tokenization import prompt_token_ids, split_turns
 
 TOKENIZER = build_tokenizer("chatml")
 FINGERPRINT = {"model": "tiny", "seed": 0, "stop": ("a", "b")}
@@ -112,6 +114,83 @@ def test_every_turn_is_regenerated_on_the_regenerated_history(tmp_path):
     assert verifier.prompts["c#2"] == prompt_token_ids(TOKENIZER, served)
 
 
+def logged_trajectory(num_requests: int) -> list[dict]:
+    """What a server logs of an agent: each request repeats what went before, its replies without thinking."""
+    messages: list[dict] = [{"role": "user", "content": "hi"}]
+    rows = []
+    for number in range(num_requests):
+        function = {"name": "look_up", "arguments": json.dumps({"page": number})}
+        call = {"id": f"call{number}", "type": "function", "function": function}
+        reply = {"role": "assistant", "content": f"old {number}"}
+        reply |= {"tool_calls": [call]} if number < num_requests - 1 else {}
+        choices = [{"message": reply | {"reasoning": f"hm {number}"}, "finish_reason": "stop"}]
+        rows.append({"request": {"messages": list(messages)}, "response": {"choices": choices}})
+        result = {"role": "tool", "content": f"found {number}", "tool_call_id": f"call{number}"}
+        messages += [reply, result]
+    return rows
+
+
+def load_rows(folder, rows) -> list[Conversation]:
+    path = Path(folder) / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    conversations, rejected = load_conversations(path)
+    assert rejected == []
+    return conversations
+
+
+def test_each_logged_request_is_asked_as_it_was_sent(tmp_path):
+    tokenizer = build_tokenizer("qwen3")
+    rows = logged_trajectory(5)
+    conversations = load_rows(tmp_path, rows)
+    sent = load_rows(tmp_path, [{"request": row["request"]} for row in rows])
+    verifier = Verifier(tokenizer=tokenizer)
+    examples, rejected = run(conversations, verifier, tmp_path, tokenizer)
+
+    keys = [f"{conversation.id}#0" for conversation in conversations]
+    assert (verifier.asked, rejected) == ([keys], [])
+    expected = [prompt_token_ids(tokenizer, conversation) for conversation in sent]
+    assert [verifier.prompts[key] for key in keys] == expected
+    assert [example.loss_mask.index(True) for example in examples] == list(map(len, expected))
+
+
+@pytest.mark.parametrize("as_prompt", [False, True])
+def test_chats_logged_turn_by_turn_cost_one_response_a_row(tmp_path, as_prompt):
+    texts = ["hi", "old 1", "go on", "old 2", "more", "old 3"]
+    rows = []
+    for num in (2, 4, 6):
+        *prompt, reply = [dict(message) for message in conversation_of(*texts[:num]).messages]
+        logged = {"request": {"messages": prompt}, "response": {"choices": [{"message": reply}]}}
+        # TRL's format, which also says what is prompt and what is response.
+        row = {"system": "Be brief", "prompt": prompt, "completion": [reply]}
+        rows.append(row if as_prompt else logged)
+    verifier = Verifier()
+    examples, _ = run(load_rows(tmp_path, rows), verifier, tmp_path)
+    assert verifier.num_asked == len(examples) == 3
+    assert "old 2" in TOKENIZER.decode(examples[2].token_ids)
+    assert "old 3" not in TOKENIZER.decode(examples[2].token_ids)
+
+
+def test_on_policy_a_logged_request_has_the_one_turn_that_was_generated(tmp_path):
+    tokenizer = build_tokenizer("qwen3")
+    conversations = load_rows(tmp_path, logged_trajectory(3))
+    for number, conversation in enumerate(conversations):
+        # The history would be printed with empty thinking, which nobody generated.
+        (turn,) = split_turns(tokenizer, conversation, frozenset({END}))
+        text = tokenizer.decode(turn.response_ids)
+        assert text.startswith(f"<think>\nhm {number}\n</think>\n\nold {number}")
+
+
+def test_a_logged_request_that_ends_with_a_reply_asks_for_the_next_one(tmp_path):
+    messages = list(conversation_of("hi", "old").messages)
+    (conversation,) = load_rows(tmp_path, [{"request": {"messages": messages}}])
+    verifier = Verifier()
+    run([conversation], verifier, tmp_path)
+    assert verifier.prompts == {f"{conversation.id}#0": prompt_token_ids(TOKENIZER, conversation)}
+    with pytest.raises(ValueError, match="no assistant turn"):
+        split_turns(TOKENIZER, conversation, frozenset({END}))
+    assert _request(conversation).messages == tuple(messages)  # benchmarks ask the same
+
+
 def test_thinking_that_the_history_drops_gives_one_example_a_turn(tmp_path):
     tokenizer = build_tokenizer("qwen3")
     verifier = Verifier(tokenizer=tokenizer, reply="<think>\nhm\n</think>\n\nthe cat {}")
@@ -148,6 +227,33 @@ def test_a_round_is_asked_at_once_and_progress_ends_complete(tmp_path):
     assert reports[0] == (0, 9)
     assert reports[-1] == (9, 9)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+
+
+def test_progress_follows_dialogues_that_end_early(tmp_path):
+    conversations = [conversation_of("hi", "old", "go on", "old", id=f"c{n}") for n in range(3)]
+    reports = []
+    verifier = Verifier(results={"c1#0": ([], "stop"), "c2#0": ([END, END], "stop")})
+    run(conversations, verifier, tmp_path, on_progress=lambda *report: reports.append(report))
+    # An engine's order: c2's reply has no text to go on behind, c1 gets none, c0 goes on.
+    assert reports == [(0, 6), (1, 5), (1, 3), (2, 3), (2, 3), (3, 3)]
+
+
+def test_progress_visits_one_dialogue_a_result(tmp_path, monkeypatch):
+    visits = [0]
+
+    class Counted(responses._Dialog):
+        def __getattribute__(self, name):
+            visits[0] += 1
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(responses, "_Dialog", Counted)
+    counts = []
+    for num in (10, 40):
+        visits[0] = 0
+        asked = [conversation_of("hi", id=f"c{n}") for n in range(num)]
+        run(asked, Verifier(), tmp_path / str(num), on_progress=lambda *report: None)
+        counts.append(visits[0])
+    assert counts[1] == 4 * counts[0]
 
 
 # ---- restarts ----

@@ -6,11 +6,32 @@ from vllm_dflash.training.curves import draw_curves
 from vllm_dflash.training.run_folder import RunFolder
 
 
+def with_state(folder):
+    folder.new_state_file(3).write_bytes(b"")
+    folder.commit_state(3, {})
+
+
 def test_the_same_settings_reopen_and_others_are_named(tmp_path):
-    RunFolder(tmp_path, {"lr": 0.1, "layers": (1, 2)})
+    with_state(RunFolder(tmp_path, {"lr": 0.1, "layers": (1, 2)}))
     RunFolder(tmp_path, {"lr": 0.1, "layers": [1, 2]})
-    with pytest.raises(ValueError, match=r"lr = 0\.1, not 0\.2"):
+    with pytest.raises(ValueError, match=r"lr = 0\.1, not 0\.2.*--responses .*responses\.jsonl"):
         RunFolder(tmp_path, {"lr": 0.2, "layers": [1, 2]})
+
+
+def test_before_a_first_state_a_run_may_be_tried_with_other_settings(tmp_path):
+    """As after running out of memory; what it has generated stays."""
+    first = RunFolder(tmp_path, {"feature_gib": 60.0})
+    first.responses.write_text('{"fingerprint": {}}\n')
+    started = first.started
+    del first  # with its lock
+    second = RunFolder(tmp_path, {"feature_gib": 20.0})
+    assert RunFolder.setting(tmp_path, "feature_gib") == 20.0
+    assert second.responses.is_file()
+    assert second.started == started
+    second.features.mkdir()  # recorded for what the settings say
+    del second
+    with pytest.raises(ValueError, match=r"feature_gib = 20\.0, not 10\.0"):
+        RunFolder(tmp_path, {"feature_gib": 10.0})
 
 
 def test_only_a_committed_state_counts_and_older_ones_go(tmp_path):

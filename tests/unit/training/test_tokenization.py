@@ -25,6 +25,7 @@ from vllm_dflash.training.tokenization import (
     prompt_token_ids,
     split_turns,
 )
+from vllm_dflash.verifier import Verifier
 
 CHATML = (
     "{% for message in messages %}"
@@ -283,6 +284,16 @@ def test_tokenizer_without_a_template_is_named():
     core = build_tokenizer("chatml").backend_tokenizer
     with pytest.raises(ValueError, match="no chat template"):
         prompt_token_ids(PreTrainedTokenizerFast(tokenizer_object=core), conversation_of("hi"))
+
+
+def test_an_engines_tokenizer_renders_with_the_servers_template():
+    """vLLM makes it safe for threads: methods go to copies, which were made before it got a template."""
+    hf = pytest.importorskip("vllm.tokenizers.hf")
+    tokenizer = hf.maybe_make_thread_pool(deepcopy(build_tokenizer("chatml")))
+    given = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n\n'")
+    Verifier("m", chat_template=given).with_template(tokenizer)
+    prompt = prompt_token_ids(tokenizer, conversation_of("hi"))
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n\n")
 
 
 @pytest.mark.parametrize("family", KEEP_HISTORY)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_tokenization import conversation_of
+from test_tokenization import TOOL, conversation_of
+from transformers import AutoTokenizer, LlavaConfig
 
 from helpers import tiny
 from helpers.refusal import Refused
 from vllm_dflash.bench.prompts import load_prompts
 from vllm_dflash.training.config import TrainConfig
+from vllm_dflash.training.responses import ResponseLog
 from vllm_dflash.training.run_folder import RunFolder
 from vllm_dflash.training.tokenization import keep_date, prompt_token_ids
 from vllm_dflash.verifier import Verifier
@@ -176,6 +180,53 @@ def test_the_servers_template_is_used(tmp_path, without_template, prompts_file, 
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n\n")
 
 
+@pytest.mark.parametrize("own", [None, "TOK{{ messages[0]['content'] }}"])
+def test_a_processors_template_goes_first_where_no_tools_are_given(models, verifier, own):
+    """As vLLM's server chooses it, for the older multimodal folders that keep it in chat_template.json."""
+    hf = pytest.importorskip("vllm.renderers.hf")
+    path = models / f"llava-{own is None}"
+    shutil.copytree(verifier, path)
+    (path / "chat_template.jinja").unlink()
+    text_config = json.loads((path / "config.json").read_text())
+    LlavaConfig(text_config=text_config).save_pretrained(path)
+    files = {
+        "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"},
+        "processor_config.json": {"processor_class": "LlavaProcessor", "patch_size": 14},
+        "chat_template.json": {"chat_template": "PROC{{ messages[0]['content'] }}"},
+    }
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    if own is not None:
+        edit_json(path / "tokenizer_config.json", chat_template=own)
+
+    given = Verifier(str(path))
+    tokenizer = given.load_tokenizer()
+    config = SimpleNamespace(
+        model=str(path),
+        tokenizer=str(path),
+        tokenizer_revision=None,
+        code_revision=None,
+        trust_remote_code=False,
+        hf_config=given.load_config(),
+    )
+    plain = AutoTokenizer.from_pretrained(path)
+    for tools in (None, [TOOL]):
+        conversation = conversation_of("hi", tools=tools)
+        served = hf.resolve_chat_template(plain, None, tools, model_config=config)
+        assert (served or "PROC")[:4] in ("PROC", "TOK{")
+        # A server without a template for tools refuses them; there is nothing to agree with then.
+        if served is not None:
+            printed = plain.apply_chat_template(
+                list(conversation.messages), chat_template=served, tokenize=False
+            )
+            assert tokenizer.decode(prompt_token_ids(tokenizer, conversation)) == printed
+    expected = "PROChi"
+    assert tokenizer.decode(prompt_token_ids(tokenizer, conversation_of("hi"))) == expected
+    # The template that is given goes before both.
+    given = Verifier(str(path), chat_template="GIVEN{{ 1 }}").load_tokenizer()
+    assert given.decode(prompt_token_ids(given, conversation_of("hi"))) == "GIVEN1"
+
+
 def test_templates_that_are_none(refused, tmp_path, verifier, prompts_file):
     train = ("train", verifier, "--data", prompts_file, "-o", tmp_path / "out")
     line = refused(*train, "--chat-template", tmp_path / "none.jinja")
@@ -198,7 +249,10 @@ def test_the_template_is_part_of_a_runs_identity(tmp_path):
     # As before there were such options, so that an older run is resumed.
     assert identity()["verifier"] == "m"
     assert not {"chat_template", "trust_remote_code", "revision"} & identity().keys()
-    RunFolder(tmp_path / "run", identity(chat_template=FIXED))
+    folder = RunFolder(tmp_path / "run", identity(chat_template=FIXED))
+    folder.new_state_file(1).write_bytes(b"")
+    folder.commit_state(1, {})
+    del folder  # with its lock
     RunFolder(tmp_path / "run", identity(chat_template=FIXED))
     for other in ({}, {"chat_template": DATED}, {"chat_template": FIXED, "revision": "v2"}):
         with pytest.raises(ValueError, match=r"chat_template|revision"):
@@ -301,3 +355,39 @@ def test_resumed_tomorrow_nothing_is_asked_again_and_a_changed_template_is_notic
     )  # what no option keeps: other prompts
     done = tiny.cli(*train, code=1)
     assert "on other token sequences" in done.stderr
+
+
+def test_other_weights_under_the_same_name_are_told(tmp_path, monkeypatch):
+    """The own model, fine-tuned into the same folder; a branch of the hub that moved."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    first = Verifier(str(folder)).weights_version()
+    (folder / "config.json").write_text("{ }")
+    assert Verifier(str(folder)).weights_version() == first
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert Verifier(str(folder)).weights_version() not in (first, "")
+    cache = tmp_path / "models--org--model"
+    (cache / "refs").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "refs" / "main").write_text(commit)
+        assert Verifier("org/model").weights_version() == commit
+    assert Verifier("org/none").weights_version() == ""
+
+
+def test_responses_of_other_weights_are_not_taken(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    for weights in (None, "one"):  # a log of before there was a version, then today's
+        with ResponseLog(path, {"verifier": "m"} | ({"weights": weights} if weights else {})):
+            pass
+    path.unlink()
+    with ResponseLog(path, {"verifier": "m", "weights": "one"}):
+        pass
+    with (
+        pytest.raises(ValueError, match="weights was 'one', is 'two'"),
+        ResponseLog(path, {"verifier": "m", "weights": "two"}),
+    ):
+        pass

@@ -73,6 +73,8 @@ class EngineLengths:
         #: Rows of ``_predicted`` by request; the last one is for requests of which nothing was predicted.
         self._rows: dict[str, int] = {}
         self._predicted = np.zeros((1, policy.num_tokens + 1))
+        #: Requests that may have any number of draft tokens, from now on to their end.
+        self._unlimited: set[str] = set()
         self._in_flight: dict[int, _Step] = {}
         self._updated = 0.0
         self._drafted: bool | None = None
@@ -102,7 +104,8 @@ class EngineLengths:
             return
         drafts, known = output.scheduled_spec_decode_tokens, self.scheduler.requests
         limit = output.num_spec_tokens_to_schedule
-        lengths = [len(drafts.get(name, ())) for name in scheduled]
+        # Requests that were not running have tokens there that nobody drafted (draft_limits.adopt).
+        lengths = [len(drafts.get(name, ())) if name in self._rows else 0 for name in scheduled]
         requests = [known[name] for name in scheduled]
         context = sum([r.num_computed_tokens for r in requests])
         # Requests that go on after it: those of which nothing is left to compute but what it brings.
@@ -139,20 +142,31 @@ class EngineLengths:
             drafted: draft tokens that each has, or will have.
             tokens: of each in the step just scheduled, where it is about the drafts behind that; else 0.
         """
-        ids, most, context = [], [], 0
-        for request, scheduled in zip(requests, tokens, strict=True):
-            written, coming = request.num_output_tokens, request.num_output_placeholders
-            computed = request.num_computed_tokens + scheduled
-            # Each step brings a token at least, and the verifier's own is the last one.
-            steps = (scheduled > 0) + (coming > 0)
-            left = min(request.max_tokens - written - steps, self.limit - computed) - 1
-            limit = draft_limits.request_limit(request.sampling_params, written, coming)
-            if limit is not None and limit < left:
-                left = limit
-            ids.append(request.request_id)
-            most.append(left if left > 0 else 0)
-            context += computed
-        return Batch(ids, float(context), drafted, most)
+        ids = [r.request_id for r in requests]
+        tokens_B = np.array(tokens)
+        computed_B = np.array([r.num_computed_tokens for r in requests]) + tokens_B
+        # Each step brings a token at least, and the verifier's own is the last one.
+        end_B = np.array(
+            [r.max_tokens - r.num_output_tokens - (r.num_output_placeholders > 0) for r in requests]
+        )
+        left_B = np.minimum(end_B - (tokens_B > 0), self.limit - computed_B) - 1
+        most = np.maximum(left_B, 0).tolist()
+        if self.scheduler.scored:  # nobody has drafts then
+            most = [0] * len(ids)
+        if not self._unlimited.issuperset(ids):
+            for i, request in enumerate(requests):
+                if request.request_id in self._unlimited:
+                    continue
+                limit = draft_limits.request_limit(
+                    request.sampling_params,
+                    request.num_output_tokens,
+                    request.num_output_placeholders,
+                )
+                if limit is None:
+                    self._unlimited.add(request.request_id)
+                else:
+                    most[i] = min(most[i], limit)
+        return Batch(ids, float(computed_B.sum()), drafted, most)
 
     def on_output(self, output: Any, result: Any) -> None:
         """Before a step's result is taken in: learns from it."""
@@ -219,6 +233,7 @@ class EngineLengths:
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests have ended."""
+        self._unlimited.difference_update(request_ids)
         self.policy.forget(request_ids)
 
 

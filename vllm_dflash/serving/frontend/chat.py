@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 # vLLM reads it when it is first imported, which may be here.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def fallback_template(model_type: str, tokenizer_name: str) -> str | None:
-    """The chat template that vLLM brings for models of this kind that have none."""
-    from vllm.transformers_utils.chat_templates import get_chat_template_fallback_path
+def served_template(tokenizer: Any, model_config: Any) -> str | dict[str, str] | None:
+    """The chat template that the server takes: a processor's where no tools are given, the tokenizer's, or
+    the one that vLLM brings for such models.
 
-    path = get_chat_template_fallback_path(
-        model_type=model_type, tokenizer_name_or_path=tokenizer_name
+    Args:
+        tokenizer: of transformers.
+        model_config: vLLM's ``ModelConfig``, or what of it says where tokenizer and processor are.
+
+    Returns:
+        As transformers keeps templates: a dict where tools change the choice; None where there is none.
+    """
+    from vllm.renderers.hf import resolve_chat_template
+
+    plain, with_tools = (
+        resolve_chat_template(tokenizer, None, tools, model_config=model_config)
+        for tools in (None, [{}])
     )
-    return None if path is None else Path(path).read_text(encoding="utf-8")
+    if plain is None or with_tools is None or plain == with_tools:
+        return plain or with_tools
+    return {"default": plain, "tool_use": with_tools}
 
 
 def check_parser_name(name: str) -> None:

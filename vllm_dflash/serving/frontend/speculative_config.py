@@ -141,6 +141,9 @@ def wrap_create_speculative_config(original):
     checkpoint, and compares drafter and verifier before anything is allocated.
     """
 
+    # Deferred: the plugin is registered before vLLM is imported.
+    from vllm.transformers_utils.utils import is_cloud_storage
+
     @functools.wraps(original)
     def create_speculative_config(self, target_model_config, *args, **kwargs):
         given = dict(self.speculative_config or {})
@@ -169,7 +172,13 @@ def wrap_create_speculative_config(original):
             model = choose(options, model, revision, tokens, self, target_model_config)
             given["model"] = rest["model"] = model
         checkpoint = drafter = None
-        if model:
+        stored = bool(model) and is_cloud_storage(str(model))
+        if stored and tokens is None:
+            raise ValueError(
+                f"the drafter {model} is in object storage, where its block size is not looked up: give "
+                "num_speculative_tokens in --speculative-config"
+            )
+        if model and not stored:
             try:
                 checkpoint = _read(model, given.get("revision"), tokens is not None)
                 drafter = checkpoint.config
@@ -205,6 +214,12 @@ def wrap_create_speculative_config(original):
                 probabilistic = given.get("draft_sample_method") == "probabilistic"
                 _check(checkpoint, drafter, self, target_model_config, probabilistic)
         self.speculative_config = rest
+        made = original(self, target_model_config, *args, **kwargs)
+        if stored and made is not None:
+            # vLLM has fetched its configuration by now; weights are streamed later.
+            logger.warning("vllm-dflash serves the drafter %s unchecked: object storage", model)
+            checkpoint = _read(made.draft_model_config.model, None, tokens_given=True)
+            drafter = checkpoint.config
         carried = {"version": __version__, **options.as_dict()}
         if drafter is not None:
             # The verifier is compiled with its taps: other layers must not find this one in the cache.
@@ -213,7 +228,6 @@ def wrap_create_speculative_config(original):
             **(self.additional_config or {}),
             ADDITIONAL_CONFIG_KEY: carried,
         }
-        made = original(self, target_model_config, *args, **kwargs)
         if made is not None and checkpoint is not None and drafter is not None:
             mend_causality(made.draft_model_config.hf_config, checkpoint.raw, drafter)
         if made is not None and options.draft_length == "auto":

@@ -141,6 +141,8 @@ class RunsV2:
                 )
             finally:
                 runner.speculator.dummy_drafts = True
+                # vLLM leaves it disabled where a dummy step fails, and this server goes on.
+                runner.kv_connector.set_disabled(False)
             # A row of logits for each request is what vLLM maps to adapters.
             lora = self.vllm_config.lora_config is not None
             rows = sampled if lora else hidden[:num_tokens]

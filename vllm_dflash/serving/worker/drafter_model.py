@@ -47,6 +47,48 @@ class DrafterLayers(DFlashQwen3Model):
 
     decoder_layer_cls = DrafterLayer
 
+    def _build_fused_kv_buffers(self) -> None:
+        """Fuses the weights that the context's K/V are made with, into buffers that stay where they are.
+
+        vLLM's are plain attributes, new ones each time: sleep mode loses them, and other weights leave CUDA
+        graphs with the old ones. It also fuses behind every tensor of a reload, while layers have none.
+        """
+        kept = vars(self).setdefault("_fused", {})
+        if kept:
+            self._refill(kept)
+            return
+        super()._build_fused_kv_buffers()
+        for name in ("_fused_kv_weight", "_fused_kv_bias", "_k_norm_weights"):
+            fused = getattr(self, name)
+            if fused is not None:
+                kept[name] = fused
+                delattr(self, name)
+                self.register_buffer(name, fused, persistent=False)
+
+    def _refill(self, kept: dict[str, Tensor]) -> None:
+        """Copies what the layers have now; those that wait for the rest of their weights come later.
+
+        Args:
+            kept: the buffers by name. A reload takes them off the module and puts the same tensors back.
+        """
+        for i, layer in enumerate(self.layers):
+            attn: Any = layer.self_attn
+            rows = slice(2 * attn.kv_size * i, 2 * attn.kv_size * (i + 1))
+            of_layer = (
+                ("_fused_kv_weight", rows, attn.qkv_proj.weight, attn.q_size),
+                ("_fused_kv_bias", rows, attn.qkv_proj.bias, attn.q_size),
+                ("_k_norm_weights", i, attn.k_norm.weight, 0),
+            )
+            for name, at, source, start in of_layer:
+                if name not in kept or source.is_meta:
+                    continue
+                if source.shape[1:] != kept[name].shape[1:] and name == "_fused_kv_weight":
+                    raise RuntimeError(
+                        "the drafter's weights cannot be replaced here: vLLM's CPU backend keeps packed "
+                        "copies only; start the server with the new checkpoint"
+                    )
+                kept[name][at].copy_(source[start:])
+
     def _normalize_context_k(self, all_k: Tensor) -> Tensor:
         """RMS norm of the context keys ``[L, T, G, D]`` with each layer's own weight ``[L, D]``.
 

@@ -67,5 +67,10 @@ def step_cost(worker: Any) -> dict[str, Any] | None:
 
 
 def choose_lengths(worker: Any) -> None:
-    """Told by the engine core: every worker knows what steps cost, draft lengths are chosen from now on."""
-    _drafter(worker.model_runner).choose_lengths()
+    """Told by the engine core: every worker knows what steps cost, draft lengths are chosen from now on.
+
+    The V2 speculator follows the schedule in any case.
+    """
+    choose = getattr(_drafter(worker.model_runner), "choose_lengths", None)
+    if choose is not None:
+        choose()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
 
 from vllm_dflash.serving import support
 from vllm_dflash.serving.patching import replaced
@@ -39,11 +42,49 @@ def wrap_init_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
         name = "build_dynamic_sd_schedule_lookup"
         try:
             with replaced(module, name, lambda *a, **k: [*lengths(*a, **k), *more]):
-                return original(self)
+                original(self)
         finally:
             self.vllm_config = config
+        if self._capture_descs.get(CUDAGraphMode.FULL):
+            _thin_out(self, {n + 1 for n in support.graph_lengths(config)})
+            _offer_every_length(self)
 
     return _init_candidates
+
+
+def _thin_out(manager: Any, lengths: set[int]) -> None:
+    """Leaves full graphs of these lengths for as many requests as vLLM has sizes, and for the most requests.
+
+    vLLM makes one for each number of tokens that it has sizes for. A step of two tokens a request needs no
+    finer steps in its requests than one of one token: with 256 requests that is 132 graphs, not 214, for
+    drafts of 15 tokens.
+    """
+    sizes = set(manager.compilation_config.cudagraph_capture_sizes)
+    kept, seen = [], set()
+    for desc in manager._capture_descs[CUDAGraphMode.FULL]:  # largest first
+        kind = desc.uniform_token_count, desc.num_ubatches, desc.num_active_loras
+        if desc.uniform_token_count not in lengths or desc.num_reqs in sizes or kind not in seen:
+            kept.append(desc)
+        seen.add(kind)
+    manager._capture_descs[CUDAGraphMode.FULL] = kept
+
+
+def _offer_every_length(manager: Any) -> None:
+    """Offers each number of tokens the next larger full graph of every length.
+
+    vLLM offers those of the next larger graph and of no other: with several lengths a step gets a full graph
+    only where that one happens to be of its own.
+    """
+    offered = defaultdict(list)
+    start: dict[tuple[Any, ...], int] = defaultdict(int)
+    for desc in reversed(manager._capture_descs[CUDAGraphMode.FULL]):  # smallest first
+        kind = desc.uniform_token_count, desc.num_ubatches, desc.num_active_loras
+        for num_tokens in range(start[kind], desc.num_tokens + 1):
+            offered[num_tokens, desc.num_active_loras].append(desc)
+        start[kind] = desc.num_tokens + 1
+    for key, descs in manager._candidates.items():
+        offered[key] += [d for d in descs if d.cg_mode != CUDAGraphMode.FULL]
+    manager._candidates = dict(offered)
 
 
 def _all_or_nothing(vllm_config: Any) -> bool:

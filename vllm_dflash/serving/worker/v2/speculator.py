@@ -57,7 +57,6 @@ def observed(cls: type) -> type:
         _greedy_draft_vocab = False
         _skipping = False
         step_cost: StepCost | None = None
-        _runner: Any = None
 
         @property
         def max_model_len(self) -> int:
@@ -127,19 +126,18 @@ def observed(cls: type) -> type:
                 super()._generate_draft(*args, **kwargs)
 
         def measure(self, runner: Any) -> None:
-            """Measures what steps cost, if lengths are to be chosen; once the engine can run steps."""
-            self._runner = runner
+            """Measures what steps cost, if lengths are to be chosen; once the engine can run steps.
+
+            From then on draft passes follow the schedule, which has none for some steps of fixed lengths too.
+            """
+            patching.specialise(
+                runner, "vllm_dflash.serving.worker.v2.model_runner:following_runner"
+            )
             if support.enabled(runner.vllm_config):
                 path = calibration.costs_file(runner.vllm_config)
                 self.step_cost = calibration.measured_if_possible(
                     calibration.RunsV2(runner), path.with_name(f"v2-{path.name}")
                 )
-
-        def choose_lengths(self) -> None:
-            """The scheduler chooses lengths from now on."""
-            patching.specialise(
-                self._runner, "vllm_dflash.serving.worker.v2.model_runner:following_runner"
-            )
 
         def _observe(
             self, batch: Any, aux_hidden_states: list[Tensor], num_rejected: Tensor
