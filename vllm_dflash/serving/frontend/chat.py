@@ -23,10 +23,9 @@ def served_template(tokenizer: Any, model_config: Any) -> str | dict[str, str] |
     """
     from vllm.renderers.hf import resolve_chat_template
 
-    plain, with_tools = (
-        resolve_chat_template(tokenizer, None, tools, model_config=model_config)
-        for tools in (None, [{}])
-    )
+    given = {"chat_template": None, "model_config": model_config}
+    plain = resolve_chat_template(tokenizer, tools=None, **given)
+    with_tools = resolve_chat_template(tokenizer, tools=[{}], **given)
     if plain is None or with_tools is None or plain == with_tools:
         return plain or with_tools
     return {"default": plain, "tool_use": with_tools}
