@@ -297,6 +297,14 @@ class VerifierEngine:
         """
         self.engine.collective_rpc("vllm_dflash_join", args=(ports, replica, replicas))
 
+    def register(
+        self,
+        examples: Sequence[tuple[str, list[int], list[bool], str]],
+        owners: Mapping[str, int],
+    ) -> None:
+        """Tells the workers about examples (key, token ids, loss mask, source), and what rank own them."""
+        self.call("register", list(examples), dict(owners))
+
     def _ask(self, method: str, *args: Any) -> list[Any]:
         answers = self.engine.collective_rpc(method, args=args)
         for answer in answers:

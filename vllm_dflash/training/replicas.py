@@ -30,7 +30,6 @@ from vllm_dflash.files import writing
 from vllm_dflash.processes import start_guard
 from vllm_dflash.training.config import EngineOptions, SamplingOptions
 from vllm_dflash.training.engine import VerifierEngine
-from vllm_dflash.training.plan import owner
 from vllm_dflash.training.replica import CANCEL, DONE, FAILED, ITEM
 from vllm_dflash.training.responses import GenerationRequest, GenerationResult
 from vllm_dflash.verifier import Verifier
@@ -216,6 +215,7 @@ class Replicas(VerifierEngine):
         """
         start_guard()
         self.count, self._ranks_of_one = count, options.ranks
+        self._owners: dict[str, int] = {}
         self.others = Others([sys.executable, "-m", "vllm_dflash.training.replica"], folder)
         before = dict(os.environ)
         own, *environments = replica_environments(count, options.ranks)
@@ -249,6 +249,14 @@ class Replicas(VerifierEngine):
             raise
         return [*own, *(answer for n in sorted(answers) for answer in answers[n])]
 
+    def register(
+        self,
+        examples: Sequence[tuple[str, list[int], list[bool], str]],
+        owners: Mapping[str, int],
+    ) -> None:
+        self._owners = dict(owners)
+        super().register(examples, owners)
+
     def generator(
         self, sampling: SamplingOptions
     ) -> Callable[[list[GenerationRequest]], Iterator[GenerationResult]]:
@@ -273,8 +281,7 @@ class Replicas(VerifierEngine):
         """As of one engine; each extracts the sequences that its ranks own."""
         shares: dict[int, dict[str, Sequence[int]]] = {n: {} for n in range(self.count)}
         for key, ids in examples.items():
-            rank = owner(ids, self.count * self._ranks_of_one)
-            shares[rank // self._ranks_of_one][key] = ids
+            shares[self._owners[key] // self._ranks_of_one][key] = ids
         questions = {n: ("extract", part) for n, part in shares.items() if n and part}
         yield from self._shared(super().extract(shares[0]), questions)
 

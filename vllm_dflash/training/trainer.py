@@ -36,12 +36,14 @@ from vllm_dflash.training.host_memory import default_feature_gib
 from vllm_dflash.training.memory import MemoryPlan, feature_rows, plan_table
 from vllm_dflash.training.plan import (
     Window,
+    balanced_owners,
     epoch_steps,
     first_that_fit,
     keep_back,
     owner,
     plan_windows,
     rows_by_rank,
+    run_steps,
 )
 from vllm_dflash.training.planning import drafter_config, plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
@@ -355,12 +357,17 @@ class Trainer:
                 f"{ranks} ranks share each step by sequence, {sequences} a step (--batch-size)"
                 + ("; with fewer than ranks some idle" if sequences < ranks else "")
             )
-        self.engine.call(
-            "register",
+        held_ids = {k: e.token_ids for k, e in held_by_key.items()}
+        train_ids = {k: e.token_ids for k, e in by_key.items()}
+        owners = self._owners(train_ids | held_ids)
+        if self.config.data_parallel_size > 1:
+            owners |= self._balanced_owners(by_key, total)
+        self.engine.register(
             [
                 (key, list(e.token_ids), list(e.loss_mask), e.source)
                 for key, e in (by_key | held_by_key).items()
             ],
+            owners,
         )
         if self.config.records:
             self._report_recorded(list(by_key | held_by_key))
@@ -368,9 +375,6 @@ class Trainer:
             self.step = self._resume(total)
             self._extract(held_by_key, keep=[], what="extracting held-out features")
             block_size = self._shared_block_size
-            held_ids = {k: e.token_ids for k, e in held_by_key.items()}
-            train_ids = {k: e.token_ids for k, e in by_key.items()}
-            owners = self._owners(train_ids | held_ids)
             held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
                 train_ids,
@@ -426,6 +430,13 @@ class Trainer:
 
     def _owners(self, sequences: Mapping[str, Sequence[int]]) -> dict[str, int]:
         return {k: owner(ids, self.config.ranks) for k, ids in sequences.items()}
+
+    def _balanced_owners(self, examples: dict[str, Example], total: int) -> dict[str, int]:
+        """Of those that the run's steps are made of. What a step has to do is blocks, one at each anchor."""
+        hparams = self.config.hparams
+        steps = run_steps(list(examples), hparams.batch_size, hparams.seed, total)
+        work = {k: min(sum(e.loss_mask), hparams.num_anchors) for k, e in examples.items()}
+        return balanced_owners(steps, work, self.config.ranks)
 
     def _that_fit(self, held: list[Example]) -> list[Example]:
         """Of the held-out examples no more than leave room to train: their features stay till the end."""

@@ -20,7 +20,6 @@ from vllm_dflash import guard
 from vllm_dflash.training import replicas as module
 from vllm_dflash.training.config import EngineOptions, SamplingOptions, TrainConfig
 from vllm_dflash.training.engine import Generated, VerifierEngine
-from vllm_dflash.training.plan import owner
 from vllm_dflash.training.prefixes import pieces_of
 from vllm_dflash.training.ranks import Failure, Ranks
 from vllm_dflash.training.replica import CANCEL, DONE, FAILED, ITEM, serve
@@ -319,6 +318,9 @@ def test_each_sequence_is_extracted_by_its_owners_replica(count, ranks, monkeypa
 
     monkeypatch.setattr(VerifierEngine, "extract", extract)
     examples = {f"train/{i}": [i, i + 1, 5] for i in range(40)}
+    owners = {key: i % (count * ranks) for i, key in enumerate(examples)}
+    monkeypatch.setattr(VerifierEngine, "call", lambda self, *args: None)
+    made.register([], owners)
     got = list(made.extract(examples))
     assert sorted(got) == sorted((key, None) for key in examples)
     shares = {n: q[1] for n, q in made.others.questions.items()} | {0: own}
@@ -327,11 +329,12 @@ def test_each_sequence_is_extracted_by_its_owners_replica(count, ranks, monkeypa
         assert share
         for key, ids in share.items():
             assert ids is examples[key]
-            assert owner(ids, count * ranks) // ranks == number
+            assert owners[key] // ranks == number
 
 
 def test_an_extraction_that_is_left_is_settled(monkeypatch) -> None:
     made = make_replicas(2)
+    made._owners = {f"train/{i}": i % 2 for i in range(20)}
     monkeypatch.setattr(
         VerifierEngine, "extract", lambda self, examples: iter([(k, None) for k in examples])
     )
