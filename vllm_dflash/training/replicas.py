@@ -58,6 +58,7 @@ class Others:
         self._sockets: dict[int, Connection] = {}
         self._inbox: queue.Queue[tuple[int, str, Any]] = queue.Queue()
         self._noticed = threading.Event()
+        self._failures: dict[int, str] = {}
         #: Those that have not answered yet.
         self.busy: set[int] = set()
 
@@ -86,7 +87,10 @@ class Others:
     def _listen(self, number: int, conn: Connection) -> None:
         with suppress(EOFError, OSError):
             while True:
-                self._inbox.put((number, *conn.recv()))
+                kind, value = conn.recv()
+                if kind == FAILED:
+                    self._failures[number] = value.message
+                self._inbox.put((number, kind, value))
         self._inbox.put((number, _GONE, None))
         if not self._noticed.wait(NOTICE_S):
             # The trainer is stuck in what it does with that replica. The guard ends what it leaves.
@@ -100,9 +104,11 @@ class Others:
         how = "closed its socket" if code is None else f"ended with exit code {code}"
         if code is not None and code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
+        elif number in self._failures:
+            how = f"failed with {self._failures[number]}"
         return (
-            f"replica {number} {how} (its output: {self._log(number)}); the other replicas are stopped. The "
-            "last saved state is good, and the same command resumes there"
+            f"replica {number} {how} (its output: {self._log(number)}); the other replicas are stopped. What "
+            "is saved is good: the same command resumes"
         )
 
     def _send(self, number: int, message: Any) -> None:

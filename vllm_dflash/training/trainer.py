@@ -226,10 +226,14 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.say(cut_sentence(config.engine.max_len, asked))
     if plan is not None:
         reporter.table(*plan_table(plan))
+    if (replicas := config.data_parallel_size) > 1:
+        reporter.say(
+            f"{replicas} replicas of the verifier; what all but the first print goes to "
+            f"{folder.path / 'replica-*.log'}"
+        )
     with reporter.stage("starting the verifier"):
         seat = write_seat(drafter, folder.path / "seat")
         memory = None if plan is None else plan.engine_args()
-        replicas = config.data_parallel_size
         engine = (
             VerifierEngine(config.verifier, seat, config.engine, memory=memory)
             if replicas == 1

@@ -144,6 +144,20 @@ def test_a_replica_gives_items_until_it_is_asked_something_else() -> None:
     assert (ITEM, "1/7") in sent
 
 
+def test_a_replica_ends_with_the_trainer() -> None:
+    """Whatever it is doing; vLLM's engine core would go on."""
+    script = """
+import queue, threading, time
+from multiprocessing import Pipe
+from vllm_dflash.training import replica
+ours, theirs = Pipe()
+threading.Thread(target=replica._listen, args=(theirs, queue.Queue()), daemon=True).start()
+ours.close()
+time.sleep(100)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=90).returncode == 1
+
+
 # -- the trainer's side ------------------------------------------------------------------------------
 
 CHILD = """
