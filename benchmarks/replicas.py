@@ -55,10 +55,11 @@ class TimedRanks(Ranks):
         self._timed("share weights", super().broadcast, tensors, owner)
 
     def _timed(self, name: str, work: Any, *args: Any) -> None:
-        waited, started = self.seconds["wait"], time.perf_counter()
+        waited, cpu, started = self.seconds["wait"], time.process_time(), time.perf_counter()
         work(*args)
         took = time.perf_counter() - started
         self.seconds[name] += took - (self.seconds["wait"] - waited)
+        self.seconds["cpu of both"] += time.process_time() - cpu
 
 
 def lengths(shape: str, batch_size: int, steps: int) -> dict[str, int]:
@@ -122,6 +123,10 @@ def measure(count: int, shape: str, batch_size: int, steps: int) -> dict[str, An
             name: round(sum(row.get(name, 0.0) for row in rows) / total, 4)
             for name in ("wait", "sum", "share weights")
         },
+        # Of the CPU time: what other work on the machine does not change.
+        "cpu_share": round(
+            sum(row.get("cpu of both", 0.0) for row in rows) / sum(row["cpu"] for row in rows), 4
+        ),
         "idle_by_plan": round(1 - mean(map(mean, loads)) / mean(map(max, loads)), 4),
         "steps": of_ranks,
     }
