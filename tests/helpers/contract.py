@@ -12,6 +12,8 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from helpers.vllm_source import Parameters, Source, targets
 from vllm_dflash.serving.seams import SEAMS
 
@@ -237,6 +239,9 @@ class Requirement:
             owner, _, name = self.path.rpartition(".")
             module = source.resolve(owner)
             used = module is not None and name in module.module.read_names
+            # Or a function of its package imports it, each time it runs.
+            package = source.module(owner.rpartition(".")[0])
+            used = used or (package is not None and self.path in package.late_imports)
             return None if used else f"{owner} does not use its {name}"
         if self.kind == "members":
             have = {m for cls in source.mro(found) for m in source.own_members(cls)}
@@ -406,7 +411,7 @@ class _File:
         owner, _, name = path.rpartition(".")
         found = self.source.resolve(owner)
         special = name.startswith("__") and name.endswith("__")
-        ours = special or name in self.contract.ours
+        ours = special or name in self.contract.ours or hasattr(nn.Module, name)
         if found is not None and found.kind == "class" and not ours:
             self.contract.unknown.add(f"{path} ({where})")
 

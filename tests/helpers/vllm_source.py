@@ -102,18 +102,34 @@ class Module:
     def package(self) -> str:
         return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
 
+    def _imported_from(self, node: ast.ImportFrom) -> str:
+        base = node.module or ""
+        if node.level:
+            parts = self.package.split(".")
+            base = ".".join([*parts[: len(parts) - node.level + 1], *base.split(".")])
+        return base.rstrip(".")
+
+    @cached_property
+    def late_imports(self) -> frozenset[str]:
+        """Dotted names that functions of this module import when they run."""
+        return frozenset(
+            f"{self._imported_from(node)}.{alias.name}"
+            for top in ast.walk(self.tree)
+            if isinstance(top, Function)
+            for node in ast.walk(top)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        )
+
     @cached_property
     def names(self) -> dict[str, Found | str]:
         """Top-level bindings; an import is the dotted name that it binds."""
         out: dict[str, Found | str] = {}
         for node in _statements(self.tree.body):
             if isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                if node.level:
-                    parts = self.package.split(".")
-                    base = ".".join([*parts[: len(parts) - node.level + 1], *base.split(".")])
+                base = self._imported_from(node)
                 for alias in node.names:
-                    out.setdefault(alias.asname or alias.name, f"{base.rstrip('.')}.{alias.name}")
+                    out.setdefault(alias.asname or alias.name, f"{base}.{alias.name}")
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     first = alias.name.partition(".")[0]

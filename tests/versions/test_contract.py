@@ -79,6 +79,8 @@ RUNNER = "vllm.v1.worker.gpu_model_runner"
          "vllm.v1.sample.rejection_sampler has no expand_batch_to_tokens"),
         ("vllm.v1.engine.llm_engine", "def has_unfinished_requests(", "def is_busy(",
          "vllm.v1.engine.llm_engine.LLMEngine has no has_unfinished_requests"),
+        ("vllm.entrypoints.serve.instrumentator", "from .metrics import attach_router", "from .m import r",
+         "does not use its attach_router"),
         # the rest
         (RUNNER, "target_hidden_states=", "hidden_states=", f"{RUNNER} no longer calls by name"),
         ("vllm.model_executor.models.interfaces", "    supports_eagle3: ClassVar",

@@ -18,7 +18,10 @@ K, LIMIT = 7, 300
 
 def lengths(requests) -> EngineLengths:
     scheduler = SimpleNamespace(
-        running=requests, requests={r.request_id: r for r in requests}, num_spec_tokens=K
+        running=requests,
+        requests={r.request_id: r for r in requests},
+        num_spec_tokens=K,
+        scored=set(),
     )
     policy = SchedulerPolicy(StepCost([1, 64], [1.0, 2.0], draft=(0.1, 0.0)), K)
     stats = SimpleNamespace(update=lambda counters: None)
