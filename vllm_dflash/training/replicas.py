@@ -85,13 +85,15 @@ class Others:
         return self._folder / f"replica-{number}.log"
 
     def _listen(self, number: int, conn: Connection) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                kind, value = conn.recv()
-                if kind == FAILED:
-                    self._failures[number] = value.message
-                self._inbox.put((number, kind, value))
-        self._inbox.put((number, _GONE, None))
+        try:
+            with suppress(EOFError, OSError):
+                while True:
+                    kind, value = conn.recv()
+                    if kind == FAILED:
+                        self._failures[number] = value.message
+                    self._inbox.put((number, kind, value))
+        finally:
+            self._inbox.put((number, _GONE, None))
         if not self._noticed.wait(NOTICE_S):
             # The trainer is stuck in what it does with that replica. The guard ends what it leaves.
             print(f"error: {self._death(number)}", file=sys.stderr, flush=True)
