@@ -51,6 +51,7 @@ def _member(rank: int, store: str, answers: Any) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_ranks_of_a_group_that_is_not_the_world(tmp_path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -144,6 +145,7 @@ def test_a_replica_gives_items_until_it_is_asked_something_else() -> None:
     assert (ITEM, "1/7") in sent
 
 
+@pytest.mark.thorough
 def test_a_replica_ends_with_the_trainer() -> None:
     """Whatever it is doing; vLLM's engine core would go on."""
     script = """
@@ -259,6 +261,7 @@ def test_one_that_does_not_listen_is_killed(others) -> None:
     assert others._processes[1].returncode == -signal.SIGKILL
 
 
+@pytest.mark.thorough
 def test_a_trainer_that_waits_on_a_device_for_a_dead_replica_ends(tmp_path) -> None:
     """Nothing raises there: a collective of the GPU that never completes."""
     script = f"""
