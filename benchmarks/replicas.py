@@ -51,8 +51,8 @@ class TimedRanks(Ranks):
     def sum(self, tensors: Sequence[Tensor]) -> None:
         self._timed("sum", super().sum, tensors)
 
-    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        self._timed("share weights", super().broadcast, tensors, owner)
+    def share(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        self._timed("share weights", super().share, tensors)
 
     def _timed(self, name: str, work: Any, *args: Any) -> None:
         waited, cpu, started = self.seconds["wait"], time.process_time(), time.perf_counter()

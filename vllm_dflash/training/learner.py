@@ -540,8 +540,7 @@ class Learner:
     def _share_weights(self) -> None:
         """Gives every rank the parameters that the others have updated."""
         params = {n: p.detach() for n, p in self.drafter.named_parameters()}
-        for rank, names in enumerate(self._shards):
-            self.ranks.broadcast([params[n] for n in names], rank)
+        self.ranks.share([[params[n] for n in names] for names in self._shards])
 
     def _update_ema(self, step: int) -> None:
         if self.ema is None:

@@ -69,16 +69,25 @@ class Ranks:
 
         Small tensors travel together: each collective costs its latency.
         """
+        self.gather(None)
         self._exchange(tensors, lambda flat: self._group.all_reduce(flat))
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Gives each tensor the values that it has on rank ``owner``, in place; small ones together."""
-        self._exchange(tensors, lambda flat: self._group.broadcast(flat, owner))
+        self.share([[]] * owner + [tensors])
+
+    def share(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """:meth:`broadcast` of the tensors of each rank, those of rank 0 first."""
+        self.gather(None)
+        for owner, part in enumerate(tensors):
+            self._exchange(part, self._from(owner))
+
+    def _from(self, owner: int) -> Callable[[Tensor], Tensor]:
+        return lambda flat: self._group.broadcast(flat, owner)
 
     def _exchange(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
         if self.size == 1:
             return
-        self.gather(None)
         for bucket in _buckets(tensors):
             parts = [t.reshape(-1) for t in bucket]
             flat = parts[0] if len(parts) == 1 else torch.cat(parts)
