@@ -26,9 +26,11 @@ from vllm_dflash.environment import describe_machine, versions
 from vllm_dflash.modeling import drafter
 from vllm_dflash.training.config import Hyperparameters
 from vllm_dflash.training.learner import Learner, Sample, SharedHead
+from vllm_dflash.training.ranks import Ranks
 
 #: Width, MLP, query heads, KV heads, head size, vocabulary, draft vocabulary, layers, block, anchors, tokens.
 SHAPES = {
+    "tiny": (64, 128, 2, 1, 32, 384, 384, 2, 8, 16, 100),
     "demo": (576, 1536, 9, 3, 64, 49152, 8192, 2, 8, 32, 590),
     "0.6b": (1024, 3072, 16, 8, 128, 151936, 16384, 5, 16, 64, 1024),
 }
@@ -43,8 +45,11 @@ def spelled_out(q_NQD: Tensor, k_GSD: Tensor, v_GSD: Tensor, bias_MP: Tensor) ->
     return torch.matmul(weights, v_GSD).view(q_NQD.shape)
 
 
-def make(shape: str, autocast: str) -> Callable[[int], None]:
-    """A function that runs one step."""
+def make_learner(
+    shape: str, autocast: str, ranks: Ranks | None = None, **hparams: Any
+) -> tuple[Learner, Callable[..., Sample]]:
+    """A learner, and a function that makes a sequence for it: by its name, and its length where that is not
+    the shape's."""
     hidden, mlp, heads, kv_heads, head_dim, vocab, draft, layers, block, anchors, tokens = SHAPES[
         shape
     ]
@@ -67,14 +72,25 @@ def make(shape: str, autocast: str) -> Callable[[int], None]:
     embedding = torch.randn(vocab, hidden, generator=generator).mul_(0.02).bfloat16()
     learner = Learner(
         config,
-        Hyperparameters(num_anchors=anchors, autocast=autocast),
+        Hyperparameters(num_anchors=anchors, autocast=autocast, **hparams),
         SharedHead(embedding, embedding, torch.arange(draft)),
         1000,
+        ranks=ranks,
     )
-    features = torch.randn(tokens, config.num_features, generator=generator).bfloat16()
-    ids = torch.randint(10, draft, (tokens + 1,), generator=generator).tolist()
-    sample = Sample("s", ids, [i > tokens // 6 for i in range(tokens + 1)], features)
-    return lambda step: learner.step(step, [sample]) and None
+
+    def sample(key: str, tokens: int = tokens) -> Sample:
+        features = torch.randn(tokens, config.num_features, generator=generator).bfloat16()
+        ids = torch.randint(10, draft, (tokens + 1,), generator=generator).tolist()
+        return Sample(key, ids, [i > tokens // 6 for i in range(tokens + 1)], features)
+
+    return learner, sample
+
+
+def make(shape: str, autocast: str) -> Callable[[int], None]:
+    """A function that runs one step."""
+    learner, sample = make_learner(shape, autocast)
+    one = sample("s")
+    return lambda step: learner.step(step, [one]) and None
 
 
 def measure(shape: str, steps: int, autocast: str) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def measure(shape: str, steps: int, autocast: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["demo", "0.6b"])
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--autocast", choices=OTHER, default="bfloat16")

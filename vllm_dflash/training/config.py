@@ -299,8 +299,8 @@ class EngineOptions:
         for name in _ONE_ONLY:
             if self.extra.get(name, 1) not in (1, None):
                 raise ValueError(
-                    f"{name} is {self.extra[name]!r}: training runs on the tensor parallel ranks of one "
-                    "engine on one machine; use --tensor-parallel-size"
+                    f"{name} is {self.extra[name]!r}: training spreads over this machine by "
+                    "--tensor-parallel-size, and with train by --data-parallel-size; use those"
                 )
         backend = self.extra.get("distributed_executor_backend")
         if backend not in (None, "mp", "uni"):
@@ -356,6 +356,8 @@ class TrainConfig:
         output: folder of the finished drafter; the run's own folder is ``<output>-run``.
         responses: by default the run folder keeps them; those of ``eval_data`` stand beside the file.
         feature_gib: beyond it features are extracted again. The default is taken when a run is first started.
+            Replicas share it, so that a run may go on with more of them.
+        data_parallel_size: a run may be resumed with another one.
         max_rejected: share of the rows of the data, and of the held-out data.
     """
 
@@ -384,7 +386,8 @@ class TrainConfig:
     max_rejected: float = _MAX_REJECTED()
     feature_gib: float | None = _training(
         None,
-        "Host memory for features of each worker; half of what is available, shared by the workers.",
+        "Host memory for features of each tensor parallel rank, which replicas share. Default: half of what "
+        "is available, shared by the ranks.",
         bound=Bound(above=0, high=2**20),
     )
     cache_features: Path | None = _training(
@@ -406,6 +409,9 @@ class TrainConfig:
     checkpoint_format: CheckpointFormat = _drafter(
         "zlab", "zlab or speculators.", choices=get_args(CheckpointFormat)
     )
+    data_parallel_size: int = _engine(
+        1, "Replicas of the verifier on this machine, which train together.", bound=count(1, 2**10)
+    )
     tensorboard: bool = _training(False, "Also log for TensorBoard in the run folder.")
     restart: bool = _training(False, "Discard an earlier run of this output.")
     shape: DrafterShape = field(default_factory=DrafterShape)
@@ -421,6 +427,16 @@ class TrainConfig:
                 "--features-from generation records while responses are generated, but --on-policy generates "
                 "none; leave one out"
             )
+        if self.records and self.data_parallel_size > 1:
+            raise ValueError(
+                f"--features-from generation with --data-parallel-size {self.data_parallel_size}: a replica "
+                "would record what another one trains on; leave one out"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Workers that train together: those of all replicas."""
+        return self.data_parallel_size * self.engine.ranks
 
     @property
     def records(self) -> bool:

@@ -275,12 +275,38 @@ class VerifierEngine:
         return self.call_ranks(command, *args)[0]
 
     def call_ranks(self, command: str, *args: Any) -> list[Any]:
-        """A command of the workers' ``TrainingSession``; the answers of all ranks.
+        """A command of the workers' ``TrainingSession``; the answers of all ranks that train together.
 
         Raises:
             ValueError: what the command raised on any rank.
         """
-        answers = self.engine.collective_rpc("vllm_dflash", args=(command, *args))
+        return self._ask("vllm_dflash", command, *args)
+
+    def call_own(self, command: str, *args: Any) -> list[Any]:
+        """:meth:`call_ranks` of this engine alone, also where several train together: for what its requests
+        bring."""
+        return self._ask("vllm_dflash_own", command, *args)
+
+    def join(self, ports: tuple[int, int], replica: int, replicas: int) -> None:
+        """Has this engine's ranks train with those of other engines, which must join too.
+
+        Args:
+            ports: free ones on this machine.
+            replica: number of this engine.
+            replicas: how many there are.
+        """
+        self.engine.collective_rpc("vllm_dflash_join", args=(ports, replica, replicas))
+
+    def register(
+        self,
+        examples: Sequence[tuple[str, list[int], list[bool], str]],
+        owners: Mapping[str, int],
+    ) -> None:
+        """Tells the workers about examples (key, token ids, loss mask, source), and what rank own them."""
+        self.call("register", list(examples), dict(owners))
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        answers = self.engine.collective_rpc(method, args=args)
         for answer in answers:
             if isinstance(answer, Failure):
                 raise answer.error()
@@ -290,7 +316,7 @@ class VerifierEngine:
         """Whether the drafter in the engine drafts; while it does not, requests are decoded plainly."""
         client: Any = self.engine.engine_core
         client.engine_core.scheduler.drafting = enabled
-        self.call("drafting", enabled)
+        self.call_own("drafting", enabled)
 
     @property
     def kv_block_size(self) -> int:
@@ -368,13 +394,13 @@ class VerifierEngine:
 
         def generate_recorded(requests: list[GenerationRequest]) -> Iterator[GenerationResult]:
             prompts = {r.key: list(r.prompt_token_ids) for r in requests}
-            self.call("watch_responses", prompts, sampling.max_tokens)
+            self.call_own("watch_responses", prompts, sampling.max_tokens)
             try:
                 for result in generate(requests):
-                    self.call("take_response", result.key, result.token_ids)
+                    self.call_own("take_response", result.key, result.token_ids)
                     yield result
             finally:
-                self.call("end_responses")
+                self.call_own("end_responses")
 
         return generate_recorded if self._recording else generate
 
@@ -421,17 +447,17 @@ class VerifierEngine:
                     params.skip_reading_prefix_cache = piece.parent is None
                     yield key, ids[:-1], params
 
-        self.call("watch", dict(pieces))
+        self.call_own("watch", dict(pieces))
         try:
             for output in self._run(requests()):
                 key = output.request_id
-                problems = (f.get(key) for f in self.call_ranks("collect", {key: pieces[key].end}))
+                problems = (f.get(key) for f in self.call_own("collect", {key: pieces[key].end}))
                 yield key, next((p for p in problems if p is not None), None)
             for key, piece in pieces.items():
                 if piece.end == piece.start:
                     yield key, None
         finally:
-            self.call("flush")
+            self.call_own("flush")
 
     def close(self) -> None:
         """Stops the engine, frees what it and the workers' sessions held, and restores the environment."""

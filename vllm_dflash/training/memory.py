@@ -246,6 +246,7 @@ def plan_memory(
     hparams: Hyperparameters,
     engine: EngineOptions,
     card: int,
+    replicas: int = 1,
 ) -> MemoryPlan:
     """The plan of a run: the fastest layout of a step that fits, and the KV cache that is left.
 
@@ -254,6 +255,7 @@ def plan_memory(
         sizes: of the verifier.
         drafter, hparams, engine: of the run.
         card: bytes of one GPU.
+        replicas: whose ranks share the optimizer's state.
     """
     card = int(card * (1 - SPARE))
     wanted = hparams.num_anchors * hparams.batch_size
@@ -261,11 +263,14 @@ def plan_memory(
     while (fewer := -(-(layouts[-1].anchors_in_flight or 1) // 2)) >= _FEWEST_ANCHORS:
         layouts.append(StepLayout(fewer, True))
     for layout in layouts:
-        plan = _plan(text, sizes, drafter, hparams, engine, card, layout)
+        plan = _plan(text, sizes, drafter, hparams, engine, card, layout, replicas)
         if plan.fits:
             return plan
     smallest = min(
-        (_plan(text, sizes, drafter, hparams, engine, card, layout) for layout in layouts),
+        (
+            _plan(text, sizes, drafter, hparams, engine, card, layout, replicas)
+            for layout in layouts
+        ),
         key=lambda plan: plan.least,
     )
 
@@ -273,7 +278,7 @@ def plan_memory(
         given: dict[str, Any] = {
             "sizes": sizes, "drafter": drafter, "hparams": hparams, "engine": engine, **changes
         }  # fmt: skip
-        return _plan(text, card=card, layout=smallest.layout, **given).least
+        return _plan(text, card=card, layout=smallest.layout, replicas=replicas, **given).least
 
     ways: list[tuple[str, int]] = []
     if drafter.logits_vocab_size > 32768:
@@ -319,9 +324,11 @@ def _plan(
     engine: EngineOptions,
     card: int,
     layout: StepLayout,
+    replicas: int,
 ) -> MemoryPlan:
+    ranks = replicas * engine.ranks
     learner = learner_memory(
-        drafter, hparams, layout, engine.max_len, verifier_itemsize(engine), engine.ranks
+        drafter, hparams, layout, engine.max_len, verifier_itemsize(engine), ranks
     )
     rows = [
         ("drafter: fp32 weights", learner.masters),

@@ -41,7 +41,10 @@ def content_key(token_ids: Sequence[int]) -> str:
 
 
 def owner(token_ids: Sequence[int], ranks: int) -> int:
-    """The rank that records, keeps and trains on a sequence: by its tokens alone, in every step and run."""
+    """The rank that records, keeps and trains on a sequence: by its tokens alone, in every step and run.
+
+    Replicas have :func:`balanced_owners`.
+    """
     return int(content_key(token_ids), 16) % ranks
 
 
@@ -52,6 +55,69 @@ def epoch_steps(
     order = list(keys)
     random.Random(f"{seed}/epoch/{epoch}").shuffle(order)
     return [tuple(order[i : i + sequences]) for i in range(0, len(order), sequences)]
+
+
+def run_steps(
+    keys: Sequence[str], sequences: int, seed: int, total_steps: int
+) -> list[tuple[str, ...]]:
+    """The steps of a run: those of as many epochs as it takes."""
+    steps: list[tuple[str, ...]] = []
+    epoch = 0
+    while len(steps) < total_steps:
+        steps += epoch_steps(keys, sequences, seed, epoch)
+        epoch += 1
+    return steps[:total_steps]
+
+
+#: Times that :func:`balanced_owners` goes over all sequences; more change nothing that counts.
+_SWEEPS = 5
+
+
+def balanced_owners(
+    steps: Sequence[Sequence[str]], work: Mapping[str, int], ranks: int
+) -> dict[str, int]:
+    """A rank for each sequence of the steps, such that the ranks have alike to do in each of them.
+
+    Makes the sum of the squares of what each rank has to do in each step small: sequence by sequence, each
+    goes where least is to be done in the steps that it is in, and of several such ranks to the one that has
+    least to do in all.
+
+    Args:
+        steps: keys of every step.
+        work: of each sequence in a step.
+        ranks: how many there are.
+    """
+    steps_of: defaultdict[str, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        for key in step:
+            steps_of[key].append(i)
+    total, loads = [0] * ranks, [[0] * ranks for _ in steps]
+    owners: dict[str, int] = {}
+
+    def place(key: str) -> bool:
+        """Whether that changed its rank."""
+        there = [total, *(loads[i] for i in steps_of[key])]
+        before = owners.get(key)
+        if before is not None:
+            for load in there:
+                load[before] -= work[key]
+
+        def order(rank: int) -> tuple[int, bool, int]:
+            return sum(load[rank] for load in there[1:]), rank != before, total[rank]
+
+        rank = owners[key] = min(range(ranks), key=order)
+        for load in there:
+            load[rank] += work[key]
+        return rank != before
+
+    for step in steps:
+        for key in sorted(step, key=lambda k: -work[k]):
+            if key not in owners:
+                place(key)
+    for _ in range(_SWEEPS):
+        if not sum(place(key) for key in steps_of):
+            break
+    return owners
 
 
 def plan_windows(
@@ -74,13 +140,7 @@ def plan_windows(
         block_size: see :class:`PrefixTree`; rows that sequences share count once.
         owners: which rank keeps a sequence's features; None if there is one rank.
     """
-    keys = list(sequences)
-    steps: list[tuple[str, ...]] = []
-    epoch = 0
-    while len(steps) < total_steps:
-        steps += epoch_steps(keys, sequences_per_step, seed, epoch)
-        epoch += 1
-    steps = steps[:total_steps]
+    steps = run_steps(list(sequences), sequences_per_step, seed, total_steps)
     if max(rows_by_rank(sequences, block_size, owners).values(), default=0) <= max_rows:
         return [Window(0, tuple(steps))]
     windows: list[Window] = []

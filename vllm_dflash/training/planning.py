@@ -152,6 +152,7 @@ def plan_of_machine(
     drafter: DrafterConfig,
     hparams: Hyperparameters,
     engine: EngineOptions,
+    replicas: int = 1,
 ) -> MemoryPlan | None:
     """The memory plan for this machine's GPUs; None without one, or where --engine-args size the engine.
 
@@ -162,7 +163,9 @@ def plan_of_machine(
         verifier,
         hf_config,
         engine,
-        lambda sizes, text, card: plan_memory(text, sizes, drafter, hparams, engine, card),
+        lambda sizes, text, card: plan_memory(
+            text, sizes, drafter, hparams, engine, card, replicas
+        ),
     )
 
 

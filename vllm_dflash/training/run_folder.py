@@ -31,7 +31,7 @@ _SEAT_FILES = {"config.json", "model.safetensors"}
 #: Everything that a run writes into its folder; --restart removes this and nothing else.
 _OWN_FILES = (
     rf"(run|state)\.json|{_STATE_FILE.pattern}|metrics\.jsonl|curves\.png"
-    r"|(responses|rejected)(-heldout)?\.jsonl"
+    r"|(responses|rejected)(-heldout)?\.jsonl|replica-\d+\.log"
     r"|features/(index\.json|features-\d{5,}\.safetensors)"
     rf"|seat/(config\.json|model\.safetensors|{re.escape(MARK)})|tensorboard/events\.out\.tfevents\..*"
 )

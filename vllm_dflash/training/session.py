@@ -234,11 +234,17 @@ class TrainingSession:
             return []
         return [k for k in keys if self._content(k) in self.generated.store]
 
-    def register(self, examples: list[tuple[str, list[int], list[bool], str]]) -> None:
-        """Tells the session about examples: key, token ids, loss mask, source."""
+    def register(
+        self,
+        examples: list[tuple[str, list[int], list[bool], str]],
+        owners: dict[str, int] | None = None,
+    ) -> None:
+        """Tells the session about examples: key, token ids, loss mask, source; and the ranks that they belong
+        to, None for those of :func:`~vllm_dflash.training.plan.owner`."""
         for key, token_ids, loss_mask, source in examples:
             self.examples[key] = (list(token_ids), list(loss_mask), source)
-            if owner(token_ids, self.ranks.size) != self.ranks.rank:
+            rank = owner(token_ids, self.ranks.size) if owners is None else owners[key]
+            if rank != self.ranks.rank:
                 self._foreign.add(key)
 
     def _own(self, keys: Iterable[str]) -> list[str]:

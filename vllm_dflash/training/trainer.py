@@ -36,16 +36,19 @@ from vllm_dflash.training.host_memory import default_feature_gib
 from vllm_dflash.training.memory import MemoryPlan, feature_rows, plan_table
 from vllm_dflash.training.plan import (
     Window,
+    balanced_owners,
     epoch_steps,
     first_that_fit,
     keep_back,
     owner,
     plan_windows,
     rows_by_rank,
+    run_steps,
 )
 from vllm_dflash.training.planning import drafter_config, plan_of_machine
 from vllm_dflash.training.prepare import check_prompts, prepare_examples, verifier_eos
 from vllm_dflash.training.rejections import check_rejected, report_rejected
+from vllm_dflash.training.replicas import Replicas, replica_environments
 from vllm_dflash.training.reporting import Reporter
 from vllm_dflash.training.responses import is_log, response_logs
 from vllm_dflash.training.rows import as_list, holds_rejects
@@ -159,7 +162,16 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, engine=fit_max_len(config.engine, hf_config, drafter))
     check_block(config.engine, drafter)
     check_engine(hf_config, config.engine)
-    plan = plan_of_machine(config.verifier, hf_config, drafter, config.hparams, config.engine)
+    if config.data_parallel_size > 1:
+        replica_environments(config.data_parallel_size, config.engine.ranks)  # or why not
+    plan = plan_of_machine(
+        config.verifier,
+        hf_config,
+        drafter,
+        config.hparams,
+        config.engine,
+        config.data_parallel_size,
+    )
     conversations, rejected = load_conversations(
         config.data, chat_template_kwargs=config.chat_template_kwargs, limit=config.limit
     )
@@ -214,12 +226,18 @@ def _train(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.say(cut_sentence(config.engine.max_len, asked))
     if plan is not None:
         reporter.table(*plan_table(plan))
+    if (replicas := config.data_parallel_size) > 1:
+        reporter.say(
+            f"{replicas} replicas of the verifier; what all but the first print goes to "
+            f"{folder.path / 'replica-*.log'}"
+        )
     with reporter.stage("starting the verifier"):
-        engine = VerifierEngine(
-            config.verifier,
-            write_seat(drafter, folder.path / "seat"),
-            config.engine,
-            memory=None if plan is None else plan.engine_args(),
+        seat = write_seat(drafter, folder.path / "seat")
+        memory = None if plan is None else plan.engine_args()
+        engine = (
+            VerifierEngine(config.verifier, seat, config.engine, memory=memory)
+            if replicas == 1
+            else Replicas(config.verifier, seat, config.engine, replicas, folder.path, memory)
         )
     try:
         keep_date(engine.tokenizer, folder.started)
@@ -337,18 +355,23 @@ class Trainer:
         )
         assert self.drafter.num_speculative_tokens is not None
         self.reporter.terms(self.drafter.num_speculative_tokens, len(held_by_key))
-        ranks, sequences = self.config.engine.ranks, self.config.hparams.batch_size
+        ranks, sequences = self.config.ranks, self.config.hparams.batch_size
         if ranks > 1:
             self.reporter.say(
                 f"{ranks} ranks share each step by sequence, {sequences} a step (--batch-size)"
                 + ("; with fewer than ranks some idle" if sequences < ranks else "")
             )
-        self.engine.call(
-            "register",
+        held_ids = {k: e.token_ids for k, e in held_by_key.items()}
+        train_ids = {k: e.token_ids for k, e in by_key.items()}
+        owners = self._owners(train_ids | held_ids)
+        if self.config.data_parallel_size > 1:
+            owners |= self._balanced_owners(by_key, total)
+        self.engine.register(
             [
                 (key, list(e.token_ids), list(e.loss_mask), e.source)
                 for key, e in (by_key | held_by_key).items()
             ],
+            owners,
         )
         if self.config.records:
             self._report_recorded(list(by_key | held_by_key))
@@ -356,9 +379,6 @@ class Trainer:
             self.step = self._resume(total)
             self._extract(held_by_key, keep=[], what="extracting held-out features")
             block_size = self._shared_block_size
-            held_ids = {k: e.token_ids for k, e in held_by_key.items()}
-            train_ids = {k: e.token_ids for k, e in by_key.items()}
-            owners = self._owners(train_ids | held_ids)
             held_rows = rows_by_rank(held_ids, block_size, owners)
             windows = plan_windows(
                 train_ids,
@@ -413,7 +433,14 @@ class Trainer:
         return whole if self.config.records else self.engine.kv_block_size
 
     def _owners(self, sequences: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        return {k: owner(ids, self.config.engine.ranks) for k, ids in sequences.items()}
+        return {k: owner(ids, self.config.ranks) for k, ids in sequences.items()}
+
+    def _balanced_owners(self, examples: dict[str, Example], total: int) -> dict[str, int]:
+        """Of those that the run's steps are made of. What a step has to do is blocks, one at each anchor."""
+        hparams = self.config.hparams
+        steps = run_steps(list(examples), hparams.batch_size, hparams.seed, total)
+        work = {k: min(sum(e.loss_mask), hparams.num_anchors) for k, e in examples.items()}
+        return balanced_owners(steps, work, self.config.ranks)
 
     def _that_fit(self, held: list[Example]) -> list[Example]:
         """Of the held-out examples no more than leave room to train: their features stay till the end."""
@@ -469,13 +496,15 @@ class Trainer:
             what.append(self.config.verifier.revision)
         if engine.ranks > 1:
             what.append(engine.ranks)  # each keeps its own sequences, in bits of its own
+        if self.config.data_parallel_size > 1:
+            what.append(f"{self.config.data_parallel_size} replicas")
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
         return str(self.config.cache_features / digest)
 
     def _feature_rows(self) -> int:
         assert self.config.feature_gib is not None
         return feature_rows(
-            self.config.feature_gib,
+            self.config.feature_gib / self.config.data_parallel_size,
             self.drafter,
             self.config.engine,
             self.config.hparams.loss_kind.needs_final_states,

@@ -1,16 +1,21 @@
 """Which sequences each step sees: every epoch complete, windows within their budget, the same every time."""
 
+import random
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dflash.training.conversations import Conversation, opening_digest
 from vllm_dflash.training.plan import (
+    balanced_owners,
     epoch_steps,
     first_that_fit,
     keep_back,
     plan_windows,
     rows_by_rank,
+    run_steps,
 )
 from vllm_dflash.training.tokenization import Example
 
@@ -165,3 +170,33 @@ def test_where_all_begin_alike_conversations_are_held_out():
     assert (len(train), len(held)) == (40, 10)
     train, held = held_names([logged("one", "Hi")])
     assert (len(train), len(held)) == (1, 0)
+
+
+def test_balanced_owners_give_the_ranks_alike_to_do() -> None:
+    rng = random.Random(0)
+    work = {f"train/{i}": rng.randint(50, 512) for i in range(400)}
+
+    def speedup(owners: dict[str, int], ranks: int) -> float:
+        """Over one rank, where each step waits for the rank with most to do."""
+        longest = 0
+        for step in steps:
+            loads = [0] * ranks
+            for key in step:
+                loads[owners[key]] += work[key]
+            longest += max(loads)
+        return sum(work[k] for step in steps for k in step) / longest
+
+    for ranks, sequences, least in ((2, 8, 1.7), (4, 16, 3.2), (4, 32, 3.5)):
+        steps = run_steps(list(work), sequences, 0, 6 * 400 // sequences)
+        owners = balanced_owners(steps, work, ranks)
+        assert owners.keys() == work.keys()
+        assert set(owners.values()) == set(range(ranks))
+        by_chance = {key: rng.randrange(ranks) for key in work}
+        assert speedup(owners, ranks) > max(least, 1.1 * speedup(by_chance, ranks))
+        assert owners == balanced_owners(steps, work, ranks)
+    # One sequence a step: nothing to share, but each keeps its part of the features.
+    steps = run_steps(list(work), 1, 0, 800)
+    parts = Counter[int]()
+    for key, rank in balanced_owners(steps, work, 4).items():
+        parts[rank] += work[key]
+    assert max(parts.values()) < 1.01 * sum(parts.values()) / 4

@@ -23,6 +23,32 @@ def tensor_parallel_group() -> Any:
     return get_tp_group()
 
 
+def stateless_groups(ports: tuple[int, int], rank: int, size: int) -> tuple[Any, Any]:
+    """Process groups of this machine's workers of several engines, beside vLLM's own of each engine.
+
+    Returns once all of them are there.
+
+    Args:
+        ports: free ones on this machine, the same for all.
+        rank, size: of this worker, and of the group.
+
+    Returns:
+        A group for the host's tensors and one for the device's; on a CPU they are one.
+    """
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+    from vllm.platforms import current_platform
+
+    def group(port: int, backend: str) -> Any:
+        return stateless_init_torch_distributed_process_group(
+            "127.0.0.1", port, rank, size, backend
+        )
+
+    of_host = group(ports[0], "gloo")
+    if current_platform.is_cpu():
+        return of_host, of_host
+    return of_host, group(ports[1], current_platform.dist_backend)
+
+
 def wrap_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``compile_or_warm_up_model`` of vLLM's workers: our drafter measures what steps cost.
 
