@@ -9,7 +9,7 @@ import pytest
 
 from helpers import reasoning_parser, tiny
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 REGEX = "(cat|dog) [a-z]{3,9} [0-9]{2}"
 
 
