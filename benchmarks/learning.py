@@ -48,6 +48,8 @@ from vllm_dflash.environment import describe_machine, set_cpu_defaults, versions
 from vllm_dflash.learning.control import send
 
 _WAIT = 900.0
+#: Seconds between the turns of two servers: a worker polls for its next batch for a second after the last.
+_SETTLE = 2.0
 #: ``messages``, and ``temperature`` and ``source`` where they are not 0 and "".
 Prompt = dict[str, Any]
 
@@ -338,13 +340,14 @@ def cold(args: argparse.Namespace) -> list[dict[str, Any]]:
         for at in range(0, len(own) + 1, args.lot):
             status = wait_until_learned(learn) if at else {}
             ratios, taus = [], 0.0
-            for _ in range(args.repeats):
-                speeds = []
-                for one in (plain, server):
+            for repeat in range(args.repeats):
+                speeds = {}
+                for one in (server, plain) if repeat % 2 else (plain, server):
+                    time.sleep(_SETTLE)
                     begun = time.monotonic()
                     answers = one.ask_all(test, args.max_tokens, args.concurrency, learn=False)
-                    speeds.append(sum(a["tokens"] for a in answers) / (time.monotonic() - begun))
-                ratios.append(speeds[1] / speeds[0])
+                    speeds[one] = sum(a["tokens"] for a in answers) / (time.monotonic() - begun)
+                ratios.append(speeds[server] / speeds[plain])
             counted = server.counters()
             taus = counted.get("vllm_dflash:drafter_acceptance_length", 1.0)
             rows.append(

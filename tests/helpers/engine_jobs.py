@@ -406,6 +406,11 @@ def main(job_file: str, out_file: str) -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     load_general_plugins()
+    if "reasoning_parser_plugin" in job["engine"]:
+        # As a server does; the engine looks for the parser before it reads the file.
+        from vllm.reasoning import ReasoningParserManager
+
+        ReasoningParserManager.import_reasoning_parser(job["engine"]["reasoning_parser_plugin"])
     calls = count_ops()
     if job.get("random_lengths"):
         random_lengths()

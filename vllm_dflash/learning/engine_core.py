@@ -191,9 +191,14 @@ def _counter(learning: Learning, scheduler: Any) -> Callable[[str, int, int], No
     def count(name: str, proposed: int, accepted: int) -> None:
         request = scheduler.requests[name]
         if source_of(request) == DRAFTER:
-            learning.verified(proposed, accepted, _traffic(request.sampling_params))
+            params = request.sampling_params
+            learning.verified(proposed, accepted, "" if _opted_out(params) else _traffic(params))
 
     return count
+
+
+def _opted_out(params: Any) -> bool:
+    return str((params.extra_args or {}).get(OPT_OUT, True)).lower() in ("false", "0", "no")
 
 
 def _traffic(params: Any) -> str:
@@ -275,8 +280,7 @@ class Keeps:
             return None
         if request.get_finished_reason() not in _complete():
             return None
-        xargs = params.extra_args or {}
-        if str(xargs.get(OPT_OUT, True)).lower() in ("false", "0", "no"):
+        if _opted_out(params):
             return None
         if request.num_output_tokens < _MIN_RESPONSE:
             return None
@@ -306,7 +310,9 @@ def _budget(scheduler: Any) -> int:
     ours, whole = scheduler.learning.waiting, scheduler.max_num_scheduled_tokens
     if ours is None or not scheduler.scheduler_config.enable_chunked_prefill:
         return whole
-    if any(request.request_id != ours for request in scheduler.waiting):
+    # Others that are to run: with the whole budget they are not kept out by ours.
+    waiting = (*scheduler.waiting, *getattr(scheduler, "kv_holding_waiting", ()))
+    if any(request.request_id != ours for request in waiting):
         return whole
     tokens = scheduler.learning.chunk
     if scheduler.has_mamba_layers:  # whose state is kept at the ends of blocks only

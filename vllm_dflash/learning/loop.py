@@ -252,11 +252,11 @@ class Learning:
         if self.waiting is None and (self.commanded or self._decided()):
             self._safely(self._hurry)
 
-    def _safely(self, do: Callable[[], bool]) -> bool:
+    def _safely(self, do: Callable[[], bool | None]) -> bool:
         if self.failed:
             return False
         try:
-            return do()
+            return bool(do())
         except Exception as error:
             self.failed = f"{type(error).__name__}: {error}"
             logger.exception(
@@ -272,18 +272,17 @@ class Learning:
             self._keep(arrived, arrived.time > self._learned_until)
         return not self.paused and next(self._rounds)
 
-    def _hurry(self) -> bool:
+    def _hurry(self) -> None:
         self.commanded = False
         self._obey()
         if self.waiting is None and self._trial is not None and self._decided():
             (drafts, hits), before, self._trial = self._live, self._trial, None
             if not self._bad():
-                return False
+                return
             reason = (
                 f"{hits / drafts:.0%} of first draft tokens accepted, {self._expected:.0%} expected"
             )
             self._go_to(before, "rolled back", {"reason": reason})
-        return False
 
     def _decided(self) -> bool:
         """Whether live drafts say that a version must go, or, where nobody compares again, may stay."""
@@ -326,9 +325,11 @@ class Learning:
         keys = [c.key for c in plan if c.key in self._features]
         steps_done = [(self._steps + i, [key]) for i, key in enumerate(keys)]
         metrics = (yield from self._job("learn", steps_done)) if steps_done else []
-        self._credit = max(0, self._credit - steps)
-        self._not_compared += steps
-        self._steps += steps
+        # Those that gave way to clients come again.
+        visited = sum(c.key in self._features or c.key in self._broken for c in plan)
+        self._credit = max(0, self._credit - visited)
+        self._not_compared += visited
+        self._steps += visited
         self.figures["steps"] += len(steps_done)
         self.figures["anchors"] += sum(m["anchors"] for m in metrics)
         self.figures["skipped_sequences"] += sum(len(m["bad"]) for m in metrics)

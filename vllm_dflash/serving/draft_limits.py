@@ -85,6 +85,8 @@ def limiting(cls: type) -> type:
         unpadded: list[int]
         #: Requests whose text would be another, see :func:`request_limit`.
         limited: set[str]
+        #: Requests whose next verified draft tokens nobody drafted.
+        padded: set[str]
         #: False ends every step without a draft pass.
         drafting = True
 
@@ -113,10 +115,15 @@ def limiting(cls: type) -> type:
                 if most < len(drafts):
                     # Not in place: vLLM's asynchronous scheduler gives all requests one list.
                     request.spec_token_ids = list(drafts[:most])
-            if self.may_pad:
-                self.limited &= self.requests.keys()
-                self.dynamic_sd_lookup = None if self._pads() else self.unpadded
-            return super().schedule(*args, **kwargs)
+            if not self.may_pad:
+                return super().schedule(*args, **kwargs)
+            self.limited &= self.requests.keys()
+            self.padded &= self.requests.keys()
+            self.dynamic_sd_lookup = None if self._pads() else self.unpadded
+            running = {r.request_id for r in self.running}
+            out = super().schedule(*args, **kwargs)
+            self.padded |= out.scheduled_spec_decode_tokens.keys() - running
+            return out
 
         def _drafts(self) -> bool:
             return self.drafting and not self.scored
@@ -143,10 +150,11 @@ def limiting(cls: type) -> type:
     return Limiting
 
 
-def adopt(scheduler: Any, vllm_config: Any) -> None:
-    """Turns one of vLLM's schedulers into one that keeps to the limits; the instance is changed."""
+def adopt(scheduler: Any, vllm_config: Any) -> bool:
+    """Turns one of vLLM's schedulers into one that keeps to the limits, or returns False; the instance is
+    changed."""
     if not specialise(scheduler, "vllm_dflash.serving.draft_limits:limiting"):
-        return
+        return False
     v2, spec = vllm_config.use_v2_model_runner, vllm_config.speculative_config
     if getattr(scheduler, "dynamic_sd_lookup", ()) is None:
         # With None vLLM fills up the first step of a request of whose prompt a token is left (the rest is
@@ -157,6 +165,7 @@ def adopt(scheduler: Any, vllm_config: Any) -> None:
         scheduler.unpadded = [scheduler.num_spec_tokens] * (most + 1)
         scheduler.dynamic_sd_lookup = scheduler.unpadded
         scheduler.may_pad = v2 and spec.draft_sample_method == "greedy"
-    scheduler.limited = set()
+    scheduler.limited, scheduler.padded = set(), set()
     scheduler.scored = set() if v2 else None
     scheduler.position_limit = position_limit(spec, scheduler.max_model_len)
+    return True

@@ -154,7 +154,7 @@ def install() -> list[str]:
 
 
 def apply(when: str) -> None:
-    """Puts the module-wide seams of a kind (``cpu``, ``cpu hybrid``) in place, once."""
+    """Puts the module-wide seams of a kind (such as ``cpu``) in place, once."""
     for seam in SEAMS:
         if seam.when == when:
             _apply(seam, importlib.import_module(seam.module))

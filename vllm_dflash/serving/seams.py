@@ -15,9 +15,10 @@ from typing import Literal
 #: ``import``: once, right after vLLM imports the module.
 #: ``cpu``, ``cpu hybrid``: once, by ``patching.apply``, where the CPU backend serves a dflash drafter (with
 #: recurrent layers).
+#: ``several API processes``: the same where a server has them.
 #: ``class``: the class of one object becomes our subclass, by ``patching.specialise``.
 #: ``object``: an attribute of one object, by ``patching.replace`` or for the while by ``patching.replaced``.
-When = Literal["import", "cpu", "cpu hybrid", "class", "object"]
+When = Literal["import", "cpu", "cpu hybrid", "several API processes", "class", "object"]
 
 # Where it runs.
 FRONT_END = "front end"
@@ -140,7 +141,8 @@ SEAMS = (
         "statistics on in every server"),
     *_seams("vllm.entrypoints.serve.instrumentator.metrics:", "attach_router(app)",
         f"{_OURS}frontend.metrics:wrap_metrics_route", FRONT_END,
-        "with several API processes /metrics has what Prometheus shares between them only"),
+        "with several API processes /metrics has what Prometheus shares between them only",
+        when="several API processes"),
     *_seams("vllm.v1.engine.output_processor:OutputProcessor.", "process_outputs(engine_core_outputs)",
         "vllm_dflash.bench.engine_process:_watch_steps", "front end, of vllm-dflash bench only",
         "the tokens of each step of a request, which a client can get joined", when="object"),

@@ -7,7 +7,7 @@ that was preempted, verified for one that had been aborted meanwhile. The worker
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,11 +87,16 @@ def counting(cls: type) -> type:
 
     class Counting(cls):  # type: ignore[valid-type,misc]
         count_verified: tuple[Callable[[str, int, int], None], ...] = ()
+        #: Requests whose next draft tokens nobody drafted: they say nothing of the drafter.
+        padded: Set[str] = frozenset()
 
         def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
             # vLLM's call has keywords, and comes for each request of each step.
             given = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
             name, invalid = given["request_id"], given.get("num_invalid_spec_tokens") or {}
+            if name in self.padded:
+                self.padded -= {name}
+                return given["spec_decoding_stats"]
             # Those that a grammar excluded were filled in only to keep their number.
             proposed = given["num_draft_tokens"] - invalid.get(name, 0)
             for count in self.count_verified:

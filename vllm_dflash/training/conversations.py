@@ -253,7 +253,7 @@ def _parse_row(row: Any, line: int, source: str, template_kwargs: dict) -> Conve
         history, replies, unfinished = _logged_messages(row["request"], row.get("response"))
         tools = row["request"].get("tools") if tools is None else tools
         template_kwargs.update(_request_template_kwargs(row["request"]))
-    elif columns := [name for name in MESSAGE_COLUMNS if row.get(name) is not None]:
+    elif columns := [name for name in MESSAGE_COLUMNS if _holds_messages(row, name)]:
         replies = _messages(row[columns[0]], columns[0])
     elif row.get("prompt") is not None:
         history, replies = _prompt_messages(row)
@@ -403,6 +403,14 @@ def _text_or_messages(value: Any, *, role: str, name: str) -> list[dict]:
     if isinstance(value, str):
         return [_message({"role": role, "content": value}, name)]
     return _messages(value, name)
+
+
+def _holds_messages(row: dict, name: str) -> bool:
+    value = row.get(name)
+    if name == "conversation" and not isinstance(value, (list, tuple)):
+        # Elsewhere it is what the row's conversation is called.
+        return isinstance(value, str) and value.lstrip().startswith("[")
+    return value is not None
 
 
 def _messages(value: Any, name: str) -> list[dict]:

@@ -546,8 +546,9 @@ class Learner:
         if self.ema is None:
             return
         params = [p.detach() for _, p in self.drafter.named_parameters()]
-        # A short run must not end up with an average of its random start.
-        decay = min(self.hparams.ema_decay, (1 + step) / (10 + step))
+        decay = self.hparams.ema_decay
+        if self._from_scratch:  # a short run must not end up with an average of its random start
+            decay = min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.ema.values()), params, 1 - decay)
 
     # -- evaluation ------------------------------------------------------------------------------

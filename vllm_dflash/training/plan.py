@@ -193,10 +193,10 @@ def keep_back(
     """Examples to train on and to hold out: a dialogue, with all its copies and turns, is one or the other.
 
     Args:
-        openings: by a conversation's id, what tells its dialogue from others. Where so few differ that none
-            can be held out, each conversation counts as one.
+        openings: by a conversation's id, what tells its dialogue from others. Where the smallest dialogue has
+            more than a quarter of all conversations, each of them counts as one.
         share: of the conversations, to hold out.
-        most: conversations to hold out.
+        most: conversations to hold out. A dialogue that has more is held out where none has fewer.
     """
 
     def conversation(example: Example) -> str:
@@ -214,6 +214,9 @@ def keep_back(
         for group in order:
             if len(kept) + len(groups[group]) <= room:
                 kept.update(groups[group])
+        smallest = min(groups.values(), key=len)
+        if room and not kept and len(smallest) <= len(names) / 4:
+            kept.update(smallest)
         if kept:
             break
     if len(kept) == len(names):

@@ -865,6 +865,26 @@ def test_a_conversation_too_long_for_the_gaps_does_not_keep_others_waiting(tmp_p
     assert all(tried[i : i + 3] == [tried[i]] * 3 for i in range(0, len(tried), 3))
 
 
+def test_what_gave_way_is_still_to_be_learned(tmp_path, drafter):
+    learning, engine = make(tmp_path, drafter, gain=0.01)
+    busy = True
+
+    def submit(key, token_ids):
+        if not busy:
+            engine.known.add(key)
+        learning.extracted(key, complete=not busy)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    feed(learning, 0, 120)
+    for _ in range(2000):
+        learning.slice()
+    by_day = learning.status()
+    assert by_day["steps"] == by_day["comparisons"] == 0 < by_day["to_learn"]
+    busy = False
+    run(learning)
+    assert learning.status()["steps"] >= by_day["to_learn"]
+
+
 def test_extraction_takes_steps_of_a_slice(tmp_path, drafter):
     now = [0.0]
     learning, engine = make(tmp_path, drafter, gain=0.01, clock=lambda: now[0])

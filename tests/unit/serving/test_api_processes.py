@@ -19,7 +19,6 @@ from vllm_dflash.plugin import register
 register()
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 spec = SimpleNamespace(
@@ -31,6 +30,7 @@ step = SimpleNamespace(
 )
 metrics.observe(step, 0)
 app = FastAPI()
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 attach_router(app)
 print(json.dumps(TestClient(app).get("/metrics").text))
 """

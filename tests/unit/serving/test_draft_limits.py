@@ -17,6 +17,7 @@ from vllm_dflash.draft_length.scheduler_policy import SchedulerPolicy
 from vllm_dflash.serving.draft_limits import adopt, request_limit
 from vllm_dflash.serving.engine_core.scheduler import EngineLengths
 from vllm_dflash.serving.patching import specialise
+from vllm_dflash.serving.verified import count_verified
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,13 @@ class Scheduler:
         self.drafts = draft_token_ids
 
     def schedule(self) -> dict[str, int]:
-        return {r.request_id: len(r.spec_token_ids) for r in self.running}
+        return Scheduled({r.request_id: len(r.spec_token_ids) for r in self.running})
+
+
+class Scheduled(dict[str, int]):
+    @property
+    def scheduled_spec_decode_tokens(self) -> dict[str, int]:
+        return self
 
 
 def adopted(made: Any, v2: bool = False, positions: int = 100, sample: str = "greedy") -> Any:
@@ -208,6 +215,19 @@ def test_new_requests_have_as_many_tokens_as_the_others(vllm_config) -> None:
         assert scheduled(scheduler) == {"first": 5}
         arrives(scheduler, "second")
         assert scheduled(scheduler) == {"first": 5, "second": 5}
+
+
+def test_what_nobody_drafted_is_not_counted(vllm_config) -> None:
+    scheduler, counted = decode_node(vllm_config, v2=True), []
+    scheduler.log_stats = True
+    count_verified(scheduler, lambda *verified: counted.append(verified))
+    arrives(scheduler, "first")
+    scheduler.schedule()
+    stats = None
+    for _ in range(2):
+        stats = scheduler.make_spec_decoding_stats(stats, 4, 1, None, "first")
+    assert counted == [("first", 4, 1)]
+    assert stats.num_drafts == 1
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,16 @@ def test_copies_and_requests_of_one_dialogue_are_not_on_both_sides():
     assert {dialogue[n] for n in train}.isdisjoint(dialogue[n] for n in held)
 
 
+def test_long_dialogues_are_not_on_both_sides():
+    """Ten, of which none has as few requests as are to be held out."""
+    rows = [
+        logged(f"{i} {n}", f"start {i}", *["text"] * (2 * n)) for i in range(10) for n in range(9)
+    ]
+    train, held = held_names(rows, share=0.05)
+    assert len(held) == 9
+    assert {n.split()[0] for n in train}.isdisjoint(n.split()[0] for n in held)
+
+
 def test_where_all_begin_alike_conversations_are_held_out():
     train, held = held_names([logged(f"row {i}", "Hi", "Hello", f"text {i}") for i in range(50)])
     assert (len(train), len(held)) == (40, 10)

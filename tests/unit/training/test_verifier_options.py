@@ -366,7 +366,9 @@ def test_other_weights_under_the_same_name_are_told(tmp_path, monkeypatch):
     first = Verifier(str(folder)).weights_version()
     (folder / "config.json").write_text("{ }")
     assert Verifier(str(folder)).weights_version() == first
-    os.utime(folder / "model.safetensors", (1, 1))
+    os.utime(folder / "model.safetensors", (1, 1))  # a copy
+    assert Verifier(str(folder)).weights_version() == first
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
     assert Verifier(str(folder)).weights_version() not in (first, "")
     cache = tmp_path / "models--org--model"
     (cache / "refs").mkdir(parents=True)

@@ -70,8 +70,7 @@ def wrap_scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
         spec = vllm_config.speculative_config
         if spec is None or spec.method != "dflash":
             return
-        draft_limits.adopt(self, vllm_config)
-        if support.by_scheduler(vllm_config):
+        if draft_limits.adopt(self, vllm_config) and support.by_scheduler(vllm_config):
             cost = getattr(self.kv_cache_config, _COST, None)
             if cost is not None:
                 scheduler.adopt(self, vllm_config, cost)

@@ -67,10 +67,10 @@ class LearningCollector:
         if status is None:
             return
         for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(_PREFIX + name, text, value=status[name])
+            yield CounterMetricFamily(_PREFIX + name, text, value=status.get(name, 0))
         for key, text in _BY_SOURCE.items():
             family = CounterMetricFamily(_PREFIX + key, text, labels=["version", "source"])
-            for row in status["served"]:
+            for row in status.get("served", ()):  # a server of an older version wrote none
                 family.add_metric([str(row["version"]), row["source"]], row[key])
             yield family
         state = GaugeMetricFamily(f"{_PREFIX}state", "1 for the state it is in.", labels=["state"])

@@ -35,6 +35,7 @@ from prometheus_client import multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from vllm_dflash.modeling.acceptance import full_length_tau, rates
+from vllm_dflash.serving import patching
 from vllm_dflash.serving.draft_stats import engine_of, read_stats, stats_file
 from vllm_dflash.serving.expectation import AcceptanceWatch, Expectation, read_expectation
 from vllm_dflash.serving.frontend.learning_metrics import LearningCollector
@@ -293,6 +294,7 @@ def drafter_metrics_class(base: type) -> type:
                 info.labels(*values, drafter, tokens).set(1)
             self._tau = {}
             if several_processes():
+                patching.apply("several API processes")
                 registry.register(PooledAcceptance(labelnames, per_engine_labelvalues, drafter))
             else:
                 tau = prometheus_client.Gauge(
@@ -324,7 +326,8 @@ def drafter_metrics_class(base: type) -> type:
             self._by_position = not getattr(
                 speculative_config, "enable_adaptive_verification", False
             )
-            registry.register(self._acceptance)
+            if paths or not several_processes():  # its own counts would be of one process
+                registry.register(self._acceptance)
 
         def observe(self, spec_decoding_stats, engine_idx: int = 0):
             super().observe(spec_decoding_stats, engine_idx)

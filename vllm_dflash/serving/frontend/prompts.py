@@ -7,6 +7,7 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 # vLLM reads it when it is first imported, which may be here.
@@ -75,7 +76,9 @@ class ServerPrompts:
             continue_final_message=prefix,
             **self._fields(chat_template_kwargs),
         )
-        rendered = asyncio.run(self._online.render_chat(request))
+        # In a thread: whoever calls may have a loop that runs, as notebooks do.
+        with ThreadPoolExecutor(1) as thread:
+            rendered = thread.submit(asyncio.run, self._online.render_chat(request)).result()
         if isinstance(rendered, ErrorResponse):
             raise ValueError(rendered.error.message)
         prompt: Any = rendered[1][0]

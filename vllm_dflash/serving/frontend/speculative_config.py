@@ -194,12 +194,6 @@ def wrap_create_speculative_config(original):
                         "--speculative-config"
                     )
                 rest["num_speculative_tokens"] = tokens
-            from vllm.config import SpeculativeConfig
-
-            if _BLOCK_DROP in {f.name for f in fields(SpeculativeConfig)}:
-                # vLLM computes the last block of a cached prefix anew for the states that an EAGLE drafter
-                # starts from. Ours reads its own cache of the prefix, which is as complete as the verifier's.
-                rest.setdefault(_BLOCK_DROP, True)
             trained = drafter.num_speculative_tokens
             if trained is not None and isinstance(tokens, int) and tokens > trained:
                 logger.warning(
@@ -213,13 +207,24 @@ def wrap_create_speculative_config(original):
             if options.check:
                 probabilistic = given.get("draft_sample_method") == "probabilistic"
                 _check(checkpoint, drafter, self, target_model_config, probabilistic)
+        if stored or drafter is not None:
+            from vllm.config import SpeculativeConfig
+
+            if _BLOCK_DROP in {f.name for f in fields(SpeculativeConfig)}:
+                # vLLM computes the last block of a cached prefix anew for the states that an EAGLE drafter
+                # starts from. Ours reads its own cache of the prefix, which is as complete as the verifier's.
+                rest.setdefault(_BLOCK_DROP, True)
         self.speculative_config = rest
         made = original(self, target_model_config, *args, **kwargs)
         if stored and made is not None:
             # vLLM has fetched its configuration by now; weights are streamed later.
             logger.warning("vllm-dflash serves the drafter %s unchecked: object storage", model)
-            checkpoint = _read(made.draft_model_config.model, None, tokens_given=True)
-            drafter = checkpoint.config
+            try:
+                checkpoint = _read(made.draft_model_config.model, None, tokens_given=True)
+                drafter = checkpoint.config
+            except ValueError:
+                if options.check:
+                    raise
         carried = {"version": __version__, **options.as_dict()}
         if drafter is not None:
             # The verifier is compiled with its taps: other layers must not find this one in the cache.

@@ -75,12 +75,15 @@ class DrafterLayers(DFlashQwen3Model):
             attn: Any = layer.self_attn
             rows = slice(2 * attn.kv_size * i, 2 * attn.kv_size * (i + 1))
             of_layer = (
-                ("_fused_kv_weight", rows, attn.qkv_proj.weight, attn.q_size),
-                ("_fused_kv_bias", rows, attn.qkv_proj.bias, attn.q_size),
-                ("_k_norm_weights", i, attn.k_norm.weight, 0),
+                ("_fused_kv_weight", rows, attn.qkv_proj, "weight", attn.q_size),
+                ("_fused_kv_bias", rows, attn.qkv_proj, "bias", attn.q_size),
+                ("_k_norm_weights", i, attn.k_norm, "weight", 0),
             )
-            for name, at, source, start in of_layer:
-                if name not in kept or source.is_meta:
+            for name, at, module, of_module, start in of_layer:
+                if name not in kept:  # a quantised projection has other tensors
+                    continue
+                source = getattr(module, of_module)
+                if source.is_meta:
                     continue
                 if source.shape[1:] != kept[name].shape[1:] and name == "_fused_kv_weight":
                     raise RuntimeError(
