@@ -57,7 +57,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 def learned(folder: Path, **wanted: int) -> dict[str, Any]:
     """The status once nothing is done any more and the figures are at least as wanted."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + 480
     before = status(folder)
     while time.monotonic() < end:
         time.sleep(3)
@@ -313,7 +313,8 @@ def test_conversations_come_in_steps_of_a_slice(verifier, answers, tmp_path):
         got = complete_all(server, range(60), tokens=90)
         now = learned(folder, captured=60)
     assert [g[: len(a)] for g, a in zip(got, answers[:60], strict=True)] == answers[:60]
-    assert now["extracted"] >= 50
+    kept = sum(now["replay"]["sources"].values())
+    assert now["extracted"] >= kept > 30, now
     assert now["not_extracted"] == now["skipped_sequences"] == 0
     assert now["steps"] > 200
 
