@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 pytest.register_assert_rewrite("helpers")
 
@@ -13,8 +14,10 @@ from helpers import tiny  # noqa: E402
 from helpers.refusal import Refused  # noqa: E402
 from helpers.trained import ARGS, Trained, cached, load  # noqa: E402
 
-# The tests share their cores with the engines they start.
+# The tests share their cores with the engines they start: an example may take any time.
 torch.set_num_threads(1)
+settings.register_profile("shared cores", deadline=None)
+settings.load_profile("shared cores")
 
 
 @pytest.fixture

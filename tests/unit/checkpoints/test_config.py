@@ -255,7 +255,7 @@ def configs(draw) -> DrafterConfig:
 
 
 @given(configs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_round_trip_of_any_config(config):
     assert DrafterConfig.from_dict(as_json(config, "zlab")) == config
     full = [i for i in range(config.num_hidden_layers) if config.layer_window(i) is None]

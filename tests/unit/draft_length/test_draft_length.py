@@ -35,7 +35,7 @@ def brute_force(curves, seconds_M):
 probabilities = st.lists(st.floats(0.01, 1.0), min_size=0, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(probabilities, min_size=1, max_size=4),
     st.floats(0.0, 0.5),

@@ -53,7 +53,7 @@ def runs(draw):
 
 
 @given(runs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_walk_is_what_the_engine_does(run):
     response, drafts, block = run
     matches = [

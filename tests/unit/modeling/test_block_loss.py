@@ -57,7 +57,7 @@ def inputs(anchors=5, num_draft=4, width=6, vocab=9, seed=0, dtype=torch.float64
     learned_head=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_loss_and_gradients_are_those_of_the_plain_form(
     anchors, num_draft, width, vocab, anchors_a_chunk, loss, learned_head, seed
 ):

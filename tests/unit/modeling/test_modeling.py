@@ -101,7 +101,7 @@ def allowed(anchor, query, key_kind, key_owner, key, window, causal) -> bool:
     st.booleans(),
     st.sampled_from((1, 6, 512)),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_masks_follow_the_definition(sequences, block, window, causal, queries_a_chunk):
     lengths = [length for length, _ in sequences]
     anchors = [sorted(group) for _, group in sequences]
@@ -396,7 +396,7 @@ def tables(draw):
 
 
 @given(tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dpace_weights_by_their_sums(table):
     probs, valid, alpha = table
     got = dpace_weights(probs, valid, alpha)

@@ -84,7 +84,7 @@ def test_build_block(name):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_build_block_made_up(data):
     lens = data.draw(st.lists(st.integers(0, 40), max_size=6), label="context_lens")
     rejected = [data.draw(st.integers(0, n)) for n in lens]
@@ -163,7 +163,7 @@ def test_store_context_kv_rope_in_float32():
 
 
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_store_context_kv_made_up(data):
     head = data.draw(st.integers(1, 40)) * 2
     check_kv(

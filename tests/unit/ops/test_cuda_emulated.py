@@ -34,7 +34,7 @@ except BuildError as error:
     MISSING = str(error)
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the kernels cannot be emulated: {MISSING}")
-made_up = settings(max_examples=150, deadline=None, database=None)
+made_up = settings(max_examples=150, database=None)
 
 OUTPUTS = {
     "build_block": cases.BLOCK_OUTPUTS,

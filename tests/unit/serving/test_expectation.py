@@ -140,7 +140,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_file_is_read_or_not(tmp_path_factory, held) -> None:
     folder = tmp_path_factory.mktemp("any")
     got = read_expectation(write(folder, {"tau_heldout": held}), None, 3)

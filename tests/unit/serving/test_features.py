@@ -129,7 +129,7 @@ def test_all_rows_rejected():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_schedule(seed, num_requests, longest):
     rng = random.Random(seed)
     keys = "abcd"[:num_requests]

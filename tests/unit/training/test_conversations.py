@@ -226,9 +226,7 @@ def test_bytes_that_are_no_utf8_are_rejected(tmp_path):
     assert reject.row == '{"prompt": "\\xff"}'
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     picks=st.lists(st.sampled_from([GOOD, {"prompt": "x"}, *(row for row, _ in BAD_ROWS)])),
     limit=st.one_of(st.none(), st.integers(1, 4)),

@@ -107,7 +107,7 @@ def test_anchors_are_generated_tokens_with_a_generated_successor(mask, rows, anc
 
 
 @given(st.text("x.", min_size=2, max_size=14), st.integers(1, 6))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_block_targets_by_brute_force(mask, num_draft):
     sample = bare_sample(mask)
     anchors = list(range(len(mask) - 1))

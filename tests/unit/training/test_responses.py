@@ -259,7 +259,7 @@ def test_progress_visits_one_dialogue_a_result(tmp_path, monkeypatch):
 # ---- restarts ----
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(dies_after=st.integers(0, 8))
 def test_killed_run_continues_and_ends_as_if_never_killed(dies_after):
     conversations = many(6)
@@ -289,7 +289,7 @@ def test_each_response_is_on_disk_before_the_next_one_is_asked_for(tmp_path):
     assert num_lines == list(range(2, 11))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_file_cut_anywhere_by_a_kill_is_continued(data):
     conversations = many(4)
@@ -449,7 +449,7 @@ def test_answer_to_no_question_is_a_broken_engine(tmp_path):
 outcomes = st.sampled_from(["ok", "empty", "abort", "missing", "short"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(outcome=st.lists(outcomes, min_size=1, max_size=6), max_len=st.integers(20, 120))
 def test_every_conversation_is_either_trained_on_or_rejected(outcome, max_len):
     answers = {"empty": ([], "stop"), "abort": ([5, 6], "abort"), "missing": None}

@@ -196,7 +196,7 @@ dialogs = st.integers(1, 3).flatmap(lambda n: st.lists(texts, min_size=2 * n, ma
 
 
 @pytest.mark.parametrize("family", KEEP_HISTORY)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(dialog=dialogs, with_system=st.booleans())
 def test_mask_covers_exactly_the_replies_and_their_end_of_turn(family, dialog, with_system):
     tokenizer = build_tokenizer(family)
@@ -217,7 +217,7 @@ def test_mask_covers_exactly_the_replies_and_their_end_of_turn(family, dialog, w
     assert trained.count(bos) == (1 if "bos_token" in FAMILIES[family][0] else 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(dialog=dialogs)
 def test_thinking_off_trains_each_turn_on_the_prompt_that_serving_sends(dialog):
     tokenizer = build_tokenizer("qwen3")
@@ -235,7 +235,7 @@ def test_thinking_off_trains_each_turn_on_the_prompt_that_serving_sends(dialog):
 
 
 @pytest.mark.parametrize("where", ["content", "reasoning"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(dialog=dialogs, thought=texts)
 def test_thinking_is_generated_in_its_turn_and_absent_from_later_prompts(where, dialog, thought):
     tokenizer = build_tokenizer("qwen3")
@@ -347,7 +347,7 @@ CONVERSATION = conversation_of("hi")
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps=st.lists(st.tuples(st.booleans(), ids, ids), min_size=1, max_size=5))
 def test_every_turn_is_found_again_in_the_merged_sequences(steps):
     turns, sequence = [], []
@@ -388,7 +388,7 @@ def test_merge_masks_every_response_of_the_sequence():
     assert second.loss_mask == (False, False, True, True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(prompt=ids, response=ids, max_len=st.integers(1, 10))
 def test_fit_cuts_at_max_len_or_says_why_not(prompt, response, max_len):
     (example,) = merge_turns([Turn(prompt, response)], CONVERSATION)
