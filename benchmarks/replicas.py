@@ -10,6 +10,7 @@ step's sequences as ``train --data-parallel-size`` does, over gloo. ``demo`` has
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 import tempfile
@@ -94,8 +95,6 @@ def replica(rank: int, count: int, store: str, shape: str, batch_size: int, step
 
 
 def measure(count: int, shape: str, batch_size: int, steps: int) -> dict[str, Any]:
-    import json
-
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
         context = multiprocessing.get_context("spawn")

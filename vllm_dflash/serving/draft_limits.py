@@ -120,6 +120,8 @@ def limiting(cls: type) -> type:
             self.limited &= self.requests.keys()
             self.padded &= self.requests.keys()
             self.dynamic_sd_lookup = None if self._pads() else self.unpadded
+            if self.dynamic_sd_lookup is not None or len(self.running) == len(self.requests):
+                return super().schedule(*args, **kwargs)  # nobody comes who could be padded
             running = {r.request_id for r in self.running}
             out = super().schedule(*args, **kwargs)
             self.padded |= out.scheduled_spec_decode_tokens.keys() - running

@@ -302,7 +302,7 @@ class VerifierEngine:
         examples: Sequence[tuple[str, list[int], list[bool], str]],
         owners: Mapping[str, int],
     ) -> None:
-        """Tells the workers about examples (key, token ids, loss mask, source), and what rank own them."""
+        """Tells the workers about examples (key, token ids, loss mask, source), and which ranks own them."""
         self.call("register", list(examples), dict(owners))
 
     def _ask(self, method: str, *args: Any) -> list[Any]:

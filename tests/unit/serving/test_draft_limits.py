@@ -64,13 +64,7 @@ class Scheduler:
         self.drafts = draft_token_ids
 
     def schedule(self) -> dict[str, int]:
-        return Scheduled({r.request_id: len(r.spec_token_ids) for r in self.running})
-
-
-class Scheduled(dict[str, int]):
-    @property
-    def scheduled_spec_decode_tokens(self) -> dict[str, int]:
-        return self
+        return {r.request_id: len(r.spec_token_ids) for r in self.running}
 
 
 def adopted(made: Any, v2: bool = False, positions: int = 100, sample: str = "greedy") -> Any:
