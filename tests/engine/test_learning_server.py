@@ -102,12 +102,12 @@ def answers(verifier, tmp_path_factory) -> list[str]:
         return complete_all(server, range(160))
 
 
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", "v2"])
 @pytest.mark.parametrize("everything", [False, True], ids=["decode", "all"])
-def test_a_swap_puts_every_weight_in_place(verifier, tmp_path, everything, v2):
+def test_a_swap_puts_every_weight_in_place(verifier, tmp_path, everything, runner):
     drafter = tiny.make_drafter(tmp_path / "drafter", verifier)
-    job = {"verifier": str(verifier), "drafter": str(drafter), "everything": everything, "v2": v2}
-    out = tiny.engine_job(job, tmp_path, module="helpers.learning_job")
+    job = {"verifier": str(verifier), "drafter": str(drafter), "everything": everything}
+    out = tiny.engine_job({**job, "runner": runner}, tmp_path, module="helpers.learning_job")
     assert {k: v for k, v in out["after"].items() if v > 1e-5} == {}
     # With it, these would have differed.
     changed = {"qkv", "o", "gate_up", "down", "norms"} | (
@@ -290,14 +290,14 @@ def test_a_full_folder_and_a_filter_do_not_touch_the_answers(verifier, answers, 
     spec = {**FIXED, **LEARN, "model": "auto", "dflash_learn": str(folder)}
     spec["dflash_learn_filter"] = "myhook:keep"
     paths = os.pathsep.join([str(tmp_path / "hooks"), os.environ.get("PYTHONPATH", "")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths)
-        with serving(verifier, tmp_path / "s", speculative=spec) as server:
-            got = []
-            for n, source in ((0, "secret"), (10, "broken"), (20, "mine")):
-                got += complete_all(server, range(n, n + 10), dflash_source=source)
-            learned(folder, captured=10)
-            now = status(folder)
+    with serving(
+        verifier, tmp_path / "s", speculative=spec, environment={"PYTHONPATH": paths}
+    ) as server:
+        got = []
+        for n, source in ((0, "secret"), (10, "broken"), (20, "mine")):
+            got += complete_all(server, range(n, n + 10), dflash_source=source)
+        learned(folder, captured=10)
+        now = status(folder)
     assert got == answers[:30]
     kept = {**now["replay"]["sources"], **now["held_out"]["sources"]}
     assert set(kept) == {"mine"}

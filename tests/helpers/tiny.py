@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from helpers import warm
+
 #: One thread and a small KV cache: the tests share their machine.
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -215,14 +217,13 @@ def cli(
     **popen,
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``vllm-dflash``; its exit code must be ``code``."""
-    done = subprocess.run(
-        cli_command(*args, v2=v2),
-        env=environment(**(env or {})),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        **popen,
-    )
+    command, variables = cli_command(*args, v2=v2), environment(**(env or {}))
+    if v2 or env or popen:
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=timeout, **popen
+        )
+    else:
+        done = warm.run(command, variables, timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -243,14 +244,14 @@ def engine_job(
     number = len(list(tmp.glob("job-*.json")))
     job_file, out_file = tmp / f"job-{number}.json", tmp / f"out-{number}.json"
     job_file.write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(job_file), str(out_file)],
-        env=environment(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0", **{"PYTHONPATH": python_path(), **(env or {})}
-        ),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+    variables = environment(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", **{"PYTHONPATH": python_path(), **(env or {})}
+    )
+    done = warm.run(
+        [module, str(job_file), str(out_file)],
+        variables,
+        timeout,
+        preload="helpers.preload_v2" if job.get("runner") == "v2" else "helpers.preload",
     )
     tail = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, f"exit {done.returncode}\n{tail}"

@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 RUNS_KERNELS = INTERPRETED or DEVICE == "cuda"
 #: Elements around an output that must keep their value.
 MARGIN = 3
-made_up = settings(max_examples=40, database=None)
+made_up = settings(max_examples=40, database=None, deadline=None)
 
 
 def call(op: Callable[..., None], case: dict[str, Any]) -> None:

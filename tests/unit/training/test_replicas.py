@@ -53,7 +53,8 @@ def _member(rank: int, store: str, answers: Any) -> None:
 
 @pytest.mark.thorough
 def test_ranks_of_a_group_that_is_not_the_world(tmp_path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm_dflash.training.session"])
     answers = context.Queue()
     members = [
         context.Process(target=_member, args=(r, str(tmp_path / "store"), answers), daemon=True)

@@ -1,0 +1,112 @@
+"""Starts processes that have vLLM imported already.
+
+To import vLLM costs several times what a tiny engine does. So a fork server, one of each pytest process,
+imports it once, and these processes are forks of it. Our plugin is not imported there: each loads it itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+_servers: dict[str, forkserver.ForkServer] = {}
+
+
+class Process:
+    """``python command``, in a process group of its own; to be used as ``subprocess.Popen`` is.
+
+    Args:
+        command: a module or a script, and its arguments.
+        env: all variables. What is read when vLLM is imported it has from the first call, but for the
+            logging's level.
+        out: file for the standard output.
+        err: the same for errors; may be the same file.
+        preload: module that imports what is to be there already.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        out: Path,
+        err: Path,
+        preload: str = "helpers.preload",
+    ) -> None:
+        if (server := _servers.get(preload)) is None:
+            server = _servers[preload] = forkserver.ForkServer()
+            server.set_forkserver_preload([preload])
+        with mock.patch.dict(os.environ, env, clear=True):
+            server.ensure_running()
+        context = multiprocessing.get_context("forkserver")
+        args = (list(command), dict(env), str(out), str(err))
+        self.args = command
+        self._process = context.Process(target=_run, args=args)
+        with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+            self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run(
+    command: Sequence[str], env: Mapping[str, str], timeout: float, **how: str
+) -> subprocess.CompletedProcess[str]:
+    """The same to its end: exit code and what it wrote, as ``subprocess.run`` gives them."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = Process(command, env, out, err, **how)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def _run(command: list[str], env: dict[str, str], out: str, err: str) -> None:
+    from vllm import logger as vllm_logger
+
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    for number, name in ((1, out), (2, err)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    # vLLM read its logging's level when it was imported.
+    vllm_logger._configure_vllm_root_logger()
+    # On a CPU vLLM starts engines and workers in new interpreters. Forks of this one have imported it.
+    context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: context(
+        "fork" if method == "spawn" else method
+    )
+    # An engine that ends thaws what was frozen before it, and collects all of that.
+    gc.unfreeze = lambda: None
+    sys.argv = command
+    if os.sep in command[0]:
+        runpy.run_path(command[0], run_name="__main__")
+    else:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
