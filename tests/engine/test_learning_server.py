@@ -80,16 +80,6 @@ def acceptance(server: Server) -> tuple[float, float]:
     return tuple(after[n] - before[n] for n in names)  # type: ignore[return-value]
 
 
-def is_engine_of(process: psutil.Process, folder: Path) -> bool:
-    """Whether it is the engine core of the server that learns in a folder."""
-    try:
-        parent = process.parent()
-        command = parent.cmdline() if parent is not None else []
-        return "EngineCore" in " ".join(process.cmdline()) and str(folder) in " ".join(command)
-    except psutil.Error:
-        return False
-
-
 @pytest.fixture(scope="module")
 def verifier(tmp_path_factory) -> Path:
     return tiny.make_verifier(tmp_path_factory.mktemp("learning") / "verifier")
@@ -209,9 +199,9 @@ def test_another_server_learns(verifier, answers, tmp_path):
     with serving(verifier, tmp_path / "s", speculative=spec) as server:
         before = acceptance(server)
         got = complete_all(server, range(110))
-        with serving(verifier, tmp_path / "o", speculative=other):
+        with serving(verifier, tmp_path / "o", speculative=other) as learner:
             learned(learns, captured=110, promotions=1)
-            engines = [p for p in psutil.process_iter() if is_engine_of(p, learns)]
+            engines = learner.engines()
             assert engines
             for process in engines:
                 process.kill()
@@ -235,7 +225,7 @@ def test_kills_and_commands(verifier, answers, tmp_path):
             seeds = range(50 * attempt, 50 * attempt + 50)
             assert complete_all(server, seeds) == [answers[s] for s in seeds]
             time.sleep(1 + attempt)
-            engines = [p for p in psutil.process_iter() if is_engine_of(p, folder)]
+            engines = server.engines()
             assert engines
             for process in engines:
                 process.kill()

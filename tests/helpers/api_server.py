@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from helpers import tiny, warm
 
@@ -43,6 +44,12 @@ main()
 class Server:
     url: str
     log: Path
+    pid: int
+
+    def engines(self) -> list[psutil.Process]:
+        """The processes of its engine cores."""
+        started = psutil.Process(self.pid).children(recursive=True)
+        return [p for p in started if "EngineCore" in " ".join(p.cmdline())]
 
     def counters(self) -> dict[str, float]:
         """Sums of the server's metrics over their labels."""
@@ -96,20 +103,21 @@ def serving(
         paths = (str(folder), str(tiny.TESTS), os.environ.get("PYTHONPATH", ""))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     env |= environment or {}
-    server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
+    log = folder / "server.log"
     usual = command[0] == "-m" and python == sys.executable and set(env) == {"VLLM_PLUGINS"}
     if usual:
         variables = tiny.environment(**env, PYTHONPATH=tiny.python_path())
-        process = warm.Process(command[1:], variables, server.log, server.log)
+        process = warm.Process(command[1:], variables, log, log)
     else:
-        with server.log.open("w") as log:
+        with log.open("w") as written:
             process = subprocess.Popen(
                 [str(python), *command],
                 env=tiny.environment(**env),
-                stdout=log,
+                stdout=written,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         _wait(process, server, limit)
         yield server

@@ -2,6 +2,7 @@
 
 import gc
 
+import setproctitle
 import vllm.compilation.backends
 import vllm.entrypoints.openai.api_server
 import vllm.model_executor.layers.quantization.online
@@ -11,5 +12,7 @@ import vllm.v1.attention.backends.cpu_attn
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
+# It looks for the process's title once, and does not find it behind changes of the environment.
+setproctitle.getproctitle()
 # Else every collection of a fork, and vLLM asks for some, goes through all that was imported.
 gc.freeze()
