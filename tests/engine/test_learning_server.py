@@ -205,6 +205,9 @@ def test_another_server_learns(verifier, answers, tmp_path):
             assert engines
             for process in engines:
                 process.kill()
+        end = time.monotonic() + 20  # it looks every second or so
+        while status(serves)["version"] < 1 and time.monotonic() < end:
+            time.sleep(0.2)
         got += complete_all(server, range(110, 160))
         now = status(serves)
         after = acceptance(server)
