@@ -177,7 +177,9 @@ def test_steps_are_measured(runner, trained, prompts, folder, plain) -> None:
     cache = folder / f"cache-{runner}"
     cache.mkdir()
     # What vLLM knows of its models takes it as long as the rest.
-    (cache / "modelinfos").symlink_to(Path(envs.VLLM_CACHE_ROOT, "modelinfos"))
+    known = Path(envs.VLLM_CACHE_ROOT, "modelinfos")
+    known.mkdir(parents=True, exist_ok=True)
+    (cache / "modelinfos").symlink_to(known)
     env = {"VLLM_CACHE_ROOT": str(cache)}
     run = greedy(prompts)
     out = served(trained, folder, run, True, costs=None, runner=runner, env=env)

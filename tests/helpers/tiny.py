@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from helpers import warm
+from helpers.warm import python_path
 
 #: One thread and a small KV cache: the tests share their machine.
 CPU_ENV = {
@@ -189,11 +190,6 @@ def prompt_ids(verifier: Path, prompts: Path, count: int | None = None) -> list[
 # -- subprocesses ------------------------------------------------------------------------------
 
 
-def python_path() -> str:
-    """``PYTHONPATH`` with this package."""
-    return os.pathsep.join(filter(None, (str(warm.TESTS), os.environ.get("PYTHONPATH"))))
-
-
 def environment(**extra: str | None) -> dict[str, str]:
     env = {**os.environ, **CPU_ENV, **{k: v for k, v in extra.items() if v is not None}}
     return {k: v for k, v in env.items() if extra.get(k, "") is not None}
@@ -248,12 +244,17 @@ def engine_job(
     variables = environment(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", **{"PYTHONPATH": python_path(), **(env or {})}
     )
-    done = warm.run(
-        [module, str(job_file), str(out_file)],
-        variables,
-        timeout,
-        v2=job.get("runner") == "v2",
-    )
+    command = [module, str(job_file), str(out_file)]
+    if "PYTHONPATH" in (env or {}):  # another vLLM
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    else:
+        done = warm.run(command, variables, timeout, v2=job.get("runner") == "v2")
     tail = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, f"exit {done.returncode}\n{tail}"
     assert out_file.is_file(), f"no {out_file}\n{tail}"

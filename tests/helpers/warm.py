@@ -23,6 +23,11 @@ TESTS = Path(__file__).parents[1]
 _servers: dict[bool, forkserver.ForkServer] = {}
 
 
+def python_path() -> str:
+    """``PYTHONPATH`` with this package."""
+    return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+
+
 class Process:
     """``python command``, in a process group of its own; to be used as ``subprocess.Popen`` is.
 
@@ -46,8 +51,7 @@ class Process:
         if (server := _servers.get(v2)) is None:
             server = _servers[v2] = forkserver.ForkServer()
             server.set_forkserver_preload([f"helpers.preload{'_v2' if v2 else ''}"])
-        # It has the path of this package to import what follows.
-        with mock.patch.dict(os.environ, {**env, "PYTHONPATH": str(TESTS)}, clear=True):
+        with mock.patch.dict(os.environ, {**env, "PYTHONPATH": python_path()}, clear=True):
             server.ensure_running()
         context = multiprocessing.get_context("forkserver")
         args = (list(command), dict(env), str(out), str(err))
