@@ -51,7 +51,7 @@ def test_serving_and_training(scheme, base, prompts, prompts_file, folder) -> No
         want, _ = reference(exact, out["sequences"][f"run:{i}"], layers)
         want = want[: len(got)]
         if scheme == "int8" and not torch.cpu._is_vnni_supported():
-            # Products of bytes are summed in 16 bits there, which saturate: 3 % off, elsewhere 0.3.
+            # oneDNN sums products of bytes in 16 bits there, which may saturate: 3 % off were seen.
             assert (got - want).abs().mean() < 0.06 * want.abs().mean()
         else:
             # bf16 rounds to 1/256 of numbers up to 6; int8 activations add as much.

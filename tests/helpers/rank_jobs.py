@@ -10,17 +10,11 @@ which each rank appends its number for the features it saw.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from helpers import engine_jobs
-
-#: Workers import this module when spawned. They make configurations, too, which the CPU platform changes.
-ASYNC = "RANK_JOBS_ASYNC"
-if os.environ.get(ASYNC):
-    engine_jobs.schedule_asynchronously()
 
 #: In a worker.
 _recorder: engine_jobs.Recorder | None = None
@@ -76,7 +70,6 @@ def main(job_file: str, out_file: str) -> None:
         engine_jobs.random_lengths_ahead()
     if job.get("async"):
         engine_jobs.schedule_asynchronously()
-        os.environ[ASYNC] = "1"
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**args))
     except Exception as error:

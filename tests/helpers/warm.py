@@ -1,7 +1,8 @@
 """Starts processes that have vLLM imported already.
 
 To import vLLM costs several times what a tiny engine does. So a fork server, one of each pytest process,
-imports it once, and these processes are forks of it. Our plugin is not imported there: each loads it itself.
+imports it once, and these processes are forks of it. Our plugin is not imported there:
+each loads it itself, and hands it on to the engines and workers that it starts.
 """
 
 from __future__ import annotations

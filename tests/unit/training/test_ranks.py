@@ -58,7 +58,7 @@ def _worker(rank: int, store: str, name: str, answers: Any) -> None:
 def on_two_ranks(name: str, tmp_path) -> list[Any]:
     """The answers of a function of this module, which each process calls with its ``Ranks``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm_dflash.training.session"])  # torch, once
+    context.set_forkserver_preload(["vllm_dflash.training.session"])  # torch and vLLM, once
     answers = context.Queue()
     workers = [
         context.Process(
